@@ -1,0 +1,93 @@
+# Everything runs in .venv, which the first target that needs it builds from requirements.lock.
+# Another interpreter: make venv PYTHON=/path/to/python   More options for pytest: make test ARGS="-k evidence"
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test lint demo lock clean
+
+PYTHON ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+UV_VERSION := uv>=0.8,<1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## Build .venv with the exact versions of requirements.lock
+
+# Prints the first interpreter that runs, is of a supported version and can make virtual environments. Running it
+# tells more than finding it: a pyenv shim is found for every version and runs for the chosen one only.
+define FIND_PYTHON
+found= ; lame= ; \
+for candidate in $(if $(PYTHON),"$(PYTHON)") python3.11 python3.12 python3.13 python3; do \
+	"$$candidate" --version >/dev/null 2>&1 || continue; \
+	"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || continue; \
+	if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then found=$$candidate; break; fi; \
+	lame=$${lame:-$$candidate}; \
+done; \
+if [ -z "$$found" ] && [ -n "$$lame" ]; then \
+	echo "$$lame cannot make virtual environments: install its venv module (on Debian and Ubuntu" \
+		"'apt install python3-venv'), then run this again." >&2; exit 1; \
+elif [ -z "$$found" ]; then \
+	echo "No Python from 3.11 to 3.13 was found: install one, or name it with 'make venv PYTHON=/path/to/python'." >&2; \
+	exit 1; \
+fi
+endef
+
+define ENSURE_UV
+if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	$(FIND_PYTHON); \
+	echo "Building .venv with $$("$$found" --version) ($$found)"; \
+	"$$found" -m venv --clear .venv; \
+fi; \
+$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(UV_VERSION)'
+endef
+
+# The stamp is written last, so that an interrupted installation is taken up again by the next make.
+$(STAMP): requirements.lock pyproject.toml
+	@rm -f $@
+	@$(ENSURE_UV)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@$(BIN)/uv pip check --quiet --python $(BIN)/python
+	@touch $@
+
+test: $(STAMP) ## Run the tests and the examples in docstrings (ARGS="..." goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(STAMP) ## Run the demonstration
+	$(BIN)/pyro-vae demo
+
+# What conda installs is Python itself; the rest goes through pip with the very requirements of pyproject.toml,
+# because conda's names and builds of torch differ and tests could not compare them.
+define ENVIRONMENT
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
+print("# Written by `make lock` from pyproject.toml; edit that file instead.")
+print("name: pyro-vae\nchannels:\n  - conda-forge\n  - nodefaults\ndependencies:")
+print(f'  - "python{project["requires-python"]}"\n  - pip\n  - make\n  - pip:')
+for requirement in requirements:
+    print(f'      - "{requirement}"')
+print("      - -e .")
+endef
+export ENVIRONMENT
+
+lock: ## Write requirements.lock and environment.yml from pyproject.toml (ARGS=--upgrade for newer versions)
+	@$(ENSURE_UV)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url \
+		--no-emit-find-links --custom-compile-command "make lock" $(ARGS) -o requirements.lock pyproject.toml
+	$(BIN)/python -c "$$ENVIRONMENT" > environment.yml
+
+clean: ## Delete caches and built files (.venv and results stay)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

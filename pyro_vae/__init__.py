@@ -1,0 +1,63 @@
+"""From EM on Gaussian mixtures to variational autoencoders, on Pyro.
+
+Everything is a reduction of log weights: their mean over particles is the ELBO, their log-mean-exp
+the importance bound, their tail the Pareto k-hat. Every tool takes any Pyro `model` and `guide`.
+
+The public names are imported when they are first used, so that ``import pyro_vae`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyro_vae.data import load_dataset
+    from pyro_vae.diagnostics.evidence import log_evidence
+    from pyro_vae.inference.log_weights import log_weights
+    from pyro_vae.inference.svi import fit
+    from pyro_vae.models import VAE, LinearGaussian
+    from pyro_vae.results import load_result
+    from pyro_vae.runs import load_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "LinearGaussian",
+    "fit",
+    "load_dataset",
+    "load_result",
+    "load_run",
+    "log_evidence",
+    "log_weights",
+]
+
+_HOME = {
+    "VAE": "pyro_vae.models",
+    "LinearGaussian": "pyro_vae.models",
+    "fit": "pyro_vae.inference.svi",
+    "load_dataset": "pyro_vae.data",
+    "load_result": "pyro_vae.results",
+    "load_run": "pyro_vae.runs",
+    "log_evidence": "pyro_vae.diagnostics.evidence",
+    "log_weights": "pyro_vae.inference.log_weights",
+}
+
+if (
+    not TYPE_CHECKING
+):  # type checkers read the imports above, and report a name that is not among them
+
+    def __getattr__(name: str) -> object:
+        """Imports a public name from its module when it is first asked for (PEP 562)."""
+        if name not in _HOME:
+            message = (
+                f"module 'pyro_vae' has no attribute {name!r}; public are {', '.join(__all__)}"
+            )
+            raise AttributeError(message, name=name)
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, also those not imported yet."""
+    return sorted({*globals(), *__all__})

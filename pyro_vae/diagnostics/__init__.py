@@ -1,0 +1,1 @@
+"""What measures the bound: evidence, gap, quality."""

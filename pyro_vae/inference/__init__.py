@@ -1,0 +1,1 @@
+"""What moves the bound: log weights, and the one training loop."""

@@ -1,0 +1,185 @@
+r"""A run folder: what it holds, in which order it is written, how it is read safely.
+
+==================
+==================================================================================
+config.json        how the model is built, how it was trained, on which data
+model.safetensors  the weights alone, as the model hubs have them
+training.safetensors  everything that going on needs, in one file: parameters, optimizer, random
+states, the
+                   epoch's shuffling order, history
+history.jsonl      one line an epoch
+README.md          a model card
+==================
+==================================================================================
+
+`training.safetensors` alone decides where a resumed run goes on, so a crash between two files
+cannot mix two states. Each
+safetensors file carries the sha256 of its own tensors, as safetensors does not notice a flipped
+bit.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_vae.files import atomic_path, write_text
+
+__all__ = ["CheckpointError", "load_tensors", "read_json", "save_tensors", "write_run"]
+
+
+class CheckpointError(RuntimeError):
+    """A run folder or one of its files cannot be read; the message says what to do."""
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes tensors, their sha256 and JSON metadata to one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        tensors: By name; copies are written, from whatever device.
+        metadata: Anything JSON can hold.
+    """
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {
+        "format": "pt",
+        "sha256": _digest(copies, metadata),
+        "metadata": json.dumps(metadata or {}),
+    }
+    with atomic_path(path) as temporary:
+        save_file(copies, temporary, metadata=header)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing, is no safetensors file, or its tensors do not
+            match their sha256.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = json.loads(header.get("metadata", "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); restore it from a copy, or train again"
+        ) from error
+    if header.get("sha256") != _digest(tensors, metadata):
+        raise CheckpointError(
+            f"{path} is damaged: its tensors do not match their sha256; restore it or train again"
+        )
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
+    digest = hashlib.sha256(json.dumps(metadata or {}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}); restore it from a copy"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object; restore it from a copy")
+    return content
+
+
+def write_run(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes a run folder; the state to resume from comes first, what is derived from it after.
+
+    Args:
+        folder: Made if need be.
+        config: What `config.json` says.
+        weights: For `model.safetensors`.
+        training: Tensors of the training state.
+        state: The rest of the training state, as JSON.
+        history: One row an epoch.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "training.safetensors", training, {"state": state, "config": config})
+    save_tensors(folder / "model.safetensors", weights)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_text(folder / "README.md", model_card(config, weights, history))
+
+
+def model_card(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]
+) -> str:
+    """The README.md of a run folder: what the model is, what it reached, how to load it."""
+    described = config.get("model") or {}
+    name = described.get("class", "Pyro program")
+    arguments = ", ".join(f"{k}={v!r}" for k, v in described.get("arguments", {}).items())
+    data = config.get("data", {})
+    count = sum(tensor.numel() for tensor in weights.values())
+    lines = [
+        "---",
+        "library_name: pyro-vae",
+        "tags: [pyro, variational-inference]",
+        "---",
+        f"# {name} on {data.get('name', 'data of the caller')}",
+        "",
+        f"`{name}({arguments})`, {count:,} numbers in `model.safetensors`.",
+        "",
+    ]
+    if history:
+        last = history[-1]
+        bound = last.get("validation_bound", last.get("bound"))
+        error = last.get("validation_bound_se", last.get("bound_se"))
+        held = "held-out" if "validation_bound" in last else "training"
+        if bound is not None and math.isfinite(bound):
+            spread = f" +- {error:.2f}" if error is not None and math.isfinite(error) else ""
+            lines += [
+                f"After epoch {last['epoch']}: ELBO {bound:.2f}{spread} nats per datum on {held} "
+                "data "
+                f"(a lower bound of log p(x); measure: {last.get('measure', 'unknown')}).",
+                "",
+            ]
+    if "class" in described:
+        lines += [
+            "```python",
+            "from pyro_vae import load_run",
+            'run = load_run("this folder")  # run.model, run.guide',
+            "```",
+            "",
+        ]
+    return "\n".join(lines)

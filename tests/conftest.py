@@ -1,0 +1,74 @@
+"""What every test starts from, and what no test may leave changed."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # Neither results nor times then depend on how many cores the machine has free.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def seed_of(test_id: str) -> int:
+    """A seed that is the same on every machine and another one for every test."""
+    return int.from_bytes(hashlib.sha256(test_id.encode()).digest()[:4], "big")
+
+
+def _set_in_pyro(name: str, value: Any) -> None:
+    pyro.settings.set(**{name: value})
+
+
+# The process-wide switches that the package and its tests leave alone: how to read and to set each.
+# Among Pyro's settings is torch.distributions' validation default.
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's thread count": (torch.get_num_threads, torch.set_num_threads),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's deterministic mode": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    **{
+        f"Pyro's setting {name}": (partial(pyro.settings.get, name), partial(_set_in_pyro, name))
+        for name in pyro.settings.get()
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _isolated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Starts a test in double precision, from its own seed, without parameters; checks its end."""
+    outside = torch.get_default_dtype()
+    single = request.node.get_closest_marker("float32") is not None
+    torch.set_default_dtype(torch.float32 if single else torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed_of(request.node.nodeid))
+    before = {name: get() for name, (get, _) in SWITCHES.items()}
+    yield
+    changed = []
+    for name, (get, put) in SWITCHES.items():
+        if (now := get()) != before[name]:
+            changed.append(f"{name} ({before[name]} -> {now})")
+            put(before[name])
+    torch.set_default_dtype(outside)
+    pyro.clear_param_store()
+    if changed:
+        pytest.fail(
+            f"the test left changed: {', '.join(changed)}. What other tests find would depend on "
+            "their order: restore it in the code under test, or in the test if it did this itself."
+        )
