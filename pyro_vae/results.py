@@ -96,7 +96,9 @@ _BOUND_OF_DIFFERENCE = {
 }
 
 _LABELS = ("unit", "reduction", "bound")
-_MAX_ROWS = 12  # rows that one variable with further dimensions takes in a table
+_MAX_STEPS = 12  # rows that a variable along one further dimension, as a history, takes in a table
+_MAX_ROWS = 60  # the same along several
+_END_ROWS = 2  # where there are more, so many from either end are shown
 _WIDTH = 100
 
 
@@ -589,14 +591,17 @@ class Result(xr.Dataset):
         for name in self._labelled_names():
             part = self[[n for n in (name, f"{name}_se") if n in self.data_vars]]
             others = [d for d in self[name].dims if d != "datum"]
-            places = itertools.product(*(range(self.sizes[d]) for d in others))
-            for place in itertools.islice(places, _MAX_ROWS):
+            places = list(itertools.product(*(range(self.sizes[d]) for d in others)))
+            limit = _MAX_STEPS if len(others) == 1 else _MAX_ROWS
+            left_out = len(places) - 2 * _END_ROWS if len(places) > limit else 0
+            for number, place in enumerate(places):
+                if left_out and _END_ROWS <= number < len(places) - _END_ROWS:
+                    if number == _END_ROWS:
+                        yield (f"  ... {left_out} more", "", "", "", "", "", "")
+                    continue
                 chosen = part.isel(dict(zip(others, place, strict=True)))
                 where = ", ".join(_place(chosen, d, i) for d, i in zip(others, place, strict=True))
                 yield _row(f"{name} ({where})" if where else name, name, chosen)
-            left_out = math.prod(self.sizes[d] for d in others) - _MAX_ROWS
-            if left_out > 0:
-                yield (f"{name}: {left_out} more", "", "", "", "", "", "")
 
     def table(self) -> str:
         """Every labelled number as an aligned table, at most 100 columns wide up to 10^5 data.

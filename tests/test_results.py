@@ -626,9 +626,13 @@ def test_table_lists_further_dimensions_up_to_a_limit():
         {"value": (("estimator", "num_particles"), values, label(bound="lower"))},
         coords={"estimator": list("abcde"), "num_particles": [1, 16, 64]},
     )
-    table = result.table()
-    assert re.search(r"value \(b, 16\) +4 .* 16 ", table)
-    assert "value: 3 more" in table
+    assert re.search(r"value \(b, 16\) +4 .* 16 ", result.table())
+    assert "more" not in result.table()
+    history = build(
+        {"bound": ("epoch", np.arange(15.0), label(bound="lower"))}, coords={"epoch": np.arange(15)}
+    )
+    assert "... 11 more" in history.table()
+    assert len(history.table().splitlines()) == 2 + 2 + 1 + 2
     assert "varies over estimator and num_particles" in result.summary()
 
 

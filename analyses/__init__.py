@@ -1,0 +1,1 @@
+"""One thin script a question: load, run, save, plot."""

@@ -1,0 +1,653 @@
+r"""Runs: one training on named data, kept in a folder that can be loaded, evaluated and resumed.
+
+`start_run` trains a VAE on a data set and keeps it; `resume_run` goes on; `load_run` gives the
+programs back; `evaluate_run` measures them on the test set. The command line calls these four, and
+so may a script.
+
+What a folder holds is said in `inference.checkpoint`; `evaluate_run` adds ``evaluation.nc``. A
+folder is data, never code: the class of the model is looked up in a table of this package's models,
+and weights are read from safetensors alone.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data import Dataset, load_dataset
+from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.inference.checkpoint import CheckpointError, load_tensors, read_json
+from pyro_vae.inference.programs import keep_random_state
+from pyro_vae.inference.svi import Fit, fit
+from pyro_vae.models import VAE, Likelihood, LinearGaussian, make_likelihood
+from pyro_vae.results import Result, label, load_result, make_result
+
+__all__ = [
+    "BINARIZATION_SEED",
+    "CheckpointError",
+    "Run",
+    "choose_binarization",
+    "choose_likelihood",
+    "default_schedule",
+    "evaluate_run",
+    "load_evaluation",
+    "load_run",
+    "load_run_data",
+    "load_training_data",
+    "resume_run",
+    "split_training",
+    "start_run",
+]
+
+BINARIZATION_SEED = 0
+"""The draws of binary test pixels; one for all runs, so that their numbers are comparable."""
+
+_FORMAT = 1
+_HELD_OUT_EVERY = 10
+_MODELS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"VAE": VAE, "LinearGaussian": LinearGaussian}
+)
+_LIKELIHOODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {  # by measure; the first is the default
+        "binary": ("bernoulli",),
+        "grey": ("continuous_bernoulli", "gaussian"),
+        "real": ("gaussian",),
+        "counts": (),
+    }
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run folder, loaded.
+
+    Attributes:
+        path: The folder.
+        module: The model with its weights, in evaluation mode.
+        model: Its generative program, `module.model`.
+        guide: Its guide, `module.guide`.
+        config: What ``config.json`` says.
+        history: The bound while training, a row an epoch (see `fit`); without variables if no
+            epoch had ended.
+    """
+
+    path: Path
+    module: nn.Module
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    config: dict[str, Any]
+    history: Result
+
+    @property
+    def data_name(self) -> str:
+        """The name of the data it was trained on, or "data of the caller"."""
+        return str(self.config.get("data", {}).get("name", "data of the caller"))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.config["model"]["arguments"].items())
+        epochs = int(self.history.epoch[-1]) if self.history.sizes.get("epoch") else 0
+        name = type(self.module).__name__
+        return f"<run {self.path}: {name}({arguments}) on {self.data_name}, {epochs} epochs>"
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Loads a run folder; no code that lies in it is run.
+
+    Args:
+        path: The folder, as `fit(checkpoint=...)` or `start_run` wrote it.
+
+    Returns:
+        The model and the guide with the weights in place, and how they were trained.
+
+    Raises:
+        CheckpointError: If the folder or a file is missing or damaged, was written by a newer
+            version, or holds a program that is none of this package's models.
+
+    Example:
+        >>> load_run("no/such/run")
+        Traceback (most recent call last):
+        ...
+        pyro_vae.inference.checkpoint.CheckpointError: no/such/run is not a folder: ...
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder: name a run folder, which pyro-vae fit or "
+            "fit(checkpoint=...) writes."
+        )
+    config = read_json(folder / "config.json")
+    version = config.get("format")
+    if not isinstance(version, int) or version > _FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has format {version!r}, but this version of pyro_vae reads "
+            f"up to {_FORMAT}: install a newer pyro_vae."
+        )
+    module = _build(folder, config.get("model"))
+    weights, _ = load_tensors(folder / "model.safetensors")
+    _fill(folder, module, weights)
+    rows = _read_rows(folder / "history.jsonl")
+    return Run(
+        path=folder,
+        module=module,
+        model=module.model,
+        guide=module.guide,
+        config=config,
+        history=_history(rows, config),
+    )
+
+
+def _build(folder: Path, described: Any) -> nn.Module:
+    """The module that config.json describes, without memory for its weights yet."""
+    described = described if isinstance(described, dict) else {}
+    name = described.get("class")
+    if name is None:
+        raise CheckpointError(
+            f"{folder} holds the weights of a program of its own "
+            f"({described.get('program', 'unknown')}), not of a class of pyro_vae.models: build "
+            "the program yourself, and read the weights with inference.checkpoint.load_tensors."
+        )
+    if name not in _MODELS:
+        raise CheckpointError(
+            f"{folder} holds a {name!r}, which this version of pyro_vae does not know (it knows "
+            f"{', '.join(_MODELS)}): install the version that wrote it."
+        )
+    try:
+        with torch.device("meta"):
+            return _MODELS[name](**described.get("arguments", {})).eval()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"config.json of {folder} does not describe a {name} ({error}): restore it from a copy."
+        ) from error
+
+
+def _fill(folder: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the model in its config.json: {name} is "
+            f"{found.get(name, 'missing')} there and {wanted.get(name, 'unknown')} here "
+            f"({len(wrong)} of {len(wanted)} differ). Restore both files from one run."
+        )
+    dtypes = {value.dtype for value in weights.values()}
+    if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise CheckpointError(
+            f"the weights in {folder} are of {sorted(map(str, dtypes))}, but must be of one "
+            "floating-point type: restore model.safetensors from a copy."
+        )
+    module.load_state_dict(dict(weights), assign=True)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+            raise ValueError("a line is no row of a history")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy.") from error
+    return rows
+
+
+_DESCRIPTIONS = {
+    "loss": ("nats", "objective", "what was minimised, mean over the epoch; lower is better"),
+    "bound": ("nats", "lower", "ELBO of the training data"),
+    "reconstruction": ("nats", "objective", "E log p(x | z), the first part of the ELBO"),
+    "kl": ("nats", "objective", "E log q(z | x) - log p(z), subtracted in the ELBO"),
+    "seconds": ("seconds", "none", "training time so far"),
+    "data_passes": ("none", "none", "passes over the data"),
+}
+
+
+def _history(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Result:
+    """The rows of history.jsonl as the labelled result that `fit` returned."""
+    measure = rows[-1].get("measure") if rows else None
+    seed = config.get("fit", {}).get("seed")
+    variables: dict[str, Any] = {}
+    for name in rows[-1] if rows else ():
+        base = str(name).removeprefix("validation_").removesuffix("_se")
+        if base not in _DESCRIPTIONS:
+            continue
+        unit, bound, description = _DESCRIPTIONS[base]
+        if base == "bound" and "kl" not in rows[-1]:
+            bound = "objective"
+        nats = unit == "nats"
+        attrs = label(
+            unit=unit,
+            bound=bound,
+            reduction="per datum" if nats else "none",
+            measure=measure if nats else None,
+            num_particles=1 if nats else None,
+            seed=seed if nats else None,
+            description=description
+            + (" (held-out data)" if str(name).startswith("validation_") else ""),
+        )
+        variables[name] = ("epoch", [float(row.get(name, math.nan)) for row in rows], attrs)
+    return make_result(
+        variables,
+        function="fit",
+        config=config,
+        seed=seed,
+        data_sha256=config.get("data", {}).get("sha256"),
+        coords={"epoch": [int(row["epoch"]) for row in rows]},
+    )
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def choose_binarization(measure: str, likelihood: str | None) -> str | None:
+    """How to binarise where nobody says: dynamically, if pixels are grey and wanted binary.
+
+    Args:
+        measure: That of the data as loaded.
+        likelihood: The likelihood asked for, or None. Grey pixels are binarised for none and for
+            `"bernoulli"`, and left grey for the others.
+    """
+    return "dynamic" if measure == "grey" and likelihood in (None, "bernoulli") else None
+
+
+def choose_likelihood(measure: str, likelihood: str | None = None) -> str:
+    """The likelihood for data of a measure: the one asked for if it fits, else the usual one.
+
+    Args:
+        measure: That of the data, after binarisation.
+        likelihood: The one asked for, or None.
+
+    Raises:
+        ValueError: If the likelihood does not fit the measure; says which does.
+
+    Example:
+        >>> choose_likelihood("grey")
+        'continuous_bernoulli'
+    """
+    fitting = _LIKELIHOODS.get(measure, ())
+    if not fitting:
+        raise ValueError(
+            f"no likelihood for data of measure {measure!r} yet: choose a data set of another "
+            f"measure ({', '.join(m for m, names in _LIKELIHOODS.items() if names)})."
+        )
+    if likelihood is None or likelihood in fitting:
+        return likelihood or fitting[0]
+    make_likelihood(likelihood)  # an unknown name is another fault than a wrong one
+    way_out = " or ".join(repr(name) for name in fitting)
+    binarise = ", or binarise the data" if (measure, likelihood) == ("grey", "bernoulli") else ""
+    grey = ", or leave them grey" if measure == "binary" else ""
+    raise ValueError(
+        f"a {likelihood} likelihood on {measure} data is no probability or density of these data: "
+        f"use {way_out}{binarise}{grey}."
+    )
+
+
+def load_training_data(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    binarization: str | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Loads a data set as runs use it: its binary pixels drawn with `BINARIZATION_SEED`.
+
+    Args:
+        name: As `load_dataset` takes it.
+        root: Folder of the files, as for `load_dataset`.
+        binarization: As for `Dataset.binarize`.
+        download: Fetches files that are missing.
+
+    Raises:
+        ValueError: If there is no such data set, or it cannot be binarised as asked.
+        DatasetError: If a file is missing, damaged or cannot be fetched.
+    """
+    draws = binarization in ("dynamic", "static")
+    generator = torch.Generator().manual_seed(BINARIZATION_SEED) if draws else None
+    return load_dataset(name, root, download, binarize=binarization, generator=generator)
+
+
+def split_training(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Splits training data from data held out for early stopping; the test set is not touched.
+
+    Held out is the data set's own validation part, else every tenth training datum (with its
+    binary pixels drawn once, where binarisation is dynamic).
+
+    Args:
+        dataset: From `load_training_data`.
+
+    Returns:
+        Training data and held-out data, shapes (train, features) and (held out, features).
+
+    Example:
+        >>> train, held_out = split_training(load_training_data("iris"))
+        >>> len(train), len(held_out)
+        (108, 12)
+    """
+    if dataset.validation is not None:
+        return dataset.train, dataset.validation
+    place = torch.arange(len(dataset.train)) % _HELD_OUT_EVERY
+    last = place == _HELD_OUT_EVERY - 1
+    held_out = dataset.train[last]
+    if dataset.transform is not None:
+        generator = torch.Generator().manual_seed(BINARIZATION_SEED + 1)
+        held_out = dataset.transform(held_out, generator)
+    return dataset.train[~last], held_out
+
+
+def load_run_data(
+    run: Run, root: str | os.PathLike[str] | None = None, *, download: bool = False
+) -> Dataset:
+    """Loads the data a run was trained on, to the byte.
+
+    Args:
+        run: The run.
+        root: Folder of the files, as for `load_dataset`.
+        download: Fetches files that are missing.
+
+    Raises:
+        CheckpointError: If the run does not say its data, or those found are others.
+        DatasetError: If a file is missing, damaged or cannot be fetched.
+    """
+    described = run.config.get("data", {})
+    if "sha256" not in described:
+        raise CheckpointError(
+            f"{run.path} was trained on data of the caller, not on a named data set: pass them to "
+            "log_evidence(run.model, run.guide, x) yourself."
+        )
+    dataset = load_training_data(
+        described["name"], root, binarization=described["binarization"], download=download
+    )
+    if dataset.sha256() != described["sha256"]:
+        raise CheckpointError(
+            f"the data set {described['name']!r} found here is not the one that {run.path} was "
+            "trained on (its sha256 differs): name the folder that holds those data."
+        )
+    return dataset
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    held_out = (
+        "the data set's validation part"
+        if dataset.validation is not None
+        else f"every {_HELD_OUT_EVERY}th training datum"
+    )
+    return {
+        "name": dataset.name,
+        "binarization": dataset.binarization,
+        "binarization_seed": BINARIZATION_SEED,
+        "measure": dataset.measure,
+        "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
+        "held_out": held_out,
+        "sha256": dataset.sha256(),
+    }
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def default_schedule(num_data: int, batch_size: int) -> dict[str, int]:
+    """How long to train, and how often to look, where nobody says.
+
+    About 10,000 steps, but 20 to 500 epochs; the held-out bound every 50 steps or so, at least once
+    an epoch; a checkpoint every 1000 steps; patience for a tenth of the looks, at least 5.
+
+    Args:
+        num_data: Number of training data.
+        batch_size: Data in a mini-batch.
+
+    Returns:
+        `epochs`, `evaluate_every`, `checkpoint_every` and `patience`, as `fit` takes them.
+
+    Example:
+        >>> default_schedule(num_data=54_000, batch_size=128)["epochs"]
+        24
+    """
+    steps = math.ceil(num_data / batch_size)
+    epochs = min(max(math.ceil(10_000 / steps), 20), 500)
+    evaluate_every = max(round(50 / steps), 1)
+    return {
+        "epochs": epochs,
+        "evaluate_every": evaluate_every,
+        "checkpoint_every": max(round(1000 / steps), 1),
+        "patience": max(epochs // evaluate_every // 10, 5),
+    }
+
+
+def start_run(
+    folder: str | os.PathLike[str],
+    dataset: Dataset,
+    *,
+    latent_dim: int = 20,
+    hidden: Sequence[int] = (400,),
+    likelihood: str | None = None,
+    activation: str = "tanh",
+    batch_size: int = 128,
+    epochs: int | None = None,
+    patience: int | None = None,
+    learning_rate: float = 1e-3,
+    warmup_epochs: int = 0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Trains a VAE on a data set, and keeps the run in a folder.
+
+    The held-out bound (see `split_training`) stops training early, and the best parameters are
+    kept. The test set is not looked at.
+
+    Args:
+        folder: The run folder; a run in it is replaced.
+        dataset: From `load_training_data`.
+        latent_dim: Number of latents.
+        hidden: Sizes of the encoder's hidden layers; the decoder has them in reverse order.
+        likelihood: A name, or None for the one that suits the data's measure.
+        activation: As for `VAE`.
+        batch_size: Data in a mini-batch.
+        epochs: Passes over the training data; None as in `default_schedule`.
+        patience: Looks at the held-out bound without a rise before training stops; None as in
+            `default_schedule`, 0 never.
+        learning_rate: Of Adam.
+        warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1.
+        seed: Seeds weights, shuffling and particles.
+        device: Where to train, such as "cuda"; None for the CPU.
+        progress: Shows a bar where stderr is a terminal.
+
+    Returns:
+        What `fit` returns.
+
+    Raises:
+        ValueError: If the likelihood does not fit the data, or an argument is out of its range.
+        TrainingError: If the loss is not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+    train, held_out = split_training(dataset)
+    module = _new_vae(dataset, latent_dim, hidden, likelihood, activation, seed)
+    schedule: dict[str, Any] = default_schedule(len(train), batch_size)
+    if epochs is not None:
+        schedule["epochs"] = epochs
+    if patience is not None:
+        schedule["patience"] = patience or None
+    return fit(
+        module.model,
+        module.guide,
+        train,
+        validation=held_out,
+        transform=dataset.transform,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_epochs=warmup_epochs,
+        seed=seed,
+        device=device,
+        checkpoint=Path(folder),
+        config={"data": _describe(dataset)},
+        progress=progress,
+        **schedule,
+    )
+
+
+def _new_vae(
+    dataset: Dataset,
+    latent_dim: int,
+    hidden: Sequence[int],
+    likelihood: str | None,
+    activation: str,
+    seed: int,
+) -> VAE:
+    chosen: str | Likelihood = choose_likelihood(dataset.measure, likelihood)
+    with keep_random_state():
+        pyro.set_rng_seed(seed)
+        module = VAE(dataset.train.shape[1], latent_dim, hidden, chosen, activation)
+    return module.to(dataset.train.dtype)
+
+
+def resume_run(
+    path: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Goes on with a run where its folder says it stopped.
+
+    Args:
+        path: The run folder, of `start_run`.
+        epochs: Passes over the training data in all, those done included; None for the number
+            that the run was begun with.
+        root: Folder of the data files, as for `load_dataset`.
+        device: Where to train; None for the CPU.
+        progress: Shows a bar where stderr is a terminal.
+
+    Raises:
+        CheckpointError: If there is no such run, or nothing is left to do.
+        DatasetError: If the data are missing.
+    """
+    run = load_run(path)
+    settings = run.config["fit"]
+    _, metadata = load_tensors(run.path / "training.safetensors")
+    done, status = metadata["state"]["epoch"], metadata["state"]["status"]
+    total = settings["epochs"] if epochs is None else epochs
+    if done >= total or (status == "stopped early" and epochs is None):
+        raise CheckpointError(
+            f"{run.path} has {status} after {done} epochs: to train it further, ask for more "
+            f"epochs in all than {max(done, settings['epochs'])}."
+        )
+    if not isinstance(settings["learning_rate"], int | float):
+        raise CheckpointError(
+            f"{run.path} was trained with a learning rate that is a function, which its folder "
+            "does not hold: resume it with fit(..., resume=True) and that function."
+        )
+    dataset = load_run_data(run, root)
+    train, held_out = split_training(dataset)
+    schedule = default_schedule(len(train), settings["batch_size"])
+    module = run.module.train()
+    return fit(
+        module.model,
+        module.guide,
+        train,
+        validation=held_out,
+        transform=dataset.transform,
+        device=device,
+        checkpoint=run.path,
+        checkpoint_every=schedule["checkpoint_every"],
+        resume=True,
+        config={"data": run.config["data"]},
+        progress=progress,
+        **{
+            name: settings[name]
+            for name in (
+                "batch_size",
+                "learning_rate",
+                "warmup_epochs",
+                "seed",
+                "patience",
+                "evaluate_every",
+            )
+        },
+        epochs=total,
+    )
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    num_particles: int = 1000,
+    num_data: int | None = None,
+    seed: int = 0,
+    root: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Result:
+    """Measures ELBO, importance-weighted evidence and gap on the test set; writes evaluation.nc.
+
+    Args:
+        run: The run.
+        num_particles: Draws from the guide for each datum.
+        num_data: Only the first so many test data; None for all.
+        seed: Seeds the draws.
+        root: Folder of the data files, as for `load_dataset`.
+        progress: Shows a bar where stderr is a terminal.
+
+    Returns:
+        What `log_evidence` returns; its attributes also name the data, the part of them and the
+        sha256 of the weights.
+
+    Raises:
+        CheckpointError: If the run does not say its data, or those found are others.
+        DatasetError: If the data are missing, or have no test set.
+        ValueError: If a number is out of its range.
+    """
+    test = load_run_data(run, root).test
+    if num_data is not None and num_data < 1:
+        raise ValueError(f"num_data must be a positive integer, not {num_data!r}")
+    if len(test) == 0:
+        raise CheckpointError(
+            f"the data set {run.data_name!r} has no test set: pass data to "
+            "log_evidence(run.model, run.guide, x) yourself."
+        )
+    like = next(run.module.parameters())
+    x = test[:num_data].to(like)
+    found = log_evidence(
+        run.model, run.guide, x, num_particles=num_particles, seed=seed, progress=progress
+    )
+    found.attrs |= {
+        "data": run.data_name,
+        "part": "test",
+        "weights_sha256": _weights_sha256(run.path),
+    }
+    found.save(run.path / "evaluation.nc")
+    return found
+
+
+def load_evaluation(run: Run) -> Result | None:
+    """What `evaluate_run` last found; None if it never ran, or the weights have changed since.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = run.path / "evaluation.nc"
+    if not path.is_file():
+        return None
+    found = load_result(path)
+    return found if found.attrs.get("weights_sha256") == _weights_sha256(run.path) else None
+
+
+def _weights_sha256(folder: Path) -> str:
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

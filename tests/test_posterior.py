@@ -1,0 +1,73 @@
+"""Pareto k-hat against ArviZ, and what it must and must not flag."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
+
+
+def arviz_khat(log_weights: torch.Tensor) -> np.ndarray:
+    """ArviZ's own k-hat, wherever the installed major keeps it."""
+    rows = log_weights.T.contiguous().numpy()
+    try:
+        psislw = importlib.import_module("arviz_stats.base").array_stats.psislw  # ArviZ 1
+    except ImportError:
+        psislw = importlib.import_module("arviz").psislw
+    return np.asarray(psislw(rows)[1])
+
+
+@pytest.mark.parametrize("num_particles", [30, 101, 1000, 5000])
+def test_khat_equals_arviz_on_light_and_heavy_tails(num_particles):
+    spread = torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0, 30.0, 200.0])
+    log_weights = torch.randn(num_particles, 7) * spread - 1000.0
+    assert pareto_khat(log_weights).numpy() == pytest.approx(arviz_khat(log_weights), abs=1e-8)
+
+
+def test_khat_equals_arviz_where_half_of_the_weights_are_tied():
+    log_weights = torch.randn(200, 3)
+    log_weights[:100, 1] = 0.7
+    assert pareto_khat(log_weights).numpy() == pytest.approx(arviz_khat(log_weights), abs=1e-8)
+
+
+def test_khat_does_not_depend_on_other_data_or_on_a_constant():
+    log_weights = torch.randn(150, 300) * 2
+    together = pareto_khat(log_weights)
+    alone = torch.cat([pareto_khat(log_weights[:, n : n + 1] + n) for n in (0, 7, 299)])
+    torch.testing.assert_close(together[[0, 7, 299]], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_khat_is_the_shape_of_a_pareto_tail():
+    # Weights u^-k have a generalised Pareto tail of shape k; scatter at 4000 draws is about 0.2.
+    uniform = torch.rand(4000, 50)
+    for shape in (0.2, 0.9):
+        mean = pareto_khat(-shape * uniform.log()).mean()
+        assert abs(mean - shape) < 4 * 0.2 / math.sqrt(50)
+        assert abs(mean - (1.1 - shape)) > 4 * 0.2 / math.sqrt(50)
+
+
+def test_equal_weights_have_no_tail_and_few_draws_have_none_to_fit():
+    assert pareto_khat(torch.full((100, 2), -3.0)).tolist() == [-math.inf] * 2
+    assert pareto_khat(torch.randn(10, 2)).tolist() == [math.inf] * 2
+    assert pareto_khat(torch.randn(1, 3)).tolist() == [math.inf] * 3
+
+
+def test_infinite_and_missing_weights_are_said():
+    log_weights = torch.randn(100, 4)
+    log_weights[3, 0] = math.inf
+    log_weights[3, 1] = math.nan
+    log_weights[:, 2] = -math.inf
+    khat = pareto_khat(log_weights)
+    assert khat[0] == math.inf
+    assert khat[1].isnan()
+    assert khat[2].isnan()
+    assert khat[3].isfinite()
+
+
+def test_threshold_is_that_of_psis():
+    assert khat_threshold(100) == pytest.approx(0.5)
+    assert khat_threshold(10_000) == 0.7
+    assert khat_threshold(1000) == pytest.approx(2 / 3)
