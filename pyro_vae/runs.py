@@ -37,6 +37,7 @@ __all__ = [
     "Run",
     "choose_binarization",
     "choose_likelihood",
+    "clear_run",
     "default_schedule",
     "evaluate_run",
     "load_evaluation",
@@ -52,6 +53,15 @@ BINARIZATION_SEED = 0
 """The draws of binary test pixels; one for all runs, so that their numbers are comparable."""
 
 _FORMAT = 1
+_WEIGHT_FILES = ("model.safetensors", "training.safetensors")
+_DERIVED_FILES = (
+    "README.md",
+    "config.json",
+    "evaluation.nc",
+    "history.jsonl",
+    "report.html",
+    "samples.png",
+)
 _HELD_OUT_EVERY = 10
 _MODELS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {"VAE": VAE, "LinearGaussian": LinearGaussian}
@@ -148,7 +158,23 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     )
 
 
-def _build(folder: Path, described: Any) -> nn.Module:
+def clear_run(folder: str | os.PathLike[str]) -> None:
+    """Deletes a run's own files from its folder, and what was made from them; nothing else.
+
+    A folder without weights holds no run, whatever else is called README.md there: it is left as it
+    is.
+    """
+    target = Path(folder)
+    if not any((target / name).exists() for name in _WEIGHT_FILES):
+        return
+    figures = sorted((target / "figures").glob("*.png"))
+    for path in (*(target / name for name in _DERIVED_FILES), *figures):
+        path.unlink(missing_ok=True)
+    for name in _WEIGHT_FILES:
+        (target / name).unlink(missing_ok=True)
+
+
+def _build(folder: Path, described: Any) -> Any:
     """The module that config.json describes, without memory for its weights yet."""
     described = described if isinstance(described, dict) else {}
     name = described.get("class")
@@ -244,7 +270,7 @@ def _history(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Re
         function="fit",
         config=config,
         seed=seed,
-        data_sha256=config.get("data", {}).get("sha256"),
+        data_sha256=config.get("fit", {}).get("data_sha256"),
         coords={"epoch": [int(row["epoch"]) for row in rows]},
     )
 
@@ -449,7 +475,7 @@ def start_run(
     kept. The test set is not looked at.
 
     Args:
-        folder: The run folder; a run in it is replaced.
+        folder: The run folder; one that holds a run is refused (see `resume_run`, `clear_run`).
         dataset: From `load_training_data`.
         latent_dim: Number of latents.
         hidden: Sizes of the encoder's hidden layers; the decoder has them in reverse order.
@@ -470,6 +496,7 @@ def start_run(
 
     Raises:
         ValueError: If the likelihood does not fit the data, or an argument is out of its range.
+        CheckpointError: If the folder holds a run.
         TrainingError: If the loss is not finite.
     """
     if batch_size < 1:
@@ -554,7 +581,7 @@ def resume_run(
     dataset = load_run_data(run, root)
     train, held_out = split_training(dataset)
     schedule = default_schedule(len(train), settings["batch_size"])
-    module = run.module.train()
+    module: Any = run.module.train()
     return fit(
         module.model,
         module.guide,

@@ -1,21 +1,15 @@
 r"""A run folder: what it holds, in which order it is written, how it is read safely.
 
-==================
-==================================================================================
-config.json        how the model is built, how it was trained, on which data
-model.safetensors  the weights alone, as the model hubs have them
-training.safetensors  everything that going on needs, in one file: parameters, optimizer, random
-states, the
-                   epoch's shuffling order, history
-history.jsonl      one line an epoch
-README.md          a model card
-==================
-==================================================================================
+- ``training.safetensors``: everything that going on needs, in one file: parameters, buffers,
+  optimizer, random states, the epoch's shuffling order, history, configuration.
+- ``model.safetensors``: the weights alone, as the model hubs have them.
+- ``config.json``: how the model is built, how it was trained, on which data.
+- ``history.jsonl``: one line an evaluation; numbers that are not finite are left out.
+- ``README.md``: a model card.
 
-`training.safetensors` alone decides where a resumed run goes on, so a crash between two files
-cannot mix two states. Each
-safetensors file carries the sha256 of its own tensors, as safetensors does not notice a flipped
-bit.
+`training.safetensors` is written first and alone decides where a resumed run goes on, so a crash
+between two files cannot mix two states. Each safetensors file carries the sha256 of its own
+tensors, as safetensors does not notice a flipped bit.
 """
 
 import hashlib
@@ -32,7 +26,23 @@ from torch import Tensor
 
 from pyro_vae.files import atomic_path, write_text
 
-__all__ = ["CheckpointError", "load_tensors", "read_json", "save_tensors", "write_run"]
+__all__ = [
+    "CheckpointError",
+    "holds_run",
+    "load_tensors",
+    "model_card",
+    "read_json",
+    "save_tensors",
+    "write_run",
+]
+
+_FILES = (
+    "training.safetensors",
+    "model.safetensors",
+    "config.json",
+    "history.jsonl",
+    "README.md",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -50,11 +60,8 @@ def save_tensors(
         metadata: Anything JSON can hold.
     """
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {
-        "format": "pt",
-        "sha256": _digest(copies, metadata),
-        "metadata": json.dumps(metadata or {}),
-    }
+    text = json.dumps(metadata or {})
+    header = {"format": "pt", "sha256": _digest(copies, text), "metadata": text}
     with atomic_path(path) as temporary:
         save_file(copies, temporary, metadata=header)
 
@@ -73,20 +80,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = json.loads(header.get("metadata", "{}"))
+        text = header.get("metadata", "{}")
+        metadata = json.loads(text)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); restore it from a copy, or train again"
         ) from error
-    if header.get("sha256") != _digest(tensors, metadata):
+    if header.get("sha256") != _digest(tensors, text):
         raise CheckpointError(
             f"{path} is damaged: its tensors do not match their sha256; restore it or train again"
         )
     return tensors, metadata
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
-    digest = hashlib.sha256(json.dumps(metadata or {}, sort_keys=True).encode())
+def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(metadata.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -114,6 +122,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def holds_run(folder: str | Path) -> str | None:
+    """The first file of a run that `folder` holds, or None: `write_run` would replace it."""
+    return next((name for name in _FILES if (Path(folder) / name).exists()), None)
+
+
 def write_run(
     folder: str | Path,
     *,
@@ -122,6 +135,7 @@ def write_run(
     training: Mapping[str, Tensor],
     state: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
 ) -> None:
     """Writes a run folder; the state to resume from comes first, what is derived from it after.
 
@@ -131,19 +145,26 @@ def write_run(
         weights: For `model.safetensors`.
         training: Tensors of the training state.
         state: The rest of the training state, as JSON.
-        history: One row an epoch.
+        history: One row an evaluation.
+        reached: The row that speaks of `weights`, if there is one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "training.safetensors", training, {"state": state, "config": config})
     save_tensors(folder / "model.safetensors", weights)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-    write_text(folder / "README.md", model_card(config, weights, history))
+    write_text(folder / "history.jsonl", "".join(_strict_json(row) + "\n" for row in history))
+    write_text(folder / "README.md", model_card(config, weights, reached))
+
+
+def _strict_json(row: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity: such numbers are left out."""
+    infinite = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({k: v for k, v in row.items() if k not in infinite}, allow_nan=False)
 
 
 def model_card(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], reached: Mapping[str, Any] | None
 ) -> str:
     """The README.md of a run folder: what the model is, what it reached, how to load it."""
     described = config.get("model") or {}
@@ -161,19 +182,19 @@ def model_card(
         f"`{name}({arguments})`, {count:,} numbers in `model.safetensors`.",
         "",
     ]
-    if history:
-        last = history[-1]
-        bound = last.get("validation_bound", last.get("bound"))
-        error = last.get("validation_bound_se", last.get("bound_se"))
-        held = "held-out" if "validation_bound" in last else "training"
-        if bound is not None and math.isfinite(bound):
-            spread = f" +- {error:.2f}" if error is not None and math.isfinite(error) else ""
-            lines += [
-                f"After epoch {last['epoch']}: ELBO {bound:.2f}{spread} nats per datum on {held} "
-                "data "
-                f"(a lower bound of log p(x); measure: {last.get('measure', 'unknown')}).",
-                "",
-            ]
+    if reached is not None:
+        held_out = "validation_bound" in reached
+        prefix = "validation_" if held_out else ""
+        bound, error = reached[f"{prefix}bound"], reached.get(f"{prefix}bound_se")
+        spread = f" +- {error:.2f}" if error is not None else ""
+        what = "ELBO" if "kl" in reached else "negative loss"
+        meaning = "a lower bound of log p(x); " if "kl" in reached else ""
+        lines += [
+            f"After epoch {reached['epoch']}: {what} {bound:.2f}{spread} nats per datum on "
+            f"{'held-out' if held_out else 'training'} data ({meaning}measure: "
+            f"{reached.get('measure', 'unknown')}).",
+            "",
+        ]
     if "class" in described:
         lines += [
             "```python",

@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -23,16 +24,18 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    fixed_draws,
     keep_random_state,
     modules_of,
     site_log_prob,
     subsamples,
+    sum_dims,
     sum_sites,
     trace_programs,
     weighted_sites,
 )
 
-__all__ = ["check_module_names", "check_parameters", "inspect_programs"]
+__all__ = ["check_module_names", "check_parameters", "common_scale", "inspect_programs", "is_delta"]
 
 
 def inspect_programs(
@@ -66,21 +69,24 @@ def inspect_programs(
             given their latents.
     """
     provisional = ProgramStructure(None, 1, 0, 1.0, "mixed", False, True, (), ())
+    check_module_names(model, guide)
     with torch.no_grad(), keep_random_state(), _refuse_modules_in_training():
+        # A stream of its own: parameters that are first drawn here owe nothing to later draws.
+        pyro.set_rng_seed(int(torch.randint(2**31, ())))
         guide_trace, model_trace = trace_programs(model, guide, arguments)
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
         _check_latents(guide_sites, model_sites)
-        _check_point_mass(guide, arguments, guide_sites)
         measure = _check_observed(model_sites)
         shapes = {
             (role, name): site_log_prob(site).shape
             for role, sites in (("guide", guide_sites), ("model", model_sites))
             for name, site in sites.items()
         }
+        _check_point_mass(guide, arguments, guide_trace)
         structure = replace(
             provisional,
             max_plate_nesting=_max_plate_nesting(guide_sites, model_sites, shapes.values()),
-            scale=_common_scale(guide_sites, model_sites, joint),
+            scale=common_scale(guide_sites, model_sites, joint),
             measure=measure,
             latents=tuple(
                 n for n, s in guide_sites.items() if n in model_sites and not s["is_observed"]
@@ -96,6 +102,8 @@ def inspect_programs(
                 model, guide, arguments, structure, (guide_trace, model_trace)
             ),
         )
+        if structure.batch_size > 1:
+            _check_independent(model, guide, arguments, structure, (guide_trace, model_trace))
         vectorizable = num_particles > 1 and _is_vectorizable(
             model, guide, arguments, structure, (guide_trace, model_trace)
         )
@@ -107,12 +115,16 @@ def _refuse_modules_in_training() -> Iterator[None]:
     """Refuses dropout and batch normalisation in training mode before they do anything."""
 
     def hook(module: nn.Module, _inputs: Any) -> None:
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
+            raise ProgramError(
+                f"{kind} without running statistics couples the data of a batch in every mode, so "
+                "log weights per datum do not exist; give it track_running_stats=True, and call "
+                ".eval() on the module"
+            )
         if not module.training:
             return
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._NormBase) and getattr(
-            module, "track_running_stats", True
-        ):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ProgramError(
                 f"{kind} in training mode couples the data of a batch, so log weights per datum "
                 "do not exist; "
@@ -139,12 +151,17 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
                 "under the same name, "
                 "or, if it is discrete, sum it out of the model"
             )
-        if site["is_observed"] and name in guide_sites and not guide_sites[name]["is_observed"]:
+        if site["is_observed"] and name in guide_sites:
             raise ProgramError(
-                f"site '{name}' is observed in the model but sampled in the guide; give it "
-                "another name"
+                f"site '{name}' is observed in the model but stands in the guide as well; take it "
+                "out of the guide, or give it another name"
             )
     for name, site in guide_sites.items():
+        if site["is_observed"] and type(site["fn"]).__name__ != "Unit":  # pyro.factor
+            raise ProgramError(
+                f"the guide's site '{name}' is observed, so the guide is no density of the "
+                "latents; take obs= out of the guide, or sample the site there"
+            )
         if (
             not site["is_observed"]
             and name not in model_sites
@@ -159,15 +176,17 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
             )
 
 
-def _check_point_mass(guide: Program, arguments: Arguments, guide_sites: dict[str, dict]) -> None:
+def _check_point_mass(guide: Program, arguments: Arguments, guide_trace: Trace) -> None:
     """Refuses a `Delta` posterior; one that transforms an auxiliary draw is none."""
-    deltas = {n: s for n, s in guide_sites.items() if not s["is_observed"] and _is_delta(s["fn"])}
+    guide_sites = weighted_sites(guide_trace)
+    deltas = {n: s for n, s in guide_sites.items() if not s["is_observed"] and is_delta(s["fn"])}
     if not deltas:
         return
     fixed = sorted(deltas)
     if any(s["infer"].get("is_auxiliary") for s in guide_sites.values()):
         args, kwargs = arguments
-        again = poutine.trace(guide).get_trace(*args, **kwargs)
+        same_data = poutine.replay(guide, trace=subsamples(guide_trace))
+        again = poutine.trace(same_data).get_trace(*args, **kwargs)
         fixed = [n for n in fixed if torch.equal(deltas[n]["value"], again.nodes[n]["value"])]
     if fixed:
         raise ProgramError(
@@ -178,7 +197,8 @@ def _check_point_mass(guide: Program, arguments: Arguments, guide_sites: dict[st
         )
 
 
-def _is_delta(fn: Any) -> bool:
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a point mass."""
     while not isinstance(fn, pyro.distributions.Delta):
         if not hasattr(fn, "base_dist"):
             return False
@@ -198,15 +218,28 @@ def _check_observed(model_sites: dict[str, dict]) -> str:
             measures.add("mixed")
             continue
         inside = support.check(site["value"])
-        if isinstance(site["mask"], Tensor):
-            inside = inside | ~site["mask"]
-        if site["mask"] is not False and not bool(inside.all()):
+        for mask in _masks(site):
+            inside = inside | ~torch.as_tensor(mask, device=inside.device)
+        if not bool(inside.all()):
             raise ProgramError(
                 f"the data at site '{name}' lie outside the support of their distribution "
                 f"({support}): " + _support_advice(support)
             )
         measures.add(_measure_of(support))
     return measures.pop() if len(measures) == 1 else "mixed"
+
+
+def _masks(site: dict[str, Any]) -> list[Any]:
+    """The masks of a site: of poutine.mask, and of the distributions inside its own."""
+    masks, fn = [] if site["mask"] is None else [site["mask"]], site["fn"]
+    events = 0  # dims that Independent took from the masks inside it
+    while fn is not None:
+        if isinstance(fn, MaskedDistribution):
+            mask = torch.as_tensor(fn._mask)
+            masks.append(mask.expand(fn.batch_shape).flatten(-events).all(-1) if events else mask)
+        events += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = getattr(fn, "base_dist", None)
+    return masks
 
 
 def _support_advice(support: Any) -> str:
@@ -238,17 +271,23 @@ def _max_plate_nesting(guide_sites: dict, model_sites: dict, shapes: Any) -> int
     return max([0, *depths, *(len(shape) for shape in shapes)])
 
 
-def _common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
+def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
     """The one factor N/B of all sites."""
     seen: dict[float, str] = {}
     for sites in (model_sites, guide_sites):
         for name, site in sites.items():
-            for scale in torch.as_tensor(site["scale"], dtype=torch.float64).unique().tolist():
-                seen.setdefault(scale, name)
+            scale = site["scale"]
+            for value in scale.unique().tolist() if isinstance(scale, Tensor) else [float(scale)]:
+                seen.setdefault(float(f"{value:.6g}"), name)  # products of factors round
     if len(seen) > 1:
         (a, site_a), (b, site_b) = list(seen.items())[:2]
+        sites_are = (
+            f"sites '{site_a}' and '{site_b}' have"
+            if site_a != site_b
+            else f"site '{site_a}' has for its data"
+        )
         raise ProgramError(
-            f"sites '{site_a}' and '{site_b}' have different scales ({a:g} and {b:g}), so no "
+            f"{sites_are} different scales ({a:g} and {b:g}), so no "
             "importance weight "
             "exists; remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model "
             "and guide alike"
@@ -357,21 +396,21 @@ def _check_declared(
 
 def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_plate: Any) -> None:
     full = plate.full_size if plate.full_size is not None else plate.size
-    if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
+    if full == plate.size:
+        return
+    drawn = [plate.name in subsamples(trace) for trace in (guide_trace, model_trace)]
+    if plate.name == guide_plate.name and drawn[0] != drawn[1]:
+        raise ProgramError(
+            f"the rows of plate '{plate.name}' are given in the {'model' if drawn[0] else 'guide'} "
+            "and drawn in the other program, so they see different data; pass the same subsample= "
+            "to both, or subsample_size= to both"
+        )
+    if plate.name != guide_plate.name and guide_plate.size != -1:
         raise ProgramError(
             f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
             "so they see different "
             "data; use one name in both"
         )
-
-
-def _given(guide_trace: Trace, model_trace: Trace) -> Trace:
-    """A trace that holds every draw of a run: latents, and the subsamples of both programs."""
-    given = guide_trace.copy()
-    for name, site in subsamples(model_trace).nodes.items():
-        if name not in given:
-            given.add_node(name, **{k: v for k, v in site.items() if k != "name"})
-    return given
 
 
 def _rerun(
@@ -380,10 +419,14 @@ def _rerun(
     """Log q and log p of one particle at given latents; no log q where the guide cannot give it."""
     args, kwargs = arguments
     model_trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
-    log_p = sum_sites(model_trace, structure, 1, None)
+    log_p = sum_sites(model_trace, structure, 1)
+    drawn = given.copy()  # a Delta computes its value again: its density has no room for rounding
+    for name, site in weighted_sites(given).items():
+        if is_delta(site["fn"]):
+            del drawn.nodes[name]
     try:
-        guide_trace = poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
-        return sum_sites(guide_trace, structure, 1, None), log_p
+        guide_trace = poutine.trace(poutine.replay(guide, trace=drawn)).get_trace(*args, **kwargs)
+        return sum_sites(guide_trace, structure, 1), log_p
     except (KeyError, NotImplementedError):  # how Pyro's transforms without an inverse answer
         return None, log_p
 
@@ -405,15 +448,50 @@ def _check_deterministic(
     """Runs both programs again at the same latents; returns whether the guide could be."""
     if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
         return False
-    log_q, log_p = _rerun(model, guide, arguments, structure, _given(*traces))
+    log_q, log_p = _rerun(model, guide, arguments, structure, fixed_draws(*traces))
     for role, trace, again in (("model", traces[1], log_p), ("guide", traces[0], log_q)):
-        if again is not None and not _agree(sum_sites(trace, structure, 1, None), again):
+        if again is not None and not _agree(sum_sites(trace, structure, 1), again):
             raise ProgramError(
                 f"the {role} is not deterministic given its latents (a second run at the same "
                 "latents gave another "
                 "log-probability); take noise that is no pyro.sample site out of it, or make it one"
             )
     return log_q is not None
+
+
+def _check_independent(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    traces: tuple[Trace, Trace],
+) -> None:
+    """Refuses a model in which the latents of one datum move the density of another."""
+    if structure.batch_dim is None or not structure.latents:
+        return
+    same = subsamples(*traces)
+    others = trace_programs(
+        poutine.replay(model, trace=same), poutine.replay(guide, trace=same), arguments
+    )
+    given, drawn = fixed_draws(*traces), weighted_sites(others[0])
+    for name in structure.latents:
+        site = given.nodes[name]
+        dim = site["value"].dim() - len(site["fn"].event_shape) + structure.batch_dim
+        mixed = drawn[name]["value"].clone()
+        mixed.select(dim, 0).copy_(site["value"].select(dim, 0))
+        given.nodes[name] = {**site, "value": mixed}
+    args, kwargs = arguments
+    mixed_trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
+    sites = weighted_sites(mixed_trace)
+    for name, site in weighted_sites(traces[1]).items():
+        before = sum_dims(site_log_prob(site), structure, 1)[:, 0]
+        after = sum_dims(site_log_prob(sites[name]), structure, 1)[:, 0] if name in sites else None
+        if after is None or not _agree(before, after):
+            raise ProgramError(
+                f"the density of one datum at the model's site '{name}' depends on the latents of "
+                "other data, so log weights per datum do not exist; make each row depend on its "
+                "own latents, or pass joint=True for one weight per particle on all data"
+            )
 
 
 def _is_vectorizable(
@@ -427,7 +505,7 @@ def _is_vectorizable(
     vectorized = replace(structure, vectorizable=True)
     try:
         together = trace_programs(model, guide, arguments, 2, structure.max_plate_nesting)
-        log_q, log_p = (sum_sites(trace, vectorized, 2, None)[1:] for trace in together)
+        log_q, log_p = (_second(sum_sites(trace, vectorized, 2)) for trace in together)
         alone = _second_particle(together, traces, structure)
     except Exception:  # whatever a program that was written for one particle does with two
         return False
@@ -437,12 +515,16 @@ def _is_vectorizable(
     return _agree(log_p, log_p_alone) and (log_q_alone is None or _agree(log_q, log_q_alone))
 
 
+def _second(total: Tensor) -> Tensor:
+    return total[1:] if total.dim() else total  # a sum over no site has no particles
+
+
 def _second_particle(
     together: tuple[Trace, Trace], single: tuple[Trace, Trace], structure: ProgramStructure
 ) -> Trace | None:
     """The second of two particles in the shapes of a run with one; None if they do not fit."""
-    given = _given(*together)
-    reference = _given(*single)
+    given = fixed_draws(*together)
+    reference = fixed_draws(*single)
     for name, site in weighted_sites(given).items():
         if site["is_observed"] or name not in reference:
             continue
@@ -450,7 +532,7 @@ def _second_particle(
         dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
         if dim < 0 or value.shape[dim] != 2 or value.select(dim, 1).numel() != shape.numel():
             return None
-        site["value"] = value.select(dim, 1).reshape(shape)
+        given.nodes[name] = {**site, "value": value.select(dim, 1).reshape(shape)}
     return given
 
 

@@ -1,6 +1,7 @@
 """One torch optimizer behind the `PyroOptim` that `pyro.infer.SVI` asks for."""
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -8,7 +9,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["FusedOptim", "TrainingError", "make_optimizer"]
+__all__ = ["FusedOptim", "TrainingError", "check_gradients", "make_optimizer"]
 
 
 class TrainingError(RuntimeError):
@@ -21,8 +22,6 @@ class FusedOptim(PyroOptim):
     Pyro's own makes one per tensor, which costs more than a small VAE's arithmetic.
     """
 
-    can_be_saved = True
-
     def __init__(self, factory: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> None:
         super().__init__(factory, {})
         self.factory = factory
@@ -32,30 +31,25 @@ class FusedOptim(PyroOptim):
     @property
     def name(self) -> str:
         """What the run folder says was used."""
-        return (
-            type(self.optimizer).__name__
-            if self.optimizer
-            else getattr(self.factory, "__name__", "optimizer")
-        )
+        return type(self.optimizer).__name__
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The optimizer's settings, as JSON can hold them."""
+        defaults = self.optimizer.defaults if self.optimizer is not None else {}
+        return json.loads(json.dumps(defaults, default=str))
 
     def __call__(self, params: Iterable[Tensor], *_args: Any, **_kwargs: Any) -> None:
-        """Makes one step from the gradients that the parameters hold."""
+        """Makes one step from the gradients that the parameters hold, and takes them away."""
+        params = list(params)
         new = [p for p in params if p not in self.names]
         if new:
             self.add(new)
         assert self.optimizer is not None
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            bad = next(
-                name
-                for p, name in self.names.items()
-                if p.grad is not None and not p.grad.isfinite().all()
-            )
-            raise TrainingError(
-                f"the gradient of '{bad}' is not finite; lower the learning rate, or look for a "
-                "scale that goes to 0"
-            )
+        check_gradients(params)
         self.optimizer.step()
+        for p in params:  # spares SVI a tensor of zeros each, and a later step what is not its own
+            p.grad = None
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Takes further parameters into the one optimizer."""
@@ -64,44 +58,52 @@ class FusedOptim(PyroOptim):
         self.names |= {p: name for name, p in named}
         if self.optimizer is None:
             self.optimizer = self.factory([p for _, p in named])
+            if not isinstance(self.optimizer, torch.optim.Optimizer):
+                raise ValueError(
+                    "optimizer must be a function from parameters to a torch optimizer, such as "
+                    f"functools.partial(torch.optim.SGD, lr=0.1); it gave {self.optimizer!r}"
+                )
         else:
             self.optimizer.add_param_group({"params": [p for _, p in named]})
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate of every parameter."""
-        if self.optimizer is None:
-            self.add(dict(pyro.get_param_store().named_parameters()).values())
-        for group in self.optimizer.param_groups:  # type: ignore[union-attr]
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimizer's state as `KEY.PARAMETER` tensors."""
-        if self.optimizer is None:
-            return {}
-        return {
+        """The optimizer's state as `KEY.PARAMETER` tensors, and numbers of its groups."""
+        assert self.optimizer is not None
+        state = {
             f"{key}.{name}": torch.as_tensor(value)
             for name, p in parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
             if value is not None
         }
+        groups = {  # some optimizers change these as they go
+            f"group.{place}.{key}": torch.tensor(value, dtype=torch.float64)
+            for place, group in enumerate(self.optimizer.param_groups)
+            for key, value in group.items()
+            if isinstance(value, float)
+        }
+        return state | groups
 
     def restore(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Puts back what `tensors` gave."""
-        if not tensors:
-            return
-        self.add(p for p in parameters.values() if p not in self.names)
         assert self.optimizer is not None
         for full, value in tensors.items():
             key, name = full.split(".", 1)
-            self.optimizer.state[parameters[name]][key] = (
-                value.to(parameters[name].device) if value.dim() else value
-            )
+            if key == "group":
+                place, key = name.split(".", 1)
+                self.optimizer.param_groups[int(place)][key] = value.item()
+            else:
+                like = parameters[name]
+                self.optimizer.state[like][key] = value.to(like.device) if value.dim() else value
 
 
 class _PyroOptim(FusedOptim):
     """A user's own `PyroOptim`, used as it is; it cannot be written to a checkpoint."""
-
-    can_be_saved = False
 
     def __init__(self, optim: PyroOptim) -> None:
         super().__init__(lambda params: None)  # type: ignore[arg-type, return-value]
@@ -112,13 +114,31 @@ class _PyroOptim(FusedOptim):
         return f"pyro.optim {getattr(self.optim.pt_optim_constructor, '__name__', 'optimizer')}"
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        self.optim(list(params), *args, **kwargs)
+        params = list(params)
+        check_gradients(params)
+        self.optim(params, *args, **kwargs)
 
-    def set_learning_rate(self, rate: float) -> None:
-        raise ValueError(
-            "a learning-rate function needs a torch optimizer; pass optimizer=None or a function "
-            "of parameters"
-        )
+    def add(self, params: Iterable[Tensor]) -> None:
+        """Leaves it to the user's optimizer, which takes parameters as they come."""
+
+
+def check_gradients(params: Sequence[Tensor]) -> None:
+    """Refuses gradients that are not finite, before they move anything.
+
+    Raises:
+        TrainingError: If one is not finite; says whose.
+    """
+    gradients = [p.grad for p in params if p.grad is not None]
+    # One number for all; where it overflows, each gradient is looked at.
+    if not gradients or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        return
+    store = pyro.get_param_store()
+    for p in params:
+        if p.grad is not None and not p.grad.isfinite().all():
+            raise TrainingError(
+                f"the gradient of '{store.param_name(p)}' is not finite; the parameters are those "
+                "of the last good step. Lower the learning rate, or look for a scale that goes to 0"
+            )
 
 
 def make_optimizer(optimizer: Any, learning_rate: Any) -> FusedOptim:
@@ -126,6 +146,11 @@ def make_optimizer(optimizer: Any, learning_rate: Any) -> FusedOptim:
     if isinstance(optimizer, PyroOptim):
         return _PyroOptim(optimizer)
     if optimizer is not None:
+        if not callable(optimizer):
+            raise ValueError(
+                "optimizer must be a function from parameters to a torch optimizer, such as "
+                f"functools.partial(torch.optim.SGD, lr=0.1), not {optimizer!r}"
+            )
         return FusedOptim(optimizer)
     rate = learning_rate(0) if callable(learning_rate) else learning_rate
 

@@ -4,6 +4,7 @@ r"""How the tools run a user's Pyro programs, and leave the caller's world as it
 keeps the caller's parameters, random state and settings; `FittedProgram` carries fitted ones.
 """
 
+import inspect
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -28,19 +29,25 @@ __all__ = [
     "Program",
     "ProgramError",
     "ProgramStructure",
+    "Site",
     "as_arguments",
     "batch_length",
     "bytes_of_run",
     "common_owner",
+    "draw_traces",
     "evaluation_mode",
+    "fixed_draws",
     "keep_random_state",
     "map_batch",
     "modules_of",
     "program_scope",
+    "rerun_traces",
     "run_programs",
     "site_log_prob",
     "subsamples",
+    "sum_dims",
     "sum_sites",
+    "sum_traces",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",
@@ -48,6 +55,7 @@ __all__ = [
 
 Program = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Site = dict[str, Any]
 
 
 class ProgramError(ValueError):
@@ -215,33 +223,49 @@ def run_programs(
         (batch 1 if joint), and
         the parts of log p(x, z) by observed (`likelihood`) and latent (`prior`) sites.
     """
-    if structure.vectorizable or num_particles == 1:
-        traces = [
-            trace_programs(model, guide, arguments, num_particles, structure.max_plate_nesting)
-        ]
-        counts = [num_particles]
-    else:
-        first = trace_programs(model, guide, arguments)
-        same = subsamples(*first)
-        traces = [first] + [
-            trace_programs(
-                poutine.replay(model, trace=same),
-                poutine.replay(guide, trace=same),
-                arguments,
-            )
-            for _ in range(num_particles - 1)
-        ]
-        counts = [1] * num_particles
+    traces = draw_traces(model, guide, arguments, structure, num_particles)
+    likelihood = sum_traces([(model, k) for _, model, k in traces], structure, _is_observed)
+    prior = sum_traces([(model, k) for _, model, k in traces], structure, _is_latent)
+    posterior = sum_traces([(guide, k) for guide, _, k in traces], structure)
+    # A sum over no site is one zero; every result has the weights' shape and dtype all the same.
+    weights = likelihood + prior - posterior
     likelihood, prior, posterior = (
-        torch.cat(
-            [
-                sum_sites(trace[i], structure, k, observed)
-                for trace, k in zip(traces, counts, strict=True)
-            ]
-        )
-        for i, observed in ((1, True), (1, False), (0, None))
+        part.to(weights).expand_as(weights) for part in (likelihood, prior, posterior)
     )
     return likelihood + prior, posterior, {"likelihood": likelihood, "prior": prior}
+
+
+def draw_traces(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    num_particles: int,
+) -> list[tuple[Trace, Trace, int]]:
+    """Traces of guide and model with the number of particles in each.
+
+    One pair holds all particles, or, where programs cannot run them together, each pair holds one;
+    all then see the same subsample of the data.
+    """
+    count = num_particles if structure.vectorizable else 1
+    drawn: list[tuple[Trace, Trace, int]] = []
+    while len(drawn) * count < num_particles:
+        traces = trace_programs(model, guide, arguments, count, structure.max_plate_nesting)
+        for site in weighted_sites(traces[0]).values():
+            site_log_prob(site)  # at once: a flow without an inverse knows its last draw alone
+        if not drawn and count < num_particles:
+            same = subsamples(*traces)
+            model, guide = poutine.replay(model, trace=same), poutine.replay(guide, trace=same)
+        drawn.append((*traces, count))
+    return drawn
+
+
+def _is_observed(_name: str, site: Site) -> bool:
+    return site["is_observed"]
+
+
+def _is_latent(_name: str, site: Site) -> bool:
+    return not site["is_observed"]
 
 
 def trace_programs(
@@ -268,6 +292,43 @@ def trace_programs(
     # Replay stands outside the particle plate: a replayed site skips the plates inside replay.
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return guide_trace, model_trace
+
+
+def rerun_traces(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    traces: list[tuple[Trace, Trace, int]],
+) -> list[tuple[Trace, Trace, int]]:
+    """Runs both programs again at the draws of `traces`, through which no gradient passes."""
+    args, kwargs = arguments
+    again = []
+    for guide_trace, model_trace, count in traces:
+        given = fixed_draws(guide_trace, model_trace)
+        programs = [guide, model]
+        if count > 1:
+            dim = -1 - structure.max_plate_nesting
+            programs = [_in_particle_plate(program, count, dim) for program in programs]
+        rerun = [
+            poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
+            for program in programs
+        ]
+        again.append((rerun[0], rerun[1], count))
+    return again
+
+
+def fixed_draws(guide_trace: Trace, model_trace: Trace) -> Trace:
+    """A trace to replay: every latent, detached, and the subsamples of both programs."""
+    given = guide_trace.copy()
+    for name, site in subsamples(model_trace).nodes.items():
+        if name not in given:
+            given.add_node(name, **{k: v for k, v in site.items() if k != "name"})
+    for name, site in weighted_sites(given).items():
+        # A clone, so that a transform computes its inverse instead of remembering it.
+        given.nodes[name] = {**site, "value": site["value"].detach().clone()}
+        given.nodes[name].pop("masked_log_prob", None)
+    return given
 
 
 def bytes_of_run(model: Program, guide: Program, arguments: Arguments) -> int:
@@ -308,27 +369,42 @@ def weighted_sites(trace: Trace) -> dict[str, dict[str, Any]]:
     }
 
 
-def site_log_prob(site: dict[str, Any]) -> Tensor:
-    """A site's log-probability in nats, with its mask and without its scale."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return scale_and_mask(log_prob, 1.0, site["mask"])
+def site_log_prob(site: Site) -> Tensor:
+    """A site's log-probability in nats, with its mask and without its scale; computed once."""
+    if "masked_log_prob" not in site:
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        site["masked_log_prob"] = scale_and_mask(log_prob, 1.0, site["mask"])
+    return site["masked_log_prob"]
+
+
+def sum_traces(
+    traces: list[tuple[Trace, int]],
+    structure: ProgramStructure,
+    keep: Callable[[str, Site], bool] | None = None,
+) -> Tensor:
+    """`sum_sites` over all particles, `[particles, batch]`; one zero if there is no such site."""
+    parts = [sum_sites(trace, structure, count, keep) for trace, count in traces]
+    return parts[0] if parts[0].dim() == 0 else torch.cat(parts)
 
 
 def sum_sites(
-    trace: Trace, structure: ProgramStructure, num_particles: int, observed: bool | None
-) -> Float[Tensor, "particles batch"]:
-    """Sums the log-probabilities of a trace over all but particles and data."""
-    total: Tensor | None = None
-    for site in weighted_sites(trace).values():
-        if observed is None or site["is_observed"] is observed:
-            part = _sum_dims(site_log_prob(site), structure, num_particles)
-            total = part if total is None else total + part
-    if total is None:
-        return torch.zeros(num_particles, 1)  # broadcasts over the batch
+    trace: Trace,
+    structure: ProgramStructure,
+    num_particles: int,
+    keep: Callable[[str, Site], bool] | None = None,
+) -> Tensor:
+    """Sums the log-probabilities of a trace's sites, or those to keep, per particle and datum."""
+    total = torch.zeros(())
+    for name, site in weighted_sites(trace).items():
+        if keep is None or keep(name, site):
+            total = total + sum_dims(site_log_prob(site), structure, num_particles)
     return total
 
 
-def _sum_dims(log_prob: Tensor, structure: ProgramStructure, num_particles: int) -> Tensor:
+def sum_dims(
+    log_prob: Tensor, structure: ProgramStructure, num_particles: int
+) -> Float[Tensor, "particles batch"]:
+    """Sums a site's log-probabilities over all dims but particles and data."""
     nesting = structure.max_plate_nesting
     log_prob = log_prob[(None,) * (nesting + 1 - log_prob.dim())]
     if log_prob.shape[0] != num_particles:
@@ -373,7 +449,9 @@ class FittedProgram:
                 value.unconstrained = weakref.ref(value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["__wrapped__"], name)
+        if "__wrapped__" not in self.__dict__:  # while copying or unpickling
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
     def __repr__(self) -> str:
         return f"fitted {self.__wrapped__!r}"
@@ -412,22 +490,20 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 
 def modules_of(program: Any) -> list[nn.Module]:
     """The modules a program reaches: itself, its owner, those its closure and globals name."""
+    while not isinstance(program, nn.Module):  # fitted, partial and decorated programs
+        inner = getattr(program, "func", getattr(program, "__wrapped__", None))
+        if inner is None:
+            break
+        program = inner
     if isinstance(program, nn.Module):
         return [program]
-    owner = getattr(program, "__self__", None)
+    owner = getattr(program, "__self__", program)
     if isinstance(owner, nn.Module):
         return [owner]
-    function = getattr(
-        program, "func", getattr(program, "__wrapped__", program)
-    )  # partial, decorated
-    cells = [
-        cell.cell_contents
-        for cell in getattr(function, "__closure__", None) or ()
-        if cell.cell_contents is not None
-    ]
-    code = getattr(function, "__code__", None)
-    named = [function.__globals__.get(name) for name in code.co_names] if code is not None else []
-    return [value for value in (*cells, *named) if isinstance(value, nn.Module)]
+    function = program if hasattr(program, "__code__") else type(program).__call__
+    cells = inspect.getclosurevars(function) if hasattr(function, "__code__") else None
+    named = [] if cells is None else [*cells.nonlocals.values(), *cells.globals.values()]
+    return [v for v in (*named, *vars(owner).values()) if isinstance(v, nn.Module)]
 
 
 def common_owner(model: Program, guide: Program) -> nn.Module | None:

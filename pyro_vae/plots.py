@@ -1,0 +1,460 @@
+"""Figures of fits and models.
+
+Every function takes what it shows and, if wanted, the `Axes` to draw on, and returns the `Axes`, as
+ArviZ's functions do. Without one it makes a figure of its own, which belongs to no pyplot session
+and so needs no closing: ``plot_bound(fit.history).figure.savefig("bound.png")``. Nothing here
+changes rcParams. The colours are Okabe and Ito's and Paul Tol's, which colour-blind readers can
+tell apart; what matters is told by a second sign as well (a line style, a marker, a word).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int64
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from pyro_vae.diagnostics.posterior import khat_threshold
+
+__all__ = [
+    "plot_bound",
+    "plot_evidence",
+    "plot_latent",
+    "plot_manifold",
+    "plot_reconstructions",
+    "plot_samples",
+]
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
+_CLASSES = (  # Paul Tol's "muted" scheme, ordered so that neighbouring classes differ in lightness
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#88CCEE",
+    "#882255",
+    "#DDCC77",
+    "#44AA99",
+    "#AA4499",
+    "#999933",
+    "#7F7F7F",
+)
+_MARKERS = "os^vDP*X<>"
+_SQUARE, _WIDE = (5.2, 5.2), (6.4, 4.6)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    return Figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -> Axes:
+    """Plots the bound against epochs, between its parts: bound = reconstruction - KL.
+
+    The upper line of a pair is the reconstruction term, the lower one the bound, and the band
+    between them is the KL term. Training data are solid, held-out data dashed.
+
+    Args:
+        history: Of a `Fit` or a `Run`, dimension `epoch`; nats per datum.
+        ax: Where to draw; a new figure if None.
+        data: The name of the data, for the title.
+
+    Returns:
+        The axes, with one line for each of `bound`, `reconstruction` and their `validation_`
+        counterparts that the history has.
+
+    Raises:
+        ValueError: If the history has no rows yet.
+    """
+    if "bound" not in history or not history.sizes["epoch"]:
+        raise ValueError("the history has no rows: train for an epoch first.")
+    ax = _axes(ax, _WIDE)
+    epoch = history["epoch"].values
+    for prefix, colour, style, who in (
+        ("", _BLUE, "-", "training"),
+        ("validation_", _ORANGE, "--", "held out"),
+    ):
+        if f"{prefix}bound" not in history:
+            continue
+        bound = history[f"{prefix}bound"].values
+        ax.plot(epoch, bound, style, color=colour, lw=1.8, label=f"ELBO, {who}", zorder=3)
+        if f"{prefix}reconstruction" in history:
+            parts = history[f"{prefix}reconstruction"].values
+            ax.plot(epoch, parts, style, color=colour, lw=0.9, label=f"reconstruction, {who}")
+            ax.fill_between(epoch, bound, parts, color=colour, alpha=0.12, lw=0)
+            if not prefix:
+                _name_band(ax, epoch, bound, parts, "KL")
+    if len(epoch) > 20:  # most of the rise is in the first epochs
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("nats per datum")
+    ax.set_title(_title("Bound while training", data, "1 particle"))
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _name_band(ax: Axes, x: np.ndarray, below: np.ndarray, above: np.ndarray, name: str) -> None:
+    at = int(
+        np.searchsorted(x, math.sqrt(float(x[0]) * float(x[-1]))) if len(x) > 20 else len(x) // 2
+    )
+    ax.text(float(x[at]), float(below[at] + above[at]) / 2, name, ha="center", va="center")
+
+
+def plot_evidence(result: xr.Dataset, ax: Axes | None = None, *, data: str = "") -> Axes:
+    """Plots the log evidence against the ELBO, a point for each datum, coloured by k-hat.
+
+    A point's height above the diagonal is the datum's gap. Where k-hat is too large for the number
+    of particles the point is a ringed triangle: its height is a lower bound whose error is
+    unreliable.
+
+    Args:
+        result: What `log_evidence` returns, with dimension `datum`.
+        ax: Where to draw; a new figure if None.
+        data: The name of the data, for the title; if empty, the result's attribute "data".
+
+    Returns:
+        The axes; the first collection holds the data with a good k-hat, the second the others.
+
+    Raises:
+        ValueError: If the result has no values per datum (it is exact, or joint).
+    """
+    if "khat" not in result or result["khat"].dims != ("datum",):
+        raise ValueError(
+            "this result has no ELBO and k-hat for each datum: pass one of log_evidence with "
+            "method='importance' and joint=False."
+        )
+    ax = _axes(ax, (6.0, 4.9))
+    elbo, evidence = result["elbo"].values, result["log_evidence"].values
+    khat = result["khat"].values
+    particles = int(result["khat"].attrs["num_particles"])
+    threshold = khat_threshold(particles)
+    good = khat <= threshold
+    colours = Normalize(min(0.0, threshold - 0.1), 1.0)
+    shown: dict[str, Any] = {"cmap": "cividis", "norm": colours, "zorder": 3}
+    ax.scatter(
+        elbo[good],
+        evidence[good],
+        c=khat[good],
+        s=18,
+        label=f"k-hat up to {threshold:.2f}: {good.sum()} data",
+        **shown,
+    )
+    ax.scatter(
+        elbo[~good],
+        evidence[~good],
+        c=np.nan_to_num(khat[~good], nan=1.0, posinf=1.0),
+        s=42,
+        marker="^",
+        edgecolors=_ORANGE,
+        linewidths=1.3,
+        label=f"k-hat above, or unknown: {(~good).sum()} data",
+        **shown,
+    )
+    ends = np.array([elbo.min(), evidence.max()])
+    ax.plot(ends, ends, color=_GREY, lw=1, ls="--", label="no gap", zorder=2)
+    ax.figure.colorbar(
+        ScalarMappable(colours, "cividis"), ax=ax, label="Pareto k-hat", extend="both", pad=0.02
+    )
+    ax.set_xlabel("ELBO, nats")
+    ax.set_ylabel("log evidence (importance estimate), nats")
+    name = data or str(result.attrs.get("data", ""))
+    about = f"{_thousands(len(elbo))} data, {_thousands(particles)} particles"
+    ax.set_title(_title("Evidence of each datum", name, about))
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.legend(fontsize="small", loc="upper left")
+    return ax
+
+
+def _title(what: str, data: str, about: str) -> str:
+    return f"{what}\n{data}, {about}" if data else f"{what}\n{about}"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def plot_reconstructions(
+    module: nn.Module,
+    x: Float[Tensor, "batch pixels"],
+    image_shape: Sequence[int],
+    ax: Axes | None = None,
+    *,
+    num_images: int = 12,
+    data: str = "",
+) -> Axes:
+    """Shows data above what the model makes of their posterior means.
+
+    Args:
+        module: A `VAE`, or a module with a method `reconstruct(x)`.
+        x: Images, a row each.
+        image_shape: Rows and columns of an image.
+        ax: Where to draw; a new figure if None.
+        num_images: The first so many are shown.
+        data: The name of the data, for the title.
+
+    Returns:
+        The axes with one picture: data in its upper half, reconstructions in its lower half.
+
+    Raises:
+        TypeError: If the module cannot reconstruct.
+        ValueError: If the rows are not images of that shape.
+    """
+    shown = x[:num_images]
+    means = _call(module, "reconstruct", shown)
+    rows = torch.stack([_images(shown, image_shape), _images(means, image_shape)])
+    ax = _show(ax, rows, (min(0.75 * len(shown) + 1.2, 10.0), 2.1))
+    _, height, _ = _grid(image_shape)
+    ax.set_yticks([height / 2 - 0.5, 1.5 * height - 0.5], ["data", "recon-\nstruction"])
+    ax.set_xticks([])
+    ax.set_title(_title("Data and their reconstructions", data, "mean of p(x | posterior mean)"))
+    return ax
+
+
+def plot_samples(
+    module: nn.Module,
+    image_shape: Sequence[int],
+    ax: Axes | None = None,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    data: str = "",
+) -> Axes:
+    """Shows draws from the prior: the mean of x given each drawn z.
+
+    Args:
+        module: A `VAE`, or a module with a method `sample(num_samples, generator=...)`.
+        image_shape: Rows and columns of an image.
+        ax: Where to draw; a new figure if None.
+        num_images: How many draws; the grid is as square as can be.
+        seed: Seeds the draws; torch's random state is left alone.
+        data: The name of the data, for the title.
+
+    Raises:
+        TypeError: If the module cannot sample.
+        ValueError: If what it draws are not images of that shape.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images must be a positive integer, not {num_images!r}.")
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = _images(_call(module, "sample", num_images, generator=generator), image_shape)
+    columns = math.ceil(math.sqrt(num_images))
+    rows = math.ceil(num_images / columns)
+    blank = torch.full((rows * columns - num_images, *drawn.shape[1:]), math.nan)
+    mosaic = torch.cat([drawn, blank]).reshape(rows, columns, *drawn.shape[1:])
+    ax = _show(ax, mosaic, (5.2, 5.2 * rows / columns + 0.6))
+    ax.set_xticks([])
+    ax.set_yticks([])
+    about = f"{num_images} means of p(x | z), seed {seed}"
+    ax.set_title(_title("Draws from the prior", data, about))
+    return ax
+
+
+def plot_manifold(
+    module: nn.Module,
+    image_shape: Sequence[int],
+    ax: Axes | None = None,
+    *,
+    num_steps: int = 15,
+    data: str = "",
+) -> Axes:
+    r"""Shows the images that a grid of latents decodes to, for two latent dimensions.
+
+    The grid is even in prior probability: :math:`z_{ij} = (\Phi^{-1}(u_i), \Phi^{-1}(u_j))` with
+    :math:`u_i = (i + \tfrac12) / n`, so each picture stands for the same share of the data.
+
+    Args:
+        module: A `VAE` with two latents, or a module with `latent_dim` 2 and `decode(z)`.
+        image_shape: Rows and columns of an image.
+        ax: Where to draw; a new figure if None.
+        num_steps: Pictures along each side, n.
+        data: The name of the data, for the title.
+
+    Raises:
+        TypeError: If the module cannot decode.
+        ValueError: If it has not two latents.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes, figure 4.
+    """
+    if getattr(module, "latent_dim", None) != 2:
+        raise ValueError(
+            f"a manifold is drawn for 2 latent dimensions, not {getattr(module, 'latent_dim', '?')}"
+            ": use plot_samples."
+        )
+    like = next(module.parameters())
+    share = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
+    steps = torch.special.ndtri(share)
+    # Rows of a picture go down, z_2 goes up.
+    z = torch.stack(torch.meshgrid(steps.flip(0), steps, indexing="ij")[::-1], dim=-1)
+    means = _call(module, "decode", z.to(like).reshape(-1, 2))
+    mosaic = _images(means, image_shape)
+    ax = _show(ax, mosaic.reshape(num_steps, num_steps, *mosaic.shape[1:]), _SQUARE)
+    _, height, width = _grid(image_shape)
+    ticks = sorted({0, num_steps // 4, num_steps // 2, num_steps - 1 - num_steps // 4} - {-1})
+    ticks = sorted({*ticks, num_steps - 1})
+    names = [f"{steps[i].item():.1f}".replace("-0.0", "0.0") for i in ticks]
+    ax.set_xticks([(i + 0.5) * width - 0.5 for i in ticks], names)
+    ax.set_yticks([(num_steps - i - 0.5) * height - 0.5 for i in ticks], names)
+    ax.tick_params(length=3)
+    ax.set_xlabel("$z_1$")
+    ax.set_ylabel("$z_2$")
+    ax.set_title(_title("Where the latents lead", data, "mean of p(x | z), even prior shares"))
+    return ax
+
+
+def plot_latent(
+    module: nn.Module,
+    x: Float[Tensor, "batch features"],
+    labels: Int64[Tensor, " batch"] | None = None,
+    ax: Axes | None = None,
+    *,
+    label_names: Sequence[str] | None = None,
+    data: str = "",
+) -> Axes:
+    """Shows the posterior means of data, coloured and named by class.
+
+    Of more than two latent dimensions the two most active are shown: those in which the posterior
+    mean varies most over the data.
+
+    Args:
+        module: A `VAE`, or a module with a method `encode(x)` that gives the posterior.
+        x: The data.
+        labels: Their classes, or None.
+        ax: Where to draw; a new figure if None.
+        label_names: `label_names[k]` is the name of class k.
+        data: The name of the data, for the title.
+
+    Returns:
+        The axes, with a collection for each class.
+
+    Raises:
+        TypeError: If the module cannot encode.
+
+    References:
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, section 5.2
+        (activity).
+    """
+    means = _call(module, "encode", x).mean.detach().cpu().double()
+    ax = _axes(ax, _SQUARE)
+    variances = means.var(0, correction=0)
+    first, second = _most_active(variances)
+    classes = torch.zeros(len(means), dtype=torch.int64) if labels is None else labels.cpu()
+    present = classes.unique().tolist()
+    for k in present:
+        chosen = means[classes == k]
+        across = chosen[:, first].numpy()
+        up = chosen[:, second].numpy() if second is not None else np.zeros(len(chosen))
+        name = str(k) if label_names is None else label_names[k]
+        ax.scatter(
+            across,
+            up,
+            s=16,
+            alpha=0.75,
+            linewidths=0,
+            color=_CLASSES[k % len(_CLASSES)],
+            marker=_MARKERS[k % len(_MARKERS)],
+            label=name,
+        )
+        if labels is not None and len(present) <= 20:
+            ax.text(
+                float(np.median(across)),
+                float(np.median(up)),
+                name,
+                ha="center",
+                va="center",
+                fontweight="bold",
+                zorder=5,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
+    which = (
+        "" if means.shape[1] <= 2 else " (most active)",
+        "" if means.shape[1] <= 2 else " (next)",
+    )
+    ax.set_xlabel(f"posterior mean of $z_{{{first + 1}}}${which[0]}")
+    if second is not None:
+        ax.set_ylabel(f"posterior mean of $z_{{{second + 1}}}${which[1]}")
+    else:
+        ax.set_yticks([])
+    ax.axhline(0, color=_GREY, lw=0.5, zorder=0)
+    ax.axvline(0, color=_GREY, lw=0.5, zorder=0)
+    about = f"{_thousands(len(means))} data, {means.shape[1]} latents"
+    ax.set_title(_title("Aggregated posterior means", data, about))
+    if second is not None:
+        ax.set_aspect("equal", adjustable="datalim")
+    return ax
+
+
+def _most_active(variances: Float[Tensor, " latent"]) -> tuple[int, int | None]:
+    if len(variances) <= 2:
+        return 0, 1 if len(variances) == 2 else None
+    first, second = variances.argsort(descending=True)[:2].tolist()
+    return first, second
+
+
+# --- mosaics --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _call(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    method = getattr(module, name, None)
+    if method is None:
+        raise TypeError(
+            f"a {type(module).__name__} has no method {name}, which this figure needs: pass a VAE, "
+            "or a module with one."
+        )
+    return method(*args, **kwargs)
+
+
+def _grid(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The width of the gap between pictures, and the height and width of a cell."""
+    gap = max(1, round(max(image_shape) / 16))
+    return gap, image_shape[0] + gap, image_shape[1] + gap
+
+
+def _images(
+    x: Float[Tensor, "batch pixels"], image_shape: Sequence[int]
+) -> Float[Tensor, "batch rows columns"]:
+    if len(image_shape) != 2 or math.prod(image_shape) != x.shape[1]:
+        raise ValueError(
+            f"rows of {x.shape[1]} numbers are no images of {' x '.join(map(str, image_shape))} "
+            "pixels: pass the data set's image_shape."
+        )
+    return x.detach().cpu().float().reshape(-1, *image_shape)
+
+
+def _show(
+    ax: Axes | None,
+    images: Float[Tensor, "down across rows columns"],
+    size: tuple[float, float],
+) -> Axes:
+    """Shows images as one picture, each followed by a gap below and to the right."""
+    ax = _axes(ax, size)
+    gap, height, width = _grid(images.shape[2:])
+    down, across = images.shape[:2]
+    whole = torch.full((down, across, height, width), math.nan)
+    whole[:, :, : height - gap, : width - gap] = images
+    mosaic = whole.transpose(1, 2).reshape(down * height, across * width)
+    mosaic = mosaic[:-gap, :-gap]
+    ax.imshow(mosaic.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return ax

@@ -1,0 +1,431 @@
+"""One self-contained page about one or more runs, which a student can read offline."""
+
+import base64
+import io
+import json
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+import pyro_vae
+from pyro_vae.data import Dataset, DatasetError
+from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.files import atomic_path, write_text
+from pyro_vae.plots import (
+    plot_bound,
+    plot_evidence,
+    plot_latent,
+    plot_manifold,
+    plot_reconstructions,
+    plot_samples,
+)
+from pyro_vae.results import IncomparableError, Quantity, Result
+from pyro_vae.runs import CheckpointError, Run, load_evaluation, load_run, load_run_data
+
+__all__ = [
+    "RunFigure",
+    "comparison_rows",
+    "reproduce_commands",
+    "run_figures",
+    "save_figures",
+    "write_report",
+]
+
+_DPI = 110
+_SHOWN = ("elbo", "log_evidence", "gap", "ess", "khat")
+_KINDS = {"lower": "lower bound", "upper": "upper bound", "none": ""}
+_MEASURES = {
+    "binary": "The data are binary pixels, so the numbers are log probabilities and at most 0.",
+    "grey": "The data are grey pixels in [0, 1], so the numbers are log densities and may be "
+    "positive; they do not compare with those of binary pixels.",
+    "real": "The data are real numbers in their own units, so the numbers are log densities: they "
+    "change when the data are rescaled.",
+}
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure with what to say about it.
+
+    Attributes:
+        name: For its file, such as "bound".
+        caption: One or two sentences.
+        figure: The figure.
+    """
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def write_report(
+    runs: Run | str | os.PathLike[str] | Sequence[Run | str | os.PathLike[str]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Writes a self-contained HTML page: numbers, figures, what they mean, how to reproduce them.
+
+    Numbers are those of the last `evaluate_run`; where there are none, or the weights have changed
+    since, the page says so. Where the data are missing, so are the figures that need them.
+
+    Args:
+        runs: A run or its folder, or several.
+        path: The file; None for ``report.html`` in the folder of the one run.
+        root: Folder of the data files, as for `load_dataset`.
+        title: Of the page; None to make one.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If a run cannot be loaded.
+        ValueError: If there is no run, several runs come without a path, or evaluation.nc is
+            damaged.
+        FileNotFoundError: If the folder of `path` is missing.
+    """
+    given = [runs] if isinstance(runs, Run | str | os.PathLike) else list(runs)
+    loaded = [run if isinstance(run, Run) else load_run(run) for run in given]
+    if not loaded:
+        raise ValueError("there is no run to report on: pass one.")
+    if path is None and len(loaded) > 1:
+        raise ValueError("a report on several runs lies in no run's folder: pass path=FILE.html.")
+    target = Path(path) if path is not None else loaded[0].path / "report.html"
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first.")
+    if title is None:
+        names = list(dict.fromkeys(run.data_name for run in loaded))
+        title = (
+            f"{_model_text(loaded[0])} on {names[0]}"
+            if len(loaded) == 1
+            else (f"{len(loaded)} models of {' and '.join(names)}")
+        )
+    evaluations = [load_evaluation(run) for run in loaded]
+    environment = Environment(
+        loader=PackageLoader("pyro_vae"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    measures = [run.config.get("data", {}).get("measure") for run in loaded]
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        version=pyro_vae.__version__,
+        compared=comparison_rows(
+            [(r, e) for r, e in zip(loaded, evaluations, strict=True) if e is not None]
+        ),
+        differences=_differences(loaded, evaluations),
+        measure_text=" ".join(
+            dict.fromkeys(
+                _MEASURES.get(
+                    m,
+                    "What the data are decides whether they are log probabilities or "
+                    "log densities; the two do not compare.",
+                )
+                for m in measures
+            )
+        ),
+        runs=[_section(run, found, root) for run, found in zip(loaded, evaluations, strict=True)],
+    )
+    write_text(target, page)
+    return target
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def comparison_rows(evaluated: Sequence[tuple[Run, Result]]) -> list[dict[str, str]]:
+    """A row for each run: `name`, `model`, `elbo`, `log_evidence`, `gap` and `unreliable`, as text.
+
+    Args:
+        evaluated: Runs with what `evaluate_run` found.
+    """
+    rows = []
+    for run, found in evaluated:
+        row = {"name": run.path.name, "model": _model_text(run)}
+        for name in ("elbo", "log_evidence", "gap"):
+            value, error = _rounded(found.quantity(name))
+            row[name] = f"{value} ± {error}" if error else value
+        threshold = khat_threshold(int(found["khat"].attrs["num_particles"]))
+        bad = int((~(found["khat"] <= threshold)).sum())
+        row["unreliable"] = f"{bad} of {found.sizes['datum']} data"
+        rows.append(row)
+    return rows
+
+
+def _differences(runs: Sequence[Run], evaluations: Sequence[Result | None]) -> list[str]:
+    """Each run against the first, as a sentence."""
+    found = [(run, e) for run, e in zip(runs, evaluations, strict=True) if e is not None]
+    sentences = []
+    for run, other in found[1:]:
+        first, reference = found[0]
+        for name in ("elbo", "log_evidence"):
+            try:
+                value = other.quantity(name).difference(reference.quantity(name))
+            except IncomparableError as error:
+                sentences.append(f"{run.path.name} against {first.path.name}: {error}")
+                break
+            number, error_text = _rounded(value)
+            label = {"elbo": "ELBO", "log_evidence": "log evidence"}[name]
+            sentences.append(
+                f"{label}: {run.path.name} minus {first.path.name} is {number} ± {error_text} nats "
+                f"per datum, on the same {value.num_data} data. It compares two lower bounds."
+            )
+    return sentences
+
+
+def _rounded(quantity: Quantity) -> tuple[str, str]:
+    """The value and its standard error as text, to the second digit of the error."""
+    error = quantity.standard_error
+    if error is None or not math.isfinite(error) or error <= 0:
+        return f"{quantity.value:.3f}", ""
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{quantity.value:.{digits}f}", f"{error:.{digits}f}"
+
+
+def _model_text(run: Run) -> str:
+    config = run.config["model"]["arguments"]
+    name = type(run.module).__name__
+    layers = [config.get("data_dim"), *config.get("hidden", ()), config.get("latent_dim")]
+    return f"{name} {'-'.join(str(n) for n in layers)}"
+
+
+def _table(found: Result) -> list[dict[str, str]]:
+    rows = []
+    for name in _SHOWN:
+        quantity = found.quantity(name)
+        value, error = _rounded(quantity)
+        spread = quantity.data_standard_error
+        particles = quantity.num_particles
+        unit = "" if quantity.unit == "none" else quantity.unit
+        rows.append(
+            {
+                "name": {"khat": "k-hat", "elbo": "ELBO"}.get(name, name.replace("_", " ")),
+                "value": value,
+                "error": error,
+                "spread": "" if spread is None else f"{spread:.2g}",
+                "unit": f"{unit} {quantity.reduction}" if unit == "nats" else unit,
+                "kind": _KINDS.get(quantity.bound, quantity.bound),
+                "particles": "" if particles is None else f"{particles:,}",
+                "data": f"{quantity.num_data} {quantity.measure or ''}".strip(),
+            }
+        )
+    return rows
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None) -> dict[str, Any]:
+    dataset, notes = None, []
+    try:
+        dataset = load_run_data(run, root)
+    except (DatasetError, CheckpointError, ValueError) as error:
+        notes.append(f"Figures that show data are left out: {error}")
+    if found is None:
+        stale = (run.path / "evaluation.nc").exists()
+        why = "the weights have changed since" if stale else "it was not evaluated yet"
+        notes.insert(0, f"No numbers on test data, for {why}: pyro-vae evaluate {run.path}")
+    lines = found.summary().splitlines() if found is not None else []
+    said = [line.removeprefix("Note: ") for line in lines if line.startswith("Note: ")]
+    return {
+        "name": run.path.name,
+        "sentence": _sentence(run),
+        "rows": _table(found) if found is not None else [],
+        "sentences": [line for line in lines if not line.startswith("Note: ")],
+        "notes": said + notes,
+        "figures": [
+            {
+                "caption": shown.caption,
+                "png": _png(shown.figure),
+                "width": round(shown.figure.get_figwidth() * 74),
+                "wide": shown.figure.get_figwidth() > 1.9 * shown.figure.get_figheight(),
+            }
+            for shown in run_figures(run, dataset, found)
+        ],
+        "commands": reproduce_commands(run),
+        "made_with": _made_with(run, found),
+        "config": json.dumps(run.config, indent=2),
+    }
+
+
+def _sentence(run: Run) -> str:
+    count = sum(parameter.numel() for parameter in run.module.parameters())
+    data = run.config.get("data", {})
+    how = f", binarised ({data['binarization']})" if data.get("binarization") else ""
+    trained = run.config.get("fit", {})
+    text = f"{_model_text(run)}, {count:,} parameters, on {run.data_name}{how}. "
+    likelihood = run.config["model"]["arguments"].get("likelihood")
+    if isinstance(likelihood, dict):
+        text += f"Likelihood: {likelihood.get('name', '').replace('_', ' ')}. "
+    if not run.history.sizes.get("epoch"):
+        return text + "Not one epoch has ended yet."
+    text += (
+        f"Trained for {int(run.history.epoch[-1])} epochs on {trained.get('num_data', '?')} data "
+        f"({trained.get('loss')}, {trained.get('optimizer')}, batches of "
+        f"{trained.get('batch_size')}, seed {trained.get('seed')}) in "
+        f"{float(run.history.seconds[-1]):.0f} s."
+    )
+    if "validation_bound" in run.history:
+        looks = run.history["validation_bound"].values
+        best = int(looks.argmax())
+        kept = ", whose parameters are kept" if trained.get("patience") else ""
+        text += (
+            f" The held-out bound was best, {looks[best]:.2f} nats per datum, after epoch "
+            f"{int(run.history.epoch[best])}{kept}. Held out was {data.get('held_out', 'a part')}; "
+            "the test data were not looked at."
+        )
+    return text
+
+
+def run_figures(
+    run: Run, dataset: Dataset | None = None, evaluation: Result | None = None
+) -> list[RunFigure]:
+    """Every figure that can be drawn of a run, with captions.
+
+    Args:
+        run: The run.
+        dataset: Its data, from `load_run_data`; without them, figures of data are left out.
+        evaluation: What `evaluate_run` found; without it, that figure is left out.
+    """
+    figures: list[RunFigure] = []
+
+    def add(name: str, ax: Any, caption: str) -> None:
+        figures.append(RunFigure(name, caption, ax.figure))
+
+    data, module = run.data_name, run.module
+    if run.history.sizes.get("epoch") and "bound" in run.history:
+        add(
+            "bound",
+            plot_bound(run.history, data=data),
+            "The bound while training. The band between the thin line (reconstruction) and the "
+            "thick one (ELBO) is the KL term. If held-out data fall behind training data, the "
+            "model learns them by heart.",
+        )
+    if evaluation is not None:
+        add(
+            "evidence",
+            plot_evidence(evaluation, data=data),
+            "How far the evidence of each test datum lies above its ELBO: the height above the "
+            "diagonal estimates KL(q(z | x) || p(z | x)). Triangles are not to be trusted.",
+        )
+    shape = run.config.get("data", {}).get("image_shape")
+    test = dataset.test if dataset is not None and len(dataset.test) else None
+    if test is not None:
+        test = test.to(next(module.parameters()))
+    if shape and test is not None and hasattr(module, "reconstruct"):
+        add(
+            "reconstructions",
+            plot_reconstructions(module, test, shape, data=data),
+            "Test data, and what is left of them after passing through the latents.",
+        )
+    if test is not None and dataset is not None and hasattr(module, "encode"):
+        add(
+            "latent",
+            plot_latent(
+                module, test, dataset.test_labels, label_names=dataset.label_names, data=data
+            ),
+            "Where the encoder puts test data. Classes were not shown to the model; that they "
+            "separate is what it found. The prior is a standard normal around the cross.",
+        )
+    if shape and getattr(module, "latent_dim", 0) == 2 and hasattr(module, "decode"):
+        add(
+            "manifold",
+            plot_manifold(module, shape, data=data),
+            "What the decoder makes of a grid of latents; each picture stands for the same share "
+            "of the prior.",
+        )
+    if shape and hasattr(module, "sample"):
+        add(
+            "samples",
+            plot_samples(module, shape, data=data),
+            "What the model believes data look like: a latent is drawn from the prior and decoded.",
+        )
+    return figures
+
+
+def save_figures(figures: Sequence[RunFigure], folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes figures as PNG files named after them; makes the folder."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / f"{shown.name}.png" for shown in figures]
+    for path, shown in zip(paths, figures, strict=True):
+        with atomic_path(path) as temporary:
+            shown.figure.savefig(temporary, format="png", dpi=_DPI)
+    return paths
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# --- how it was made ------------------------------------------------------------------------------
+
+
+def reproduce_commands(run: Run) -> str:
+    """The commands that make a run of `start_run` again, its evaluation and this report.
+
+    Empty if the run was trained on data of the caller, or in a way the command line has no words
+    for.
+    """
+    config, data = run.config, run.config.get("data", {})
+    described, trained = config["model"]["arguments"], config.get("fit", {})
+    likelihood = described.get("likelihood", {})
+    rate = trained.get("learning_rate")
+    plain = isinstance(likelihood, dict) and isinstance(rate, int | float)
+    if type(run.module).__name__ != "VAE" or "sha256" not in data or not plain:
+        return ""
+    options = {
+        "--data": data["name"],
+        "--binarize": data["binarization"] or "none",
+        "--likelihood": likelihood["name"],
+        "--latent-dim": described["latent_dim"],
+        "--hidden": ",".join(map(str, described["hidden"])),
+        "--activation": described["activation"],
+        "--epochs": trained["epochs"],
+        "--patience": trained["patience"] or 0,
+        "--batch-size": trained["batch_size"],
+        "--learning-rate": rate,
+        "--warmup-epochs": trained["warmup_epochs"],
+        "--seed": trained["seed"],
+        "--threads": trained["num_threads"],
+        "--out": run.path,
+    }
+    words = [f"{name} {shlex.quote(str(value))}" for name, value in options.items()]
+    lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
+    folder = shlex.quote(str(run.path))
+    return "\n".join(
+        [
+            "pyro-vae fit " + " \\\n    ".join(lines),
+            f"pyro-vae evaluate {folder}",
+            f"pyro-vae report {folder}",
+        ]
+    )
+
+
+def _made_with(run: Run, found: Result | None) -> str:
+    made = found.provenance if found is not None else {}
+    trained = run.config.get("fit", {})
+    parts = [f"Trained with {trained.get('num_threads', '?')} thread(s), {trained.get('dtype')}"]
+    if made:
+        commit = f", commit {str(made['commit'])[:12]}" if made.get("commit") else ""
+        dirty = " with local changes" if made.get("dirty") else ""
+        parts.append(
+            f"evaluated {made.get('created')} by pyro_vae {made.get('version')}{commit}{dirty}, "
+            f"torch {made.get('torch')}, Pyro {made.get('pyro')}, Python {made.get('python')}, "
+            f"seed {made.get('seed')}"
+        )
+    sha256 = run.config.get("data", {}).get("sha256")
+    if sha256:
+        parts.append(f"data sha256 {sha256[:16]}...")
+    return "; ".join(parts) + ". Another thread count or processor changes the last digits."
