@@ -1,6 +1,7 @@
 """The command line, ``pyro-vae``. Nothing heavy is imported until a command runs."""
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -93,8 +94,6 @@ def _command(parent: typer.Typer, name: str, epilog: str) -> Callable[[Command],
 
 
 def _add_parameter(guarded: Any, function: Callable[..., Any], name: str, kind: Any) -> None:
-    import inspect
-
     signature = inspect.signature(function)
     extra = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
     guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
@@ -118,7 +117,7 @@ def _plain_errors(debug: bool) -> Iterator[None]:
         except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
             if debug:
                 raise
-            _say(f"error: {_one_line(error)}")
+            _say(f"error: {_one_line(error)}{_hint(error)}")
             raise typer.Exit(_EXIT_REFUSED) from None
         except Exception as error:
             if debug or type(error).__module__.startswith("typer"):
@@ -134,15 +133,19 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def _hint(error: BaseException) -> str:
+    """What the command line calls the remedies that the library names."""
+    if type(error).__name__ != "DatasetError":
+        return ""
+    return " (On the command line: pyro-vae data get NAME, or --data-root FOLDER.)"
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _prepare(threads: int | None) -> None:
+def _set_threads(threads: int | None) -> None:
     """What only the program may set, never the library."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     if threads is not None:
         import torch
 
@@ -172,7 +175,7 @@ def demo(
     the importance-weighted log evidence and the gap between them, in nats per datum. It needs no
     network and about a minute. Runs of an earlier demo in the folder are replaced.
     """
-    _prepare(threads)
+    _set_threads(threads)
     from pyro_vae.demo import run_demo
     from pyro_vae.inference.checkpoint import holds_run
 
@@ -199,7 +202,6 @@ Examples:
   pyro-vae fit --resume results/small --epochs 800""",
 )
 def fit(
-    context: typer.Context,
     data: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {_DATA}.")] = None,
     latent_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Number of latents.")] = 20,
     hidden: Annotated[
@@ -291,9 +293,10 @@ def fit(
     Every tenth training datum (or the data set's own validation part) is held out to stop in time;
     the test set is not looked at. Ctrl-C keeps what was reached. Bounds are in nats per datum.
     """
+    given = dict(locals())
     if resume is not None:
-        _check_resume(context)
-        _prepare(threads)
+        _check_resume(given)
+        _set_threads(threads)
         _check_device(device)
         from pyro_vae.runs import resume_run
 
@@ -305,7 +308,7 @@ def fit(
     if data is None:
         raise ValueError(f"name a data set, as in --data mnist; there are {_DATA}.")
     layers = _parse_hidden(hidden)
-    _prepare(threads)
+    _set_threads(threads)
     _check_device(device)
     from pyro_vae.data import describe_dataset
     from pyro_vae.inference.checkpoint import holds_run
@@ -351,19 +354,18 @@ def fit(
     _end_of_fit(fitted, folder)
 
 
-_WITH_RESUME = {"resume", "epochs", "data_root", "device", "threads", "quiet", "debug"}
+_WITH_RESUME = {"resume", "epochs", "data_root", "device", "threads", "quiet"}
 
 
-def _check_resume(context: typer.Context) -> None:
-    given = [
+def _check_resume(given: dict[str, Any]) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
+    changed = [
         name
-        for name in context.params
-        if (source := context.get_parameter_source(name)) is not None
-        and source.name == "COMMANDLINE"
-        and name not in _WITH_RESUME
+        for name, value in given.items()
+        if name not in _WITH_RESUME and value != defaults[name]
     ]
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
+    if changed:
+        option = f"--{changed[0].replace('_', '-')}"
         raise ValueError(
             f"a resumed run keeps the settings it was begun with: leave out {option}, or start "
             "another run without --resume."
@@ -431,7 +433,7 @@ def evaluate(
     the error is unreliable. Every datum's numbers go to RUN/evaluation.nc (NetCDF, for xarray and
     ArviZ), in place of those of an earlier evaluation.
     """
-    _prepare(threads)
+    _set_threads(threads)
     from pyro_vae.runs import evaluate_run, load_run
 
     found = evaluate_run(
@@ -466,7 +468,6 @@ def sample(
     A latent is drawn from the prior and decoded; shown is the mean of x, which is smoother than a
     draw of x would be.
     """
-    _prepare(None)
     from pyro_vae.plots import plot_samples
     from pyro_vae.report import RunFigure, save_figures
     from pyro_vae.runs import load_run
@@ -511,7 +512,6 @@ def report(
     Numbers, figures, what they mean, and how to reproduce them. The page holds everything it shows
     and needs no network. Evaluate the runs first.
     """
-    _prepare(None)
     from pyro_vae.report import write_report
 
     if out is None and len(runs) > 1:
@@ -606,6 +606,7 @@ def doctor(data_root: Root = None) -> None:
     Versions, threads, BLAS, processor, data found, and whether torch and torchvision work together.
     """
     import platform
+    import re
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -617,8 +618,7 @@ def doctor(data_root: Root = None) -> None:
             return "missing"
 
     names = ("pyro-ppl", "numpy", "scikit-learn", "xarray", "arviz", "matplotlib", "safetensors")
-    build = torch.__config__.show()
-    blas = next((part for part in build.split(", ") if part.startswith("BLAS_INFO")), "unknown")
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     variables = [f"{n}={os.environ[n]}" for n in _THREAD_VARIABLES if n in os.environ]
     lines = {
@@ -629,7 +629,7 @@ def doctor(data_root: Root = None) -> None:
         "others": ", ".join(f"{name} {installed(name)}" for name in names),
         "threads": f"{torch.get_num_threads()} of {_usable_cores()} cores"
         + (f" ({', '.join(variables)})" if variables else ""),
-        "BLAS": f"{blas.removeprefix('BLAS_INFO=')}; MKL "
+        "BLAS": f"{blas[1] if blas else 'unknown'}; MKL "
         f"{'yes' if torch.backends.mkl.is_available() else 'no'}, oneDNN "
         f"{'yes' if torch.backends.mkldnn.is_available() else 'no'}",
         "processor": _processor(torch.backends.cpu.get_cpu_capability()),

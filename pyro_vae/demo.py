@@ -93,7 +93,7 @@ def run_demo(
             hidden=hidden,
             learning_rate=3e-3,
             epochs=epochs,
-            patience=25,
+            patience=40,
             seed=seed,
             progress=progress,
         )

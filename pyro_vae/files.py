@@ -36,7 +36,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:

@@ -23,10 +23,9 @@ import json
 import math
 import os
 import platform
-import secrets
 import subprocess
 import textwrap
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -35,6 +34,8 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+
+from pyro_vae.files import atomic_path
 
 __all__ = [
     "BOUNDS",
@@ -683,7 +684,8 @@ class Result(xr.Dataset):
         target = Path(os.path.realpath(target))  # writes through a link instead of replacing it
         if not target.parent.is_dir():
             raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first.")
-        _write_whole(target, self._write)
+        with atomic_path(target) as temporary:
+            self._write(temporary)
         return Path(path)
 
     def _write(self, path: Path) -> None:
@@ -928,27 +930,6 @@ def _identical(a: xr.Dataset, b: xr.Dataset) -> bool:
         k: type(v) for k, v in b.attrs.items()
     }
     return same_attrs and a.identical(b) and kinds(a) == kinds(b)
-
-
-def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name, then renames: there is the old file or the new, never half."""
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        write(temporary)
-        _fsync(temporary, os.O_RDWR)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
-        _fsync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_variable(result: Result, name: str) -> None:

@@ -56,8 +56,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             tensors, metadata = load_tensors(path)
-        except CheckpointError as error:
-            assert "damaged" in str(error)
+        except CheckpointError:
             continue
         # What is left are bits that say nothing, as in the name of the header's "format".
         assert metadata == {"epoch": 3}

@@ -39,10 +39,15 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, error, where
 
     if where != "block":
         monkeypatch.setattr(files.os, where, fail)
-    with pytest.raises(type(error)), atomic_path(path) as temporary:
-        temporary.write_text("new")
-        if where == "block":
-            fail()
+
+    def write():
+        with atomic_path(path) as temporary:
+            temporary.write_text("new")
+            if where == "block":
+                fail()
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -34,9 +34,7 @@ def normal(value: Tensor, loc: Any, scale: Any) -> Tensor:
     return -0.5 * ((value - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
 
 
-def draws(
-    guide: Callable, x: Any, *, nesting: int = 1, looped: bool = False
-) -> dict[str, Tensor]:
+def draws(guide: Callable, x: Any, *, nesting: int = 1, looped: bool = False) -> dict[str, Tensor]:
     """The latents of K particles at the seed, from Pyro alone."""
     args, kwargs = as_arguments(x)
     pyro.set_rng_seed(SEED)
@@ -47,6 +45,11 @@ def draws(
     with pyro.plate("k", K, dim=-1 - nesting):
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample"}
+
+
+def gradient(leaf: Tensor) -> float:
+    assert leaf.grad is not None
+    return leaf.grad.item()
 
 
 def pyro_elbo(model: Callable, guide: Callable, x: Any, structure: Any) -> float:
@@ -61,7 +64,7 @@ def pyro_elbo(model: Callable, guide: Callable, x: Any, structure: Any) -> float
     return -float(loss.loss(model, guide, *args, **kwargs))
 
 
-# --- the linear Gaussian ---------------------------------------------------------------------------
+# --- the linear Gaussian --------------------------------------------------------------------------
 
 
 class Linear:
@@ -195,9 +198,9 @@ def test_gradients_flow_to_modules_and_to_bare_parameters(linear: Linear) -> Non
     z = draws(guide, x)["z"].detach()
     w, b = net.weight.detach()[0, 0], net.bias.detach()[0]
     residual = x - w * z - b
-    assert float(net.bias.grad) == pytest.approx(float(residual.sum()))
-    assert float(net.weight.grad) == pytest.approx(float((residual * z).sum()))
-    assert float(leaf.grad) == pytest.approx(float((w * residual - z).sum()))
+    assert gradient(net.bias) == pytest.approx(float(residual.sum()))
+    assert gradient(net.weight) == pytest.approx(float((residual * z).sum()))
+    assert gradient(leaf) == pytest.approx(float((w * residual - z).sum()))
     assert pyro.get_param_store().get_state()["params"]["loc"] is leaf
 
 
@@ -208,7 +211,7 @@ def test_num_particles_must_be_a_positive_integer(linear: Linear, num_particles:
         unchecked(linear.model, linear.guide, linear.x, num_particles)
 
 
-# --- users' programs, with the weights by hand -----------------------------------------------------
+# --- users' programs, with the weights by hand ----------------------------------------------------
 
 
 @dataclass
@@ -637,7 +640,7 @@ def test_looped_particles_see_one_subsample() -> None:
     assert abs(float(implied.mean()) - abs(float(x[row]))) < 10.0
 
 
-# --- programs whose weights Pyro's Trace_ELBO sums ---------------------------------------------------
+# --- programs whose weights Pyro's Trace_ELBO sums ------------------------------------------------
 
 
 def hierarchy(x: Tensor) -> None:
@@ -862,8 +865,9 @@ def test_flow_guides_have_values_with_or_without_an_inverse(name: str, linear: L
 
 
 def test_batch_normalisation_and_dropout_are_fine_in_evaluation_mode(linear: Linear) -> None:
-    net = nn.Sequential(nn.Linear(H, 9), nn.BatchNorm1d(9), nn.Dropout(0.5), nn.Linear(9, D))
-    net[1].running_mean.fill_(0.3)
+    first, norm, last = nn.Linear(H, 9), nn.BatchNorm1d(9), nn.Linear(9, D)
+    net = nn.Sequential(first, norm, nn.Dropout(0.5), last)
+    norm.load_state_dict({"running_mean": torch.full((9,), 0.3)}, strict=False)
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -875,8 +879,8 @@ def test_batch_normalisation_and_dropout_are_fine_in_evaluation_mode(linear: Lin
     with torch.no_grad():
         weights = log_weights(model, linear.guide, linear.x, K, seed=SEED)
         z = draws(linear.guide, linear.x)["z"]
-        hidden = (z @ net[0].weight.T + net[0].bias - 0.3) / (1 + net[1].eps) ** 0.5
-        loc = hidden @ net[3].weight.T + net[3].bias
+        hidden = (z @ first.weight.T + first.bias - 0.3) / (1 + norm.eps) ** 0.5
+        loc = hidden @ last.weight.T + last.bias
         expected = normal(linear.x, loc, 0.6).sum(-1) + normal(z, 0.0, 1.0).sum(-1)
         expected = expected - normal(z, linear.x @ linear.a.T, 0.8).sum(-1)
     torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)

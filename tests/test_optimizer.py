@@ -105,7 +105,7 @@ def test_parameters_that_a_step_did_not_use_stay():
 
 
 def test_a_parameter_that_comes_later_is_trained():
-    optim, params = started()
+    optim, _ = started()
     late = pyro.param("late", torch.ones(2)).unconstrained()
     late.grad = torch.ones(2)
     optim([late])

@@ -1,5 +1,6 @@
 r"""Estimators that are no row of the table: analytic KL, relaxed latents, the sleep phase."""
 
+import math
 from typing import Any, final
 
 import pyro.distributions as dist
@@ -28,6 +29,7 @@ from pyro_vae.inference.surrogate import (
     Coefficients,
     Estimator,
     Weights,
+    is_number,
     log_p_of,
     log_q_of,
     scale_of,
@@ -112,11 +114,21 @@ def _closed_kl(name: str, guide_sites: dict, model_sites: dict) -> Tensor | None
     # Pyro registers a KL for Delta that leaves out the Jacobian an autoguide's Delta carries.
     if not earlier <= drawn_before or q["mask"] is not p["mask"] or is_delta(q["fn"]):
         return None
+    if _is_masked(q["fn"]) or _is_masked(p["fn"]):  # Pyro's KL takes what both masks leave
+        return None
     try:
         kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
     return scale_and_mask(kl, 1.0, q["mask"])
+
+
+def _is_masked(fn: Any) -> bool:
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
 
 
 @final
@@ -138,7 +150,7 @@ class StraightThrough(_BesideTheTable):
     def __init__(
         self, num_particles: int = 1, *, temperature: float = 0.5, joint: bool = False
     ) -> None:
-        if not temperature > 0:
+        if not (is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"temperature must be positive, not {temperature!r}")
         super().__init__(num_particles, joint=joint)
         self.temperature = temperature
@@ -232,12 +244,13 @@ class SleepPhi(_BesideTheTable):
             self._log_q_of_dream(model, guide, arguments, structure)
             for _ in range(self.num_particles)
         ]
-        value = torch.cat(dreams).mean(0)
-        return value, value.sum(), structure.scale
+        value = torch.cat([log_q for log_q, _ in dreams]).mean(0)
+        return value, value.sum(), dreams[0][1]
 
     def _log_q_of_dream(
         self, model: Program, guide: Program, arguments: Arguments, structure: ProgramStructure
-    ) -> Weights:
+    ) -> tuple[Weights, float]:
+        """Log q at the latents of one dream, and the factor N/B."""
         args, kwargs = arguments
         with torch.no_grad():
             dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
@@ -254,4 +267,4 @@ class SleepPhi(_BesideTheTable):
                 "SleepPhi needs log q at latents of the model's choice, which a guide with "
                 "auxiliary sites cannot give"
             )
-        return sum_sites(dreamt, structure, 1)
+        return sum_sites(dreamt, structure, 1), scale_of([(dreamt, dream, 1)], self.joint)

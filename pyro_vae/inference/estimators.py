@@ -38,6 +38,7 @@ reduction, so a subsampled bound stays a bound.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -46,7 +47,7 @@ from torch import Tensor
 
 from pyro_vae.inference.beside_the_table import AnalyticELBO, SleepPhi, StraightThrough
 from pyro_vae.inference.log_weights import elbo, importance_bound
-from pyro_vae.inference.surrogate import Coefficients, Estimator, Weights
+from pyro_vae.inference.surrogate import Coefficients, Estimator, Weights, is_number
 
 __all__ = [
     "CIWAE",
@@ -188,7 +189,7 @@ class _RenyiBound(Estimator):
     """What the two Renyi estimators share: alpha and its check."""
 
     def __init__(self, num_particles: int = 1, *, alpha: float = 0.5, joint: bool = False) -> None:
-        if not (math.isfinite(alpha) and alpha >= 0 and alpha != 1):
+        if not (is_number(alpha) and 0 <= alpha < math.inf and alpha != 1):
             raise ValueError(
                 f"alpha must be at least 0 and not 1 (where the bound is the ELBO), not {alpha!r}"
             )
@@ -275,11 +276,13 @@ class _Grouped(Estimator):
     """What PIWAE and MIWAE share: particles in `num_groups` groups of equal size."""
 
     def __init__(self, num_particles: int = 4, *, num_groups: int = 2, joint: bool = False) -> None:
-        if num_groups < 1 or num_particles % num_groups:
+        super().__init__(num_particles, joint=joint)
+        if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
+            raise ValueError(f"num_groups must be a positive integer, not {num_groups!r}")
+        if num_particles % num_groups:
             raise ValueError(
                 f"num_particles ({num_particles}) must be a multiple of num_groups ({num_groups})"
             )
-        super().__init__(num_particles, joint=joint)
         self.num_groups = num_groups
 
     def _groups(self, log_weights: Weights) -> tuple[Float[Tensor, " batch"], Weights, Weights]:
@@ -331,7 +334,7 @@ class CIWAE(Estimator):
     value_name = "CIWAE"
 
     def __init__(self, num_particles: int = 2, *, beta: float = 0.5, joint: bool = False) -> None:
-        if not 0 <= beta <= 1:
+        if not (is_number(beta) and 0 <= beta <= 1):
             raise ValueError(f"beta must lie in [0, 1], not {beta!r}")
         super().__init__(num_particles, joint=joint)
         self.beta = beta
@@ -347,10 +350,19 @@ class CIWAE(Estimator):
 # --- reductions -----------------------------------------------------------------------------------
 
 
+def _over_others(
+    values: Weights, scan: Callable[..., Tensor], join: Callable[..., Tensor], empty: float
+) -> Weights:
+    """Reduces over the other particles: scans from both ends, O(K) memory, nothing subtracted."""
+    edge = torch.full_like(values[:1], empty)
+    before = torch.cat([edge, scan(values, 0)[:-1]])
+    after = torch.cat([scan(values.flip(0), 0).flip(0)[1:], edge])
+    return join(before, after)
+
+
 def _others_mean(values: Weights) -> Weights:
-    """The mean over the other particles."""
-    particles = len(values)
-    return (values.sum(0) - values) / max(particles - 1, 1)
+    """The mean over the other particles; 0 if there are none."""
+    return _over_others(values, torch.cumsum, torch.add, 0.0) / max(len(values) - 1, 1)
 
 
 def _leave_one_out(log_weights: Weights) -> Weights:
@@ -359,15 +371,11 @@ def _leave_one_out(log_weights: Weights) -> Weights:
 
 
 def _vimco(log_weights: Weights, power: float = 1.0) -> Weights:
-    """L - L_{-k}, with particle k replaced by the geometric mean of the others, in O(K) memory."""
-    particles = len(log_weights)
-    if particles == 1:
+    """L - L_{-k}, with particle k replaced by the geometric mean of the others."""
+    if len(log_weights) == 1:
         return log_weights  # there are no others to compare with
     scaled = power * log_weights
-    empty = torch.full_like(scaled[:1], -math.inf)
-    before = torch.cat([empty, scaled.logcumsumexp(0)[:-1]])
-    after = torch.cat([scaled.flip(0).logcumsumexp(0).flip(0)[1:], empty])
-    others = torch.logaddexp(before, after)
+    others = _over_others(scaled, torch.logcumsumexp, torch.logaddexp, -math.inf)
     replaced = torch.logaddexp(others, _others_mean(scaled))
     return (scaled.logsumexp(0) - replaced) / power
 

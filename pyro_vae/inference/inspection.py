@@ -1,9 +1,8 @@
 r"""What can be had from a pair of programs, and the sentences that refuse the rest.
 
 `inspect_programs` runs a model and its guide a few times, reads off where the batch lies, and
-refuses, naming the site,
-what no tool built on log weights can do. `check_parameters` refuses what SVI would silently train
-in part.
+refuses, naming the site, what no tool built on log weights can do. `check_parameters` refuses what
+SVI would silently train in part.
 """
 
 from collections.abc import Iterator
@@ -62,19 +61,24 @@ def inspect_programs(
 
     Raises:
         ProgramError: If a latent lies outside the batch plate, a model latent is missing from the
-            guide (or the guide
-            has one that the model lacks), the guide is a point mass, scales differ between sites,
-            a batch dim is
-            undeclared, an observed value is off its support, or the programs are not deterministic
-            given their latents.
+            guide (or the guide has one that the model lacks), the guide is a point mass or observes
+            something, scales differ between sites, a batch dim is undeclared, an observed value is
+            off its support, one datum depends on another's latents, two PyroModules share names, or
+            the programs are not deterministic given their latents.
     """
     provisional = ProgramStructure(None, 1, 0, 1.0, "mixed", False, True, (), ())
     check_module_names(model, guide)
     with torch.no_grad(), keep_random_state(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
-        guide_trace, model_trace = trace_programs(model, guide, arguments)
+        try:
+            guide_trace, model_trace = trace_programs(model, guide, arguments)
+        except RuntimeError:  # how Pyro answers a latent that the guide observes
+            args, kwargs = arguments
+            _check_guide_draws(weighted_sites(poutine.trace(guide).get_trace(*args, **kwargs)))
+            raise
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+        _check_guide_draws(guide_sites)
         _check_latents(guide_sites, model_sites)
         measure = _check_observed(model_sites)
         shapes = {
@@ -143,6 +147,15 @@ def _refuse_modules_in_training() -> Iterator[None]:
         handle.remove()
 
 
+def _check_guide_draws(guide_sites: dict[str, dict]) -> None:
+    for name, site in guide_sites.items():
+        if site["is_observed"] and type(site["fn"]).__name__ != "Unit":  # pyro.factor
+            raise ProgramError(
+                f"the guide's site '{name}' is observed, so the guide is no density of the "
+                "latents; take obs= out of the guide, or sample the site there"
+            )
+
+
 def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
     for name, site in model_sites.items():
         if not site["is_observed"] and name not in guide_sites:
@@ -157,11 +170,6 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
                 "out of the guide, or give it another name"
             )
     for name, site in guide_sites.items():
-        if site["is_observed"] and type(site["fn"]).__name__ != "Unit":  # pyro.factor
-            raise ProgramError(
-                f"the guide's site '{name}' is observed, so the guide is no density of the "
-                "latents; take obs= out of the guide, or sample the site there"
-            )
         if (
             not site["is_observed"]
             and name not in model_sites
@@ -357,10 +365,15 @@ def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
         if not outside:
             return frame
     if not any(stacks.values()):
-        sequential = any(site["cond_indep_stack"] for site in sites.values())
+        frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+        if dim is not None and any(frame.vectorized for frame in frames):
+            raise ProgramError(
+                f"the model's batch plate is at dim {dim}, where the {role} has no plate; use the "
+                "same plate in both"
+            )
         raise ProgramError(
             f"no site of the {role} is in a vectorised pyro.plate"
-            + (" (a sequential 'for i in pyro.plate' cannot hold a batch)" if sequential else "")
+            + (" (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else "")
             + ", so it does not say which data are independent; write `with pyro.plate('data', "
             "len(x)):` around "
             f"site '{next(iter(sites), 'x')}', or pass joint=True"
@@ -396,16 +409,7 @@ def _check_declared(
 
 def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_plate: Any) -> None:
     full = plate.full_size if plate.full_size is not None else plate.size
-    if full == plate.size:
-        return
-    drawn = [plate.name in subsamples(trace) for trace in (guide_trace, model_trace)]
-    if plate.name == guide_plate.name and drawn[0] != drawn[1]:
-        raise ProgramError(
-            f"the rows of plate '{plate.name}' are given in the {'model' if drawn[0] else 'guide'} "
-            "and drawn in the other program, so they see different data; pass the same subsample= "
-            "to both, or subsample_size= to both"
-        )
-    if plate.name != guide_plate.name and guide_plate.size != -1:
+    if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
         raise ProgramError(
             f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
             "so they see different "
@@ -502,6 +506,8 @@ def _is_vectorizable(
     traces: tuple[Trace, Trace],
 ) -> bool:
     """Whether two particles in one tensor program weigh what the second weighs when run alone."""
+    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+        return False  # it runs the model itself, and cannot be run again at given latents
     vectorized = replace(structure, vectorizable=True)
     try:
         together = trace_programs(model, guide, arguments, 2, structure.max_plate_nesting)

@@ -4,8 +4,7 @@ r"""The primitive: everything that this library measures is a reduction of log w
           z_{kn} \sim q(\cdot \mid x_n)
 
 Their mean over particles estimates the ELBO, their log-mean-exp the importance-weighted bound
-(Burda et al.
-2016), their tail gives the Pareto k-hat and their spread the effective sample size.
+(Burda et al. 2016), their tail gives the Pareto k-hat and their spread the effective sample size.
 """
 
 import math
@@ -33,13 +32,10 @@ def log_weights(
     r"""Draws particles from a guide; returns the log importance weight of each, per datum.
 
     Any Pyro model and guide will do whose sites all lie in one batch plate. That plate may have
-    any name and dim, a
-    stated size or none, and may be subsampled (the factor N/B is left out: it belongs outside any
-    reduction). Inner plates,
-    masks, auxiliary sites of autoguides and `pyro.deterministic` are understood. Programs that
-    cannot run
-    their particles in one tensor program are found out and run one particle at a time. Gradients
-    flow.
+    any name and dim, a stated size or none, and may be subsampled (the factor N/B is left out: it
+    belongs outside any reduction). Inner plates, masks, auxiliary sites of autoguides and
+    `pyro.deterministic` are understood. Programs that cannot run their particles in one tensor
+    program are found out and run one particle at a time. Gradients flow.
 
     Args:
         model: The generative program, called as `model(x)`.
@@ -48,16 +44,14 @@ def log_weights(
         num_particles: Draws from the guide for each datum.
         joint: True for models with global latents: one weight per particle on the full data.
         seed: Seeds the draws and leaves the caller's random state alone. With None the draws come
-            from the global stream, and
-            equal those of `pyro.infer.Trace_ELBO` from the same state.
+            from the global stream, and equal those of `pyro.infer.Trace_ELBO` from the same state.
 
     Returns:
         Log weights in nats, `[particles, batch]`; `[particles, 1]` if `joint`.
 
     Raises:
         ProgramError: If the pair has no such weights; the sentence names the site and says what to
-            do. See
-            `inspect_programs` for the list.
+            do. See `inspect_programs` for the list.
         ValueError: If `num_particles` is not a positive integer.
 
     Example:

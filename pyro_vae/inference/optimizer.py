@@ -1,6 +1,7 @@
 """One torch optimizer behind the `PyroOptim` that `pyro.infer.SVI` asks for."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,15 +69,19 @@ class FusedOptim(PyroOptim):
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate of every parameter."""
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"the learning-rate function gave {rate!r}, which is no rate")
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimizer's state as `KEY.PARAMETER` tensors, and numbers of its groups."""
+        """The optimizer's state by key and parameter, and the numbers of its groups."""
         assert self.optimizer is not None
         state = {
-            f"{key}.{name}": torch.as_tensor(value)
+            f"{'state' if isinstance(value, Tensor) else 'number'}.{key}.{name}": torch.as_tensor(
+                value
+            )
             for name, p in parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
             if value is not None
@@ -93,13 +98,15 @@ class FusedOptim(PyroOptim):
         """Puts back what `tensors` gave."""
         assert self.optimizer is not None
         for full, value in tensors.items():
-            key, name = full.split(".", 1)
-            if key == "group":
-                place, key = name.split(".", 1)
-                self.optimizer.param_groups[int(place)][key] = value.item()
+            kind, first, second = full.split(".", 2)
+            if kind == "group":
+                self.optimizer.param_groups[int(first)][second] = value.item()
+                continue
+            state = self.optimizer.state[parameters[second]]
+            if kind == "number":
+                state[first] = value.item()
             else:
-                like = parameters[name]
-                self.optimizer.state[like][key] = value.to(like.device) if value.dim() else value
+                state[first] = value.to(parameters[second].device) if value.dim() else value
 
 
 class _PyroOptim(FusedOptim):
@@ -152,7 +159,7 @@ def make_optimizer(optimizer: Any, learning_rate: Any) -> FusedOptim:
                 f"functools.partial(torch.optim.SGD, lr=0.1), not {optimizer!r}"
             )
         return FusedOptim(optimizer)
-    rate = learning_rate(0) if callable(learning_rate) else learning_rate
+    rate = 0.0 if callable(learning_rate) else learning_rate  # set at the start of each epoch
 
     def adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
         params = list(params)

@@ -4,12 +4,12 @@ r"""How the tools run a user's Pyro programs, and leave the caller's world as it
 keeps the caller's parameters, random state and settings; `FittedProgram` carries fitted ones.
 """
 
-import inspect
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import CellType
 from typing import Any
 
 import numpy as np
@@ -135,14 +135,12 @@ def program_scope(seed: int | None = None) -> Iterator[None]:
     """Runs a user's programs so that the caller's world is afterwards what it was.
 
     Inside, the parameter store starts as a copy of the caller's. Parameters that belong to a
-    module are left
-    out: they register themselves when the program runs, so two programs that use one name do not
-        meet.
+    module are left out: they register themselves when the program runs, so two programs that use
+    one name do not meet.
 
     Args:
         seed: Seeds torch, NumPy and `random` inside; their states are restored at the end. With
-            None, random
-            numbers are taken from the caller's streams, as Pyro's own tools do.
+            None, random numbers are taken from the caller's streams, as Pyro's own tools do.
     """
     store = pyro.get_param_store()
     settings = pyro.settings.get()
@@ -183,6 +181,12 @@ class _OwnNames(Messenger):
         while own in stored and stored[own] is not rest[0]:
             count += 1
             own = f"{name}#{count}"
+            if count > 2:  # one for the model and one for the guide
+                raise ProgramError(
+                    f"parameter '{name}' is another nn.Parameter at every call, so no fitted value "
+                    "could reach it; give pyro.param a plain tensor, or every module a name of its "
+                    "own"
+                )
         if own != name:
             msg["name"], msg["args"] = own, (own, *rest)
 
@@ -220,8 +224,8 @@ def run_programs(
 
     Returns:
         log p(x, z) and log q(z | x) in nats, without the factor N/B, each `[particles, batch]`
-        (batch 1 if joint), and
-        the parts of log p(x, z) by observed (`likelihood`) and latent (`prior`) sites.
+        (batch 1 if joint), and the parts of log p(x, z) by observed (`likelihood`) and latent
+        (`prior`) sites.
     """
     traces = draw_traces(model, guide, arguments, structure, num_particles)
     likelihood = sum_traces([(model, k) for _, model, k in traces], structure, _is_observed)
@@ -501,9 +505,12 @@ def modules_of(program: Any) -> list[nn.Module]:
     if isinstance(owner, nn.Module):
         return [owner]
     function = program if hasattr(program, "__code__") else type(program).__call__
-    cells = inspect.getclosurevars(function) if hasattr(function, "__code__") else None
-    named = [] if cells is None else [*cells.nonlocals.values(), *cells.globals.values()]
-    return [v for v in (*named, *vars(owner).values()) if isinstance(v, nn.Module)]
+    cells = [cell for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+    names = function.__code__.co_names if hasattr(function, "__code__") else ()
+    named = [function.__globals__.get(name) for name in names]
+    held = getattr(owner, "__dict__", {}).values()
+    reached = (*(cell.cell_contents for cell in cells), *named, *held)
+    return [value for value in reached if isinstance(value, nn.Module)]
 
 
 def common_owner(model: Program, guide: Program) -> nn.Module | None:

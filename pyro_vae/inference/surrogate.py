@@ -14,7 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.inference.inspection import common_scale, inspect_programs
+from pyro_vae.inference.inspection import common_scale, inspect_programs, is_delta
 from pyro_vae.inference.programs import (
     Arguments,
     Program,
@@ -30,6 +30,7 @@ __all__ = [
     "Coefficients",
     "Estimator",
     "Weights",
+    "is_number",
     "log_p_of",
     "log_q_of",
     "scale_of",
@@ -175,17 +176,20 @@ class Estimator(ELBO):
         row = self.coefficients((log_p - log_q).detach())
         scale = scale_of(traces, self.joint)
         if row.path is None:  # every latent is held fixed already
+            self._check_densities(traces)
             score = row.score if row.reinforce is None else row.score + row.reinforce
             return row.value, (row.theta * log_p + score * log_q).sum(), scale
         fixed = sites_without_path(traces)
         self._check_path(fixed, traces)
-        if not fixed and torch.equal(row.path, row.theta) and torch.equal(row.score, -row.theta):
-            return row.value, (row.theta * (log_p - log_q)).sum(), scale  # one pass is enough
-        self.check_replayable(structure)
-        again = rerun_traces(model, guide, arguments, structure, traces)
-        log_p_fixed, log_q_fixed = log_p_of(again, structure), log_q_of(again, structure)
-        path = (log_p - log_p_fixed) - (log_q - log_q_fixed)
-        surrogate = row.theta * log_p_fixed + row.path * path + row.score * log_q_fixed
+        if torch.equal(row.path, row.theta) and torch.equal(row.score, -row.theta):
+            surrogate = row.theta * (log_p - log_q)  # one pass is enough
+        else:
+            self.check_replayable(structure)
+            again = rerun_traces(model, guide, arguments, structure, traces)
+            self._check_densities(again)
+            log_p_fixed, log_q_fixed = log_p_of(again, structure), log_q_of(again, structure)
+            path = (log_p - log_p_fixed) - (log_q - log_q_fixed)
+            surrogate = row.theta * log_p_fixed + row.path * path + row.score * log_q_fixed
         if fixed and row.reinforce is not None:
             # Attached: their distribution also moves with reparameterised latents above them.
             surrogate = surrogate + row.reinforce * log_q_of(traces, structure, only=fixed)
@@ -200,10 +204,13 @@ class Estimator(ELBO):
             return
         latents = [n for n, s in weighted_sites(traces[0][0]).items() if not s["is_observed"]]
         row = self.coefficients(torch.zeros(self.num_particles, 1))
+        mixed = not set(fixed) >= set(latents)
         advice = (
-            "LeaveOneOut or ScoreFunction (ELBO), VIMCO or ReweightedWakeSleep (importance bound)"
+            f"LeaveOneOut{', PathwiseELBO' if mixed else ''} or ScoreFunction (ELBO), "
+            f"VIMCO{', ImportanceWeighted' if mixed else ''} or ReweightedWakeSleep (importance "
+            "bound)"
         )
-        if row.reinforce is None or set(fixed) >= set(latents):
+        if row.reinforce is None or not mixed:
             raise ProgramError(
                 f"{type(self).__name__} needs reparameterised latents, but the guide's site "
                 f"'{fixed[0]}' is not; use {advice}, or StraightThrough for a relaxed gradient"
@@ -219,9 +226,20 @@ class Estimator(ELBO):
         if not structure.replayable:
             raise ProgramError(
                 f"{type(self).__name__} needs log q at given latents, which this guide cannot "
-                "give (a flow without an inverse); use PathwiseELBO, ImportanceWeighted or Renyi, "
-                "or a flow with an inverse"
+                "give (a flow without an inverse, or a guide messenger); use PathwiseELBO, "
+                "ImportanceWeighted or Renyi, or a flow with an inverse"
             )
+
+    def _check_densities(self, traces: Traces) -> None:
+        """Refuses a `Delta` that its parameters move: log q at its fixed value is another one."""
+        for name, site in weighted_sites(traces[0][0]).items():
+            if is_delta(site["fn"]) and _point_of(site["fn"]).requires_grad:
+                raise ProgramError(
+                    f"{type(self).__name__} needs log q at given latents, but the guide moves its "
+                    f"Delta site '{name}' by parameters, so its density is known at auxiliary "
+                    "draws alone; use PathwiseELBO, ImportanceWeighted or Renyi, or draw the site "
+                    "from a distribution (AutoNormal, AutoMultivariateNormal)"
+                )
 
 
 def log_p_of(traces: Traces, structure: ProgramStructure) -> Tensor:
@@ -250,6 +268,18 @@ def sites_without_path(traces: Traces) -> list[str]:
         for name, site in weighted_sites(traces[0][0]).items()
         if not site["is_observed"] and not site["fn"].has_rsample
     ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a real number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _point_of(fn: Any) -> Tensor:
+    """Where a point mass lies."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn.v
 
 
 class _WithoutPath(Messenger):

@@ -8,7 +8,6 @@ in a parameter store of its own, gives each module its own names, and raises in 
 import copy
 import json
 import math
-import operator
 import signal
 import sys
 import threading
@@ -236,9 +235,8 @@ def fit(
         x, validation = _to_device(x, device), _to_device(validation, device)
     check_module_names(model, guide)
     with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*not registered in the param store.*requires_grad=False"
-        )
+        warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
+        warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
         store = pyro.get_param_store()
         own = {
             name: value.detach().clone().requires_grad_()
@@ -953,11 +951,7 @@ def _check_numbers(**values: Any) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool | Tensor)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_arguments(
