@@ -84,6 +84,7 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
         raise ValueError("the history has no rows: train for an epoch first.")
     ax = _axes(ax, _WIDE)
     epoch = history["epoch"].values
+    marker = "o" if len(epoch) < 4 else ""  # one point makes no line
     for prefix, colour, style, who in (
         ("", _BLUE, "-", "training"),
         ("validation_", _ORANGE, "--", "held out"),
@@ -91,18 +92,19 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
         if f"{prefix}bound" not in history:
             continue
         bound = history[f"{prefix}bound"].values
-        ax.plot(epoch, bound, style, color=colour, lw=1.8, label=f"ELBO, {who}", zorder=3)
+        look: dict[str, Any] = {"ls": style, "color": colour, "marker": marker, "ms": 4}
+        ax.plot(epoch, bound, lw=1.8, label=f"ELBO, {who}", zorder=3, **look)
         if f"{prefix}reconstruction" in history:
             parts = history[f"{prefix}reconstruction"].values
-            ax.plot(epoch, parts, style, color=colour, lw=0.9, label=f"reconstruction, {who}")
+            ax.plot(epoch, parts, lw=0.9, label=f"reconstruction, {who}", **look)
             ax.fill_between(epoch, bound, parts, color=colour, alpha=0.12, lw=0)
-            if not prefix:
+            if not prefix and not marker:
                 _name_band(ax, epoch, bound, parts, "KL")
     if len(epoch) > 20:  # most of the rise is in the first epochs
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
     ax.set_ylabel("nats per datum")
     ax.set_title(_title("Bound while training", data, "1 particle"))

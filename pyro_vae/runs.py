@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -482,7 +483,8 @@ def start_run(
         likelihood: A name, or None for the one that suits the data's measure.
         activation: As for `VAE`.
         batch_size: Data in a mini-batch.
-        epochs: Passes over the training data; None as in `default_schedule`.
+        epochs: Passes over the training data; None as in `default_schedule`. A short training
+            is looked at ten times at least, where it has so many epochs.
         patience: Looks at the held-out bound without a rise before training stops; None as in
             `default_schedule`, 0 never.
         learning_rate: Of Adam.
@@ -505,7 +507,8 @@ def start_run(
     module = _new_vae(dataset, latent_dim, hidden, likelihood, activation, seed)
     schedule: dict[str, Any] = default_schedule(len(train), batch_size)
     if epochs is not None:
-        schedule["epochs"] = epochs
+        looks = max(min(schedule["evaluate_every"], epochs // 10), 1)
+        schedule |= {"epochs": epochs, "evaluate_every": looks}
     if patience is not None:
         schedule["patience"] = patience or None
     return fit(
@@ -535,10 +538,20 @@ def _new_vae(
     seed: int,
 ) -> VAE:
     chosen: str | Likelihood = choose_likelihood(dataset.measure, likelihood)
-    with keep_random_state():
+    with keep_random_state(), _default_dtype(dataset.train.dtype):
         pyro.set_rng_seed(seed)
-        module = VAE(dataset.train.shape[1], latent_dim, hidden, chosen, activation)
-    return module.to(dataset.train.dtype)
+        return VAE(dataset.train.shape[1], latent_dim, hidden, chosen, activation)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Draws are others in another type, so initial weights would depend on the caller's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def resume_run(

@@ -48,6 +48,23 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     assert load_tensors(tmp_path / "t.safetensors")[0].keys() == {"a", "b"}
 
 
+def test_a_file_replaced_while_it_is_read_is_one_or_the_other(tmp_path, monkeypatch):
+    """A reader that opened the file twice would mix the two, and call it damaged."""
+    path, real = tmp_path / "t.safetensors", Path.read_bytes
+    save_tensors(path, {"a": torch.zeros(3)}, {"epoch": 1})
+
+    def replaced_at_once(self):
+        content = real(self)
+        save_tensors(path, {"a": torch.ones(3)}, {"epoch": 2})
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", replaced_at_once)
+    tensors, metadata = load_tensors(path)
+    assert (tensors["a"].sum(), metadata["epoch"]) == (0, 1)
+    monkeypatch.undo()
+    assert load_tensors(path)[1]["epoch"] == 2
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = tmp_path / "t.safetensors"
     save_tensors(path, {"a": torch.arange(4.0), "b": torch.ones(2)}, {"epoch": 3})

@@ -32,9 +32,9 @@ def refused(line: str) -> str:
     """The one line that a refused command says."""
     done = call(line)
     assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    (said,) = done.stderr.splitlines()
-    assert said.startswith("error: ")
+    assert "Traceback" not in done.output
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.endswith(f"{said}\n")
     return said
 
 
@@ -185,7 +185,7 @@ def test_errors_are_one_line(line: str, says: str, run: Path, tmp_path: Path) ->
 def test_a_wrong_number_is_refused() -> None:
     done = call("fit --data digits --latent-dim 0")
     assert done.exit_code == 2
-    assert "0 is not in the range x>=1" in done.stderr
+    assert "'--latent-dim'" in done.stderr
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:
@@ -214,7 +214,7 @@ def test_evaluate_sample_and_report(run: Path) -> None:
     found = load_result(run / "evaluation.nc")
     assert found.sizes["datum"] == 15
     assert found.quantity("elbo").num_particles == 20
-    assert f"{found.quantity('elbo').value:.1f}" in done.stdout
+    assert found.table() in done.stdout
     done = call(f"sample {run} --num-images 5")
     assert done.exit_code == 0, done.output
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")

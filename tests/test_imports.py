@@ -21,7 +21,7 @@ LAYERS = (
     {"models"},
     {"inference"},
     {"diagnostics"},
-    {"plots", "report", "runs"},
+    {"pages", "plots", "report", "runs"},
     {"cli"},
     {"__main__"},
 )

@@ -90,7 +90,7 @@ def cell(ax: Any, row: int, column: int) -> np.ndarray:
 
 def test_the_bound_is_drawn_with_its_parts() -> None:
     given = history(4)
-    ax = plot_bound(given, data="digits")
+    ax: Any = plot_bound(given, data="digits")
     lines = {line.get_label(): line for line in ax.get_lines()}
     for text, name in (
         ("ELBO, training", "bound"),
@@ -116,6 +116,11 @@ def test_a_long_history_has_a_logarithmic_axis() -> None:
     assert plot_bound(history(5)).get_xscale() == "linear"
 
 
+def test_a_single_epoch_can_be_seen() -> None:
+    assert {line.get_marker() for line in plot_bound(history(1)).get_lines()} == {"o"}
+    assert {line.get_marker() for line in plot_bound(history(9)).get_lines()} == {""}
+
+
 def test_a_history_without_held_out_data_or_parts_is_drawn() -> None:
     assert len(plot_bound(history(3, held_out=False)).get_lines()) == 2
     (line,) = plot_bound(history(3)[["bound"]]).get_lines()
@@ -130,7 +135,7 @@ def test_an_empty_history_is_refused() -> None:
 def test_the_evidence_is_parted_by_khat() -> None:
     # The threshold for 1000 particles is 1 - 1 / log10(1000) = 2/3.
     given = evidence([0.1, 0.66, 0.67, float("nan"), 0.3])
-    ax = plot_evidence(given, data="digits")
+    ax: Any = plot_evidence(given, data="digits")
     good, bad = ax.collections[:2]
     np.testing.assert_array_equal(good.get_offsets(), [[-9, -8], [-10, -8.5], [-13, -10]])
     np.testing.assert_array_equal(bad.get_offsets(), [[-11, -9], [-12, -9.5]])
@@ -155,7 +160,7 @@ def test_evidence_that_is_exact_is_refused() -> None:
 def test_reconstructions_stand_below_their_data() -> None:
     module = VAE(data_dim=15, latent_dim=2, hidden=(4,))
     x = torch.bernoulli(torch.full((9, 15), 0.5))
-    ax = plot_reconstructions(module, x, SHAPE, num_images=4, data="made")
+    ax: Any = plot_reconstructions(module, x, SHAPE, num_images=4, data="made")
     with torch.no_grad():
         means = module.reconstruct(x[:4]).reshape(4, *SHAPE).numpy()
     assert picture(ax).shape == (2 * 4 - 1, 4 * 6 - 1)
@@ -168,7 +173,7 @@ def test_reconstructions_stand_below_their_data() -> None:
 def test_samples_are_those_of_their_seed() -> None:
     module = VAE(data_dim=15, latent_dim=2, hidden=(4,))
     state = torch.get_rng_state()
-    ax = plot_samples(module, SHAPE, num_images=7, seed=3)
+    ax: Any = plot_samples(module, SHAPE, num_images=7, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     drawn = module.sample(7, generator=torch.Generator().manual_seed(3)).reshape(7, *SHAPE)
     assert picture(ax).shape == (3 * 4 - 1, 3 * 6 - 1)
@@ -179,7 +184,7 @@ def test_samples_are_those_of_their_seed() -> None:
 
 
 def test_the_manifold_runs_through_the_inverse_normal() -> None:
-    ax = plot_manifold(Stub(), SHAPE, num_steps=4)
+    ax: Any = plot_manifold(Stub(), SHAPE, num_steps=4)
     quantiles = [NormalDist().inv_cdf((i + 0.5) / 4) for i in range(4)]
     for row in range(4):
         for column in range(4):
@@ -196,7 +201,7 @@ def test_the_most_active_latents_are_shown_by_class() -> None:
     spread = torch.tensor([0.1, 3.0, 0.2, 2.0])
     x = spread * torch.linspace(-1, 1, 9)[:, None] ** torch.tensor([1, 1, 1, 3]) + 5
     labels = torch.tensor([0, 2, 0, 2, 0, 2, 0, 2, 2])
-    ax = plot_latent(Stub(4), x, labels, label_names=("no", "none", "two"), data="made")
+    ax: Any = plot_latent(Stub(4), x, labels, label_names=("no", "none", "two"), data="made")
     first, second = ax.collections
     np.testing.assert_allclose(first.get_offsets(), x[labels == 0][:, [1, 3]])
     np.testing.assert_allclose(second.get_offsets(), x[labels == 2][:, [1, 3]])
@@ -208,7 +213,8 @@ def test_the_most_active_latents_are_shown_by_class() -> None:
 
 def test_two_latents_keep_their_order_and_one_is_enough() -> None:
     x = torch.tensor([[0.0, 1.0], [0.1, 5.0], [0.2, -3.0]])
-    np.testing.assert_allclose(plot_latent(Stub(2), x).collections[0].get_offsets(), x)
+    ax: Any = plot_latent(Stub(2), x)
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), x)
     ax = plot_latent(Stub(1), x)
     np.testing.assert_allclose(ax.collections[0].get_offsets()[:, 0], x[:, 0])
 

@@ -64,7 +64,7 @@ def test_a_run_is_loaded_as_it_was_kept(tmp_path: Path, digits: Dataset) -> None
     assert trained.keys() == loaded.keys()
     assert all(torch.equal(trained[name], loaded[name]) for name in trained)
     assert all(parameter.requires_grad for parameter in run.module.parameters())
-    assert run.module.config["hidden"] == [7, 5]
+    assert run.config["model"]["arguments"]["hidden"] == [7, 5]
     assert run.config == json.loads((tmp_path / "run" / "config.json").read_text())
     x = digits.test[:11]
     before = log_evidence(fitted.model, fitted.guide, x, num_particles=9, progress=False)
@@ -83,12 +83,15 @@ def test_the_history_is_the_one_that_fit_returned(tmp_path: Path, digits: Datase
     }
 
 
-def test_starting_a_run_leaves_the_random_state_alone(tmp_path: Path, digits: Dataset) -> None:
+def test_a_run_depends_on_its_seed_alone(tmp_path: Path, digits: Dataset) -> None:
     state = torch.get_rng_state()
     start_run(tmp_path / "a", digits, epochs=1, **SMALL)
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
+    torch.set_default_dtype(torch.float32)
     start_run(tmp_path / "b", digits, epochs=1, **SMALL)
+    assert torch.get_default_dtype() == torch.float32
+    torch.set_default_dtype(torch.float64)
     first, second = (load_tensors(tmp_path / name / "model.safetensors")[0] for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -99,7 +102,8 @@ def test_a_linear_model_is_loaded_too(tmp_path: Path) -> None:
     fit(model.model, model.guide, x, epochs=1, checkpoint=tmp_path / "run", progress=False)
     run = load_run(tmp_path / "run")
     assert run.data_name == "data of the caller"
-    assert torch.equal(run.module.log_evidence(x), model.log_evidence(x))
+    module: Any = run.module
+    assert torch.equal(module.log_evidence(x), model.log_evidence(x))
     with pytest.raises(CheckpointError, match=r"data of the caller.*log_evidence\(run\.model"):
         load_run_data(run)
 
@@ -286,6 +290,11 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path: Path, digits: Dataset
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert load_run(tmp_path / "parts").config == load_run(tmp_path / "whole").config
+
+
+def test_a_short_training_is_looked_at_often(tmp_path: Path, digits: Dataset) -> None:
+    fitted = start_run(tmp_path / "run", digits, epochs=12, latent_dim=1, hidden=(2,))
+    assert fitted.history.epoch.values.tolist() == list(range(1, 13))
 
 
 def test_a_finished_run_wants_more_epochs(folder: Path) -> None:

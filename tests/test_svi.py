@@ -440,9 +440,11 @@ def exact_regression(x, y):
 def test_bayesian_regression_on_all_data():
     x, y = regression_data()
     mean, covariance = exact_regression(x, y)
-    evidence = dist.MultivariateNormal(
-        torch.zeros(NUM_DATA), 0.25 * torch.eye(NUM_DATA) + x @ x.T
-    ).log_prob(y)
+    evidence = (
+        dist.MultivariateNormal(torch.zeros(NUM_DATA), 0.25 * torch.eye(NUM_DATA) + x @ x.T)
+        .log_prob(y)
+        .item()
+    )
     found = fit(
         regression,
         AutoMultivariateNormal(regression, init_loc_fn=lambda site: torch.zeros(DATA_DIM)),
@@ -457,7 +459,6 @@ def test_bayesian_regression_on_all_data():
     assert ((found.guide.get_posterior().mean - mean).abs() / deviation).max() < 0.2
     # At the exact posterior one draw gives the evidence; here q is near it: within 0.5 nats in all.
     assert abs(found.history.bound[-1] * NUM_DATA - evidence) < 0.5
-    assert abs(found.history.bound[0] * NUM_DATA - evidence) < 0.5
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])

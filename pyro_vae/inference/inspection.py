@@ -23,6 +23,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    enumerating,
     fixed_draws,
     keep_random_state,
     modules_of,
@@ -96,10 +97,17 @@ def inspect_programs(
                 n for n, s in guide_sites.items() if n in model_sites and not s["is_observed"]
             ),
             observed=tuple(n for n, s in model_sites.items() if s["is_observed"]),
+            enumerated=tuple(
+                n for n, s in model_sites.items() if _is_left_to_sum(n, s, guide_sites)
+            ),
         )
         if not joint:
             dim, size = _find_batch(guide_trace, model_trace, shapes)
             structure = replace(structure, batch_dim=dim, batch_size=size)
+        if structure.enumerated:
+            model = enumerating(model, structure)
+            guide_trace, model_trace = trace_programs(model, guide, arguments)
+            _check_enumerated(weighted_sites(model_trace), structure)
         structure = replace(
             structure,
             replayable=_check_deterministic(
@@ -158,6 +166,8 @@ def _check_guide_draws(guide_sites: dict[str, dict]) -> None:
 
 def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
     for name, site in model_sites.items():
+        if _is_left_to_sum(name, site, guide_sites):
+            continue
         if not site["is_observed"] and name not in guide_sites:
             raise ProgramError(
                 f"the model's latent site '{name}' is missing from the guide; sample it there "
@@ -181,6 +191,34 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
                 "sample it in the model as well, or mark it infer={'is_auxiliary': True} if the "
                 "density of another "
                 "site accounts for it, as Pyro's autoguides do"
+            )
+
+
+def _is_left_to_sum(name: str, site: dict[str, Any], guide_sites: dict[str, dict]) -> bool:
+    """Whether a latent of the model is marked for enumeration and left out of the guide."""
+    marked = site["infer"].get("enumerate") == "parallel"
+    return marked and not site["is_observed"] and name not in guide_sites
+
+
+def _check_enumerated(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
+    """Refuses enumerated latents that a sum per datum cannot reach."""
+    dims = [model_sites[name]["infer"].get("_enumerate_dim") for name in structure.enumerated]
+    if len(set(dims)) < len(dims):
+        raise ProgramError(
+            f"the enumerated sites {', '.join(structure.enumerated)} share dims (pyro.markov), "
+            "which log weights cannot sum out; use TraceEnum_ELBO, or sample them in the guide"
+        )
+    for name in structure.enumerated:
+        inner = {
+            f.name
+            for f in model_sites[name]["cond_indep_stack"]
+            if f.vectorized and f.dim != structure.batch_dim
+        }
+        if inner:
+            raise ProgramError(
+                f"the enumerated site '{name}' is inside plate '{inner.pop()}', within a datum, "
+                "where it would have to be summed before that plate; use TraceEnum_ELBO, or sample "
+                "it in the guide"
             )
 
 
@@ -488,8 +526,10 @@ def _check_independent(
     mixed_trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
     sites = weighted_sites(mixed_trace)
     for name, site in weighted_sites(traces[1]).items():
-        before = sum_dims(site_log_prob(site), structure, 1)[:, 0]
-        after = sum_dims(site_log_prob(sites[name]), structure, 1)[:, 0] if name in sites else None
+        before = sum_dims(site_log_prob(site), structure, 1)[..., 0]
+        after = (
+            sum_dims(site_log_prob(sites[name]), structure, 1)[..., 0] if name in sites else None
+        )
         if after is None or not _agree(before, after):
             raise ProgramError(
                 f"the density of one datum at the model's site '{name}' depends on the latents of "

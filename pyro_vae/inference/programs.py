@@ -35,6 +35,7 @@ __all__ = [
     "bytes_of_run",
     "common_owner",
     "draw_traces",
+    "enumerating",
     "evaluation_mode",
     "fixed_draws",
     "keep_random_state",
@@ -77,6 +78,8 @@ class ProgramStructure:
             inverse cannot): what a second pass needs.
         latents: Names of the latent sites, in the guide's order, without auxiliary ones.
         observed: Names of the observed sites of the model.
+        enumerated: Names of the model's discrete latents that the guide leaves out and that are
+            summed out exactly.
     """
 
     batch_dim: int | None
@@ -88,6 +91,7 @@ class ProgramStructure:
     replayable: bool
     latents: tuple[str, ...]
     observed: tuple[str, ...]
+    enumerated: tuple[str, ...] = ()
 
 
 # --- arguments and scope --------------------------------------------------------------------------
@@ -225,9 +229,13 @@ def run_programs(
     Returns:
         log p(x, z) and log q(z | x) in nats, without the factor N/B, each `[particles, batch]`
         (batch 1 if joint), and the parts of log p(x, z) by observed (`likelihood`) and latent
-        (`prior`) sites.
+        (`prior`) sites, which do not exist where latents are summed out.
     """
     traces = draw_traces(model, guide, arguments, structure, num_particles)
+    if structure.enumerated:
+        log_p = sum_traces([(model, k) for _, model, k in traces], structure)
+        log_q = sum_traces([(guide, k) for guide, _, k in traces], structure)
+        return log_p, log_q.to(log_p).expand_as(log_p), {}
     likelihood = sum_traces([(model, k) for _, model, k in traces], structure, _is_observed)
     prior = sum_traces([(model, k) for _, model, k in traces], structure, _is_latent)
     posterior = sum_traces([(guide, k) for guide, _, k in traces], structure)
@@ -251,6 +259,7 @@ def draw_traces(
     One pair holds all particles, or, where programs cannot run them together, each pair holds one;
     all then see the same subsample of the data.
     """
+    model = enumerating(model, structure)
     count = num_particles if structure.vectorizable else 1
     drawn: list[tuple[Trace, Trace, int]] = []
     while len(drawn) * count < num_particles:
@@ -262,6 +271,13 @@ def draw_traces(
             model, guide = poutine.replay(model, trace=same), poutine.replay(guide, trace=same)
         drawn.append((*traces, count))
     return drawn
+
+
+def enumerating(model: Program, structure: ProgramStructure) -> Program:
+    """The model with its enumerated latents laid out along dims to the left of the particles."""
+    if not structure.enumerated:
+        return model
+    return poutine.enum(model, first_available_dim=-2 - structure.max_plate_nesting)
 
 
 def _is_observed(_name: str, site: Site) -> bool:
@@ -307,6 +323,7 @@ def rerun_traces(
 ) -> list[tuple[Trace, Trace, int]]:
     """Runs both programs again at the draws of `traces`, through which no gradient passes."""
     args, kwargs = arguments
+    model = enumerating(model, structure)
     again = []
     for guide_trace, model_trace, count in traces:
         given = fixed_draws(guide_trace, model_trace)
@@ -402,22 +419,24 @@ def sum_sites(
     for name, site in weighted_sites(trace).items():
         if keep is None or keep(name, site):
             total = total + sum_dims(site_log_prob(site), structure, num_particles)
-    return total
+    return total if total.dim() <= 2 else total.flatten(0, -3).logsumexp(0)
 
 
 def sum_dims(
     log_prob: Tensor, structure: ProgramStructure, num_particles: int
-) -> Float[Tensor, "particles batch"]:
-    """Sums a site's log-probabilities over all dims but particles and data."""
+) -> Float[Tensor, "*enumerated particles batch"]:
+    """Sums a site's log-probabilities over all dims but particles, data and enumerated ones."""
     nesting = structure.max_plate_nesting
     log_prob = log_prob[(None,) * (nesting + 1 - log_prob.dim())]
-    if log_prob.shape[0] != num_particles:
-        log_prob = log_prob.expand(num_particles, *log_prob.shape[1:])
-    keep = None if structure.batch_dim is None else nesting + 1 + structure.batch_dim
-    others = [dim for dim in range(1, nesting + 1) if dim != keep]
+    particle_dim = log_prob.dim() - nesting - 1  # dims to the left of it are enumerated
+    if log_prob.shape[particle_dim] != num_particles:
+        sizes = list(log_prob.shape)
+        sizes[particle_dim] = num_particles
+        log_prob = log_prob.expand(sizes)
+    others = [dim for dim in range(-nesting, 0) if dim != structure.batch_dim]
     if others:
         log_prob = log_prob.sum(others)
-    return log_prob if keep is not None else log_prob[:, None]
+    return log_prob if structure.batch_dim is not None else log_prob[..., None]
 
 
 def subsamples(*traces: Trace) -> Trace:

@@ -624,11 +624,10 @@ class _Run:
             log_p, log_q, parts = run_programs(self.model, self.guide, arguments, self.structure, 1)
             per = 1.0 if not self.joint else 1.0 / length
             log_weights = (log_p - log_q)[0] * per
-            found = {
-                "bound": float(log_weights.mean()),
-                "reconstruction": float(parts["likelihood"].mean()) * per,
-                "kl": float((log_q - parts["prior"]).mean()) * per,
-            }
+            found = {"bound": float(log_weights.mean())}
+            if parts:
+                found["reconstruction"] = float(parts["likelihood"].mean()) * per
+                found["kl"] = float((log_q - parts["prior"]).mean()) * per
             if len(log_weights) > 1:
                 found["bound_se"] = float(log_weights.std() / math.sqrt(len(log_weights)))
             return found
