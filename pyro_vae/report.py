@@ -251,7 +251,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
             }
             for shown in run_figures(run, dataset, found)
         ],
-        "commands": reproduce_commands(run),
+        "commands": reproduce_commands(run, found),
         "made_with": _made_with(run, found),
         "config": json.dumps(run.config, indent=2),
     }
@@ -372,11 +372,16 @@ def _png(figure: Figure) -> str:
 # --- how it was made ------------------------------------------------------------------------------
 
 
-def reproduce_commands(run: Run) -> str:
+def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
     """The commands that make a run of `start_run` again, its evaluation and this report.
 
-    Empty if the run was trained on data of the caller, or in a way the command line has no words
-    for.
+    Args:
+        run: The run.
+        evaluation: What `evaluate_run` found, or None.
+
+    Returns:
+        Shell commands; empty if the run was trained on data of the caller, or in a way the command
+        line has no words for.
     """
     config, data = run.config, run.config.get("data", {})
     described, trained = config["model"]["arguments"], config.get("fit", {})
@@ -407,9 +412,19 @@ def reproduce_commands(run: Run) -> str:
     return "\n".join(
         [
             "pyro-vae fit " + " \\\n    ".join(lines),
-            f"pyro-vae evaluate {folder}",
+            f"pyro-vae evaluate {folder}{_evaluate_options(evaluation)}",
             f"pyro-vae report {folder}",
         ]
+    )
+
+
+def _evaluate_options(evaluation: Result | None) -> str:
+    if evaluation is None:
+        return ""
+    made = evaluation.provenance
+    return (
+        f" --num-particles {made['config']['num_particles']} --num-data {made['num_data']}"
+        f" --seed {made['seed']}"
     )
 
 

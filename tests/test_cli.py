@@ -125,6 +125,17 @@ def test_the_reports_commands_make_the_same_weights(run: Path, tmp_path: Path) -
     assert any(bool(value.abs().sum() > 0) for value in first.values())
 
 
+def test_the_reports_commands_make_the_same_numbers(run: Path) -> None:
+    call(f"evaluate {run} --num-particles 11 --num-data 6 --seed 5 --threads 1 --quiet")
+    before = load_result(run / "evaluation.nc")
+    commands = reproduce_commands(load_run(run), before).replace("\\\n", " ").splitlines()
+    assert [shlex.split(command)[1] for command in commands] == ["fit", "evaluate", "report"]
+    assert CliRunner().invoke(cli.app, shlex.split(commands[1])[1:]).exit_code == 0
+    after = load_result(run / "evaluation.nc")
+    assert after.drop_attrs(deep=False).identical(before.drop_attrs(deep=False))
+    assert after.provenance["seed"] == 5
+
+
 def test_fit_goes_on(run: Path, tmp_path: Path) -> None:
     call(f"fit {SMALL} --epochs 1 --patience 0 --out {tmp_path / 'a'}")
     before = weights(tmp_path / "a")

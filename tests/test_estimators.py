@@ -537,9 +537,9 @@ LADDER: list[tuple[Callable, Callable, int, float]] = [
     (lambda k: Renyi(k, alpha=0.5), renyi(0.5), 4, 1e-12),
     (lambda k: Renyi(k, alpha=2.0), renyi(2.0), 4, 1e-12),
     (lambda k: MIWAE(k, num_groups=1), log_mean_exp, 4, 1e-12),
-    (DReG, log_mean_exp, 12, 1e-3),
-    (lambda k: RenyiDReG(k, alpha=0.5), renyi(0.5), 12, 1e-3),
-    (lambda k: RenyiDReG(k, alpha=2.0), renyi(2.0), 12, 1e-3),
+    (DReG, log_mean_exp, 12, 6e-3),
+    (lambda k: RenyiDReG(k, alpha=0.5), renyi(0.5), 12, 6e-3),
+    (lambda k: RenyiDReG(k, alpha=2.0), renyi(2.0), 12, 6e-3),
     (VIMCO, log_mean_exp, 12, 1e-3),
 ]
 
@@ -584,9 +584,9 @@ def test_hierarchies_inner_plates_and_masks_have_the_exact_gradient(make, reduce
 
 
 def test_the_two_wake_phases_have_one_gradient_in_expectation():
-    found = {kind: integrate_ladder(kind(2), 14)[1] for kind in (ReweightedWakeSleep, WakeDReG)}
-    assert differences(found[ReweightedWakeSleep], found[WakeDReG]) < 2e-3
-    bound = exact_ladder(log_mean_exp, 14)[1]
+    found = {kind: integrate_ladder(kind(2), 12)[1] for kind in (ReweightedWakeSleep, WakeDReG)}
+    assert differences(found[ReweightedWakeSleep], found[WakeDReG]) < 6e-3
+    bound = exact_ladder(log_mean_exp, 12)[1]
     assert differences(found[WakeDReG], bound) > 0.05  # the guide's target is another
 
 
@@ -759,12 +759,12 @@ def test_other_estimators_are_noisy_at_the_exact_posterior(make):
     assert min(float(g.abs().max()) for g in gradient.values()) > 0.05
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in estimator_names() if n not in ("SleepPhi", "StraightThrough")]
-)
+# AnalyticELBO takes the KL exactly and draws the likelihood: unbiased, and not constant there.
+OFF_THE_TABLE = ("AnalyticELBO", "SleepPhi", "StraightThrough")
+
+
+@pytest.mark.parametrize("name", [n for n in estimator_names() if n not in OFF_THE_TABLE])
 def test_every_bound_is_the_evidence_at_the_exact_posterior(name):
-    if name == "AnalyticELBO":
-        pytest.skip("its KL is exact and its likelihood term is not: unbiased, but not constant")
     model, guide, x, _ = at_the_posterior()
     exact = Pca(data=5).evidence()
     found = make_estimator(name, 4).bound(model, guide, x)
@@ -812,11 +812,646 @@ def test_renyi_goes_from_iwae_to_the_elbo():
         return estimator.bound(model, guide, pca.x)
 
     iwae, elbo = bound(ImportanceWeighted(6)), bound(PathwiseELBO(6))
-    assert torch.allclose(bound(Renyi(6, alpha=0)), iwae, rtol=0, atol=EXACT)
-    assert torch.allclose(bound(RenyiDReG(6, alpha=0)), iwae, rtol=0, atol=EXACT)
+    assert torch.allclose(bound(Renyi(6, alpha=0.0)), iwae, rtol=0, atol=EXACT)
+    assert torch.allclose(bound(RenyiDReG(6, alpha=0.0)), iwae, rtol=0, atol=EXACT)
     distance = [
         float((bound(Renyi(6, alpha=1 - step)) - elbo).abs().max()) for step in (1e-2, 1e-4, 1e-6)
     ]
     # The bound is smooth in alpha: the distance falls in proportion to 1 - alpha.
     assert distance[1] == pytest.approx(distance[0] / 100, rel=0.1)
     assert distance[2] == pytest.approx(distance[1] / 100, rel=0.1)
+
+
+# --- against Pyro's own ------------------------------------------------------------------------------
+
+
+class Amortised(nn.Module):
+    """A small linear autoencoder with shared weights, as users write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.decoder, self.encoder = nn.Linear(H, D), nn.Linear(D, H)
+        self.log_scale = nn.Parameter(torch.full((H,), -0.5))
+        self.calls = {"model": 0, "guide": 0}
+
+    def model(self, x: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        self.calls["model"] += 1
+        pyro.module("model", self)
+        with pyro.plate("data", size or len(x), subsample=rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(H), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.6).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        self.calls["guide"] += 1
+        pyro.module("model", self)
+        with pyro.plate("data", size or len(x), subsample=rows):
+            scale = self.log_scale.exp()
+            pyro.sample("z", dist.Normal(self.encoder(x), scale).to_event(1))
+
+    def gradients(self) -> list[Tensor]:
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters()]
+        self.zero_grad(set_to_none=True)
+        return found
+
+
+def data(count: int = N) -> Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(8))
+
+
+PYRO: dict[str, Any] = {"num_particles": 5, "vectorize_particles": True, "max_plate_nesting": 1}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda: PathwiseELBO(5), lambda: Trace_ELBO(**PYRO)),
+        (lambda: ImportanceWeighted(5), lambda: RenyiELBO(0, **PYRO)),
+        (lambda: Renyi(5, alpha=0.4), lambda: RenyiELBO(0.4, **PYRO)),
+        (lambda: Renyi(5, alpha=2.5), lambda: RenyiELBO(2.5, **PYRO)),
+        (lambda: CIWAE(5, beta=1.0), lambda: Trace_ELBO(**PYRO)),
+        (lambda: MIWAE(5, num_groups=5), lambda: Trace_ELBO(**PYRO)),
+        (lambda: MIWAE(5, num_groups=1), lambda: RenyiELBO(0, **PYRO)),
+        (lambda: PIWAE(5, num_groups=1), lambda: RenyiELBO(0, **PYRO)),
+    ],
+)
+def test_the_same_seed_gives_the_loss_and_gradient_of_pyro(ours, theirs):
+    pair, x = Amortised(), data()
+    found = []
+    for make in (ours, theirs):
+        pyro.set_rng_seed(9)
+        loss = make().loss_and_grads(pair.model, pair.guide, x)
+        found.append((loss, pair.gradients()))
+    (a, grads_a), (b, grads_b) = found
+    assert a == pytest.approx(b, rel=1e-12)
+    for p, q in zip(grads_a, grads_b, strict=True):
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_a_subsampled_bound_stays_a_bound_where_pyros_does_not():
+    pca = Pca(data=6)
+    values = {n: t[:1].expand(6, *t.shape[1:]) for n, t in pca.values.items()}
+    pca.values = values  # one W for all data
+    rows = torch.tensor([0, 3])
+    evidence = float(3 * pca.evidence()[rows].sum())  # log p(x) of the rows on the scale N/B
+
+    def model(x):
+        with pyro.plate("data", 6, subsample=rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.einsum("dh,...bh->...bd", values["w"][0], z)
+            pyro.sample("x", dist.Normal(loc, pca.noise).to_event(1), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", 6, subsample=rows):
+            shared = dist.Normal(values["loc"][:2], values["scale"][:2])
+            pyro.sample("z", shared.to_event(1))
+
+    ours = ImportanceWeighted(20)
+    full = RenyiELBO(0, num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    found = torch.tensor(
+        [[-loss.loss(model, guide, pca.x) for loss in (ours, full)] for _ in range(200)]
+    )
+    mean, error = found.mean(0), found.std(0) / math.sqrt(200)
+    assert mean[0] < evidence - ERRORS * error[0]
+    assert mean[1] > evidence + ERRORS * error[1]  # documents Pyro 1.9.2: N/B inside the log
+    unscaled = ours.bound(model, guide, pca.x)
+    assert unscaled.shape == (2,)
+
+
+def test_pyros_reweighted_wake_sleep_is_per_batch_and_ours_per_datum():
+    from pyro.infer import ReweightedWakeSleep as PyroRWS
+
+    pair, x = Amortised(), data(20)
+    pyro.set_rng_seed(10)
+    ours = ReweightedWakeSleep(6).loss(pair.model, pair.guide, x)
+    pyro.set_rng_seed(10)
+    theirs = PyroRWS(num_particles=6, vectorize_particles=True, max_plate_nesting=1).loss(
+        pair.model, pair.guide, x
+    )[0]
+    pyro.set_rng_seed(10)
+    with pyro.plate("k", 6, dim=-2):
+        q = poutine.trace(pair.guide).get_trace(x)
+        p = poutine.trace(poutine.replay(pair.model, trace=q)).get_trace(x)
+    p.compute_log_prob()
+    q.compute_log_prob()
+    log_w = sum(p.nodes[n]["log_prob"] for n in ("x", "z")) - q.nodes["z"]["log_prob"]
+    assert -ours == pytest.approx(float(log_mean_exp(log_w.detach()).sum()), rel=1e-12)
+    assert -theirs == pytest.approx(float(log_mean_exp(log_w.detach().sum(1))), rel=1e-12)
+    assert theirs > ours + 1
+
+
+# --- how they are used -------------------------------------------------------------------------------
+
+CONTINUOUS = [n for n in estimator_names() if n != "StraightThrough"]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_svi_and_the_elbo_module_have_the_gradient_of_loss_and_grads(name):
+    pair, x = Amortised(), data()
+    pyro.set_rng_seed(11)
+    loss = make_estimator(name, 4).loss_and_grads(pair.model, pair.guide, x)
+    expected = pair.gradients()
+    assert any(float(g.abs().max()) > 1e-3 for g in expected)
+
+    class Program(nn.Module):
+        def __init__(self, run: Callable) -> None:
+            super().__init__()
+            self.inner, self.run = pair, run
+
+        def forward(self, x):
+            return self.run(x)
+
+    pyro.set_rng_seed(11)
+    module = make_estimator(name, 4)(Program(pair.model), Program(pair.guide))
+    again = module(x)
+    again.backward()
+    assert float(again) == pytest.approx(loss, rel=1e-12)
+    for p, q in zip(pair.gradients(), expected, strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
+
+    pyro.set_rng_seed(11)
+    before = [p.detach().clone() for p in pair.parameters()]
+    svi = SVI(pair.model, pair.guide, pyro.optim.SGD({"lr": 0.01}), make_estimator(name, 4))
+    assert svi.step(x) == pytest.approx(loss, rel=1e-12)
+    for p, start, g in zip(pair.parameters(), before, expected, strict=True):
+        assert torch.allclose(p, start - 0.01 * g, rtol=1e-10, atol=1e-12)
+    pyro.set_rng_seed(11)
+    assert math.isfinite(svi.evaluate_loss(x))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_fit_trains_with_every_estimator(name):
+    pair, x = Amortised(), data(12)
+    result = fit(
+        pair.model, pair.guide, x, loss=make_estimator(name, 4), epochs=2, batch_size=5,
+        progress=False,
+    )  # fmt: skip
+    assert len(result.history["epoch"]) == 2
+    assert math.isfinite(float(result.history["loss"][-1]))
+
+
+ONE_PASS = ["PathwiseELBO", "AnalyticELBO", "ImportanceWeighted", "Renyi", "CIWAE", "MIWAE"]
+ONE_PASS += ["ScoreFunction", "LeaveOneOut", "VIMCO", "ReweightedWakeSleep"]
+TWO_PASSES = ["StickingTheLanding", "DReG", "RenyiDReG", "WakeDReG", "PIWAE"]
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [(n, 1) for n in ONE_PASS] + [(n, 2) for n in TWO_PASSES]
+)
+def test_programs_run_as_often_as_the_estimator_needs(name, passes):
+    pair, x = Amortised(), data()
+    estimator = make_estimator(name, 4)
+    estimator.loss_and_grads(pair.model, pair.guide, x)
+    for count in (1, 2):
+        pair.calls.update(model=0, guide=0)
+        for _ in range(count):
+            estimator.loss_and_grads(pair.model, pair.guide, x)
+        assert pair.calls == {"model": passes * count, "guide": passes * count}
+    pair.calls.update(model=0, guide=0)
+    estimator.loss(pair.model, pair.guide, x)
+    assert pair.calls == {"model": 1, "guide": 1}
+
+
+def test_a_mixed_guide_takes_one_pass_where_the_gradient_is_the_whole_one():
+    mixed, calls = Mixed(ORDERS[1]), []
+    leaves = {n: t.clone().requires_grad_() for n, t in mixed.values.items()}
+    model, guide = mixed.programs(leaves, dist.Normal, dist.Bernoulli)
+    estimator = ImportanceWeighted(3)
+    estimator.loss(model, guide, mixed.x)
+
+    def counted(x):
+        calls.append(1)
+        return model(x)
+
+    estimator.loss(counted, guide, mixed.x)
+    calls.clear()
+    estimator.loss_and_grads(counted, guide, mixed.x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["PathwiseELBO", "DReG", "VIMCO", "AnalyticELBO", "PIWAE"])
+def test_programs_that_take_one_particle_at_a_time_agree_with_those_that_take_all(name):
+    """A loop draws its particles in another order: the means agree, within 4 standard errors."""
+    pca = Pca()
+    leaves = {n: t.clone().requires_grad_() for n, t in pca.values.items()}
+    model, guide = pca.programs(leaves)
+
+    def one_by_one(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = (leaves["w"] @ z.reshape(len(x), 2, 1)).reshape(len(x), 3)
+            pyro.sample("x", dist.Normal(loc, pca.noise).to_event(1), obs=x)
+
+    found = []
+    for program in (model, one_by_one):
+        estimator = make_estimator(name, 4)
+        grads = [
+            each_gradient(estimator, program, guide, pca.x, leaves)["loc"] for _ in range(150)
+        ]
+        assert estimator._inspected[2].vectorizable == (program is model)
+        found.append(torch.stack(grads))
+    together, alone = found
+    error = alone.std(0) / math.sqrt(150)
+    assert_unbiased(together, alone.mean(0), error)
+
+
+def test_every_term_of_a_looped_program_is_that_of_the_vectorised_one_at_given_draws():
+    """At the exact posterior no draw matters: looped DReG is 0 as well, and IWAE the evidence."""
+    model, guide, x, leaves = at_the_posterior()
+
+    def sequential(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = (Pca(data=5).values["w"] @ z.reshape(5, 2, 1)).reshape(5, 3)
+            pyro.sample("x", dist.Normal(loc, Pca.noise).to_event(1), obs=x)
+
+    gradient = each_gradient(DReG(3), sequential, guide, x, leaves)
+    assert max(float(g.abs().max()) for g in gradient.values()) < EXACT
+    found = ImportanceWeighted(3).bound(sequential, guide, x)
+    assert torch.allclose(found, Pca(data=5).evidence(), atol=1e-11)
+
+
+class Scales:
+    """A positive latent, for autoguides: x ~ N(0, z), z ~ Gamma(3, 2)."""
+
+    x = torch.tensor([0.3, -1.2, 2.0, 0.9], dtype=torch.float64)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(3.0, 2.0))
+            pyro.sample("x", dist.Normal(0.0, z), obs=x)
+
+    def elbo(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """The ELBO of log-normal guides, by quadrature on log z (80 nodes)."""
+        nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+        noise, weight = torch.tensor(nodes), torch.tensor(weights / weights.sum())
+        log_z = loc + scale * noise[:, None]
+        z = log_z.exp()
+        log_p = 3 * math.log(2.0) - math.lgamma(3.0) + 2 * log_z - 2 * z + gauss(self.x, 0.0, z)
+        return (weight[:, None] * (log_p - gauss(log_z, loc, scale) + log_z)).sum(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["PathwiseELBO", "StickingTheLanding", "LeaveOneOut", "AnalyticELBO"]
+)
+def test_autonormal_with_a_positive_latent_is_unbiased(name):
+    scales, repeats = Scales(), 3000
+    guide = AutoNormal(scales.model, init_scale=0.4)
+    x = scales.x.repeat(repeats)
+    guide(x)
+    parameters = [guide.locs.z_unconstrained, guide.scales.z_unconstrained]
+    loss = make_estimator(name, 3)
+    grads = torch.autograd.grad(-loss.differentiable_loss(scales.model, guide, x), parameters)
+    value = loss.bound(scales.model, guide, x).view(repeats, -1)
+    loc = guide.locs.z.detach().view(repeats, -1)[:1].clone().requires_grad_()
+    raw = parameters[1].detach().view(repeats, -1)[:1].clone().requires_grad_()
+    everywhere = guide.locs.z.detach().view(repeats, -1)
+    assert bool((everywhere == everywhere[:1]).all())
+    scale = torch.distributions.transform_to(constraints.softplus_positive)(raw)
+    assert float((scale - guide.scales.z.detach()[0]).abs().max()) < EXACT
+    exact = scales.elbo(loc, scale)
+    assert_unbiased(value, exact.detach())
+    for g, e in zip(grads, torch.autograd.grad(exact.sum(), (loc, raw)), strict=True):
+        assert_unbiased(g.view(repeats, -1), e[0])
+
+
+def test_delta_sites_that_parameters_move_are_refused_where_log_q_at_given_latents_is_needed():
+    scales = Scales()
+    guide = AutoStructured(scales.model, conditionals="normal", dependencies="linear")
+    guide(scales.x)
+    for estimator in (StickingTheLanding(3), LeaveOneOut(3), DReG(3), VIMCO(3)):
+        with pytest.raises(ProgramError, match=r"Delta site 'z' by parameters.*PathwiseELBO"):
+            estimator.loss_and_grads(scales.model, guide, scales.x)
+    pyro.set_rng_seed(12)
+    ours = PathwiseELBO(5).loss(scales.model, guide, scales.x)
+    pyro.set_rng_seed(12)
+    assert ours == pytest.approx(Trace_ELBO(**PYRO).loss(scales.model, guide, scales.x), rel=1e-12)
+
+
+def test_guide_messengers_train_where_one_pass_is_enough():
+    scales = Scales()
+    guide = AutoNormalMessenger(scales.model)
+    assert math.isfinite(ImportanceWeighted(3).loss_and_grads(scales.model, guide, scales.x))
+    with pytest.raises(ProgramError, match="guide messenger"):
+        DReG(3).loss_and_grads(scales.model, guide, scales.x)
+
+
+def flow_pair(transform: Any) -> tuple[Callable, Callable]:
+    model, _ = Pca().programs(Pca().values)
+
+    def guide(x):
+        pyro.module("flow", transform)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [transform]))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("name", [n for n in CONTINUOUS if n != "SleepPhi"])
+def test_flows_with_an_inverse_serve_every_estimator(name):
+    model, guide = flow_pair(T.affine_autoregressive(2, hidden_dims=[5]))
+    assert math.isfinite(make_estimator(name, 4).loss_and_grads(model, guide, Pca().x))
+
+
+def test_the_second_pass_of_a_flow_gives_what_one_pass_gives():
+    transform = T.affine_autoregressive(2, hidden_dims=[5])
+    model, guide = flow_pair(transform)
+
+    class TwoPasses(table.Estimator):
+        value_name = "IWAE"
+
+        def coefficients(self, log_weights):
+            row = ImportanceWeighted(4).coefficients(log_weights)
+            return row._replace(score=row.score * (1 + 1e-14))
+
+    found = []
+    for estimator in (ImportanceWeighted(4), TwoPasses(4)):
+        pyro.set_rng_seed(13)
+        transform.zero_grad()
+        estimator.loss_and_grads(model, guide, Pca().x)
+        found.append([p.grad.clone() for p in transform.parameters()])
+    for p, q in zip(*found, strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [T.planar, T.neural_autoregressive])
+def test_flows_without_an_inverse_serve_one_pass_and_are_refused_a_second(kind):
+    model, guide = flow_pair(kind(2))
+    x = Pca().x
+    for estimator in (PathwiseELBO(3), ImportanceWeighted(3), Renyi(3)):
+        assert math.isfinite(estimator.loss_and_grads(model, guide, x))
+        assert math.isfinite(estimator.loss(model, guide, x))
+    for estimator in (StickingTheLanding(3), DReG(3), LeaveOneOut(3), ReweightedWakeSleep(3)):
+        with pytest.raises(ProgramError, match="use PathwiseELBO, ImportanceWeighted or Renyi"):
+            estimator.loss_and_grads(model, guide, x)
+
+
+def test_bare_parameters_register_and_train():
+    x = data()
+
+    def model(x):
+        w = pyro.param("w", lambda: torch.ones(D))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] * w, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(len(x)))
+        scale = pyro.param("scale", lambda: torch.ones(()), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    svi = SVI(model, guide, Adam({"lr": 0.1}), DReG(4))
+    losses = [svi.step(x) for _ in range(60)]
+    assert set(pyro.get_param_store()) == {"w", "loc", "scale"}
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert float((pyro.param("loc") != 0).double().mean()) == 1.0
+
+
+def test_a_subsampled_plate_scales_value_and_gradient_by_n_over_b():
+    pair, x = Amortised(), data(4)
+    rows = torch.tensor([5, 1, 2, 8])
+    for make in (PathwiseELBO, DReG, VIMCO, ReweightedWakeSleep, StickingTheLanding):
+        pyro.set_rng_seed(14)
+        loss = make(3).loss_and_grads(pair.model, pair.guide, x)
+        alone = pair.gradients()
+        pyro.set_rng_seed(14)
+        scaled = make(3).loss_and_grads(pair.model, pair.guide, x, 10, rows)
+        assert scaled == pytest.approx(2.5 * loss, rel=1e-12)
+        for p, q in zip(pair.gradients(), alone, strict=True):
+            assert torch.allclose(p, 2.5 * q, rtol=1e-10, atol=1e-12)
+
+
+def test_one_estimator_serves_batches_of_changing_size_and_several_pairs():
+    pair, estimator = Amortised(), DReG(3)
+    for count in (7, 2, 5):
+        assert estimator.bound(pair.model, pair.guide, data(count)).shape == (count,)
+    rows = torch.arange(5)
+    pyro.set_rng_seed(15)
+    loss = estimator.loss(pair.model, pair.guide, data(5))
+    pyro.set_rng_seed(15)
+    assert estimator.loss(pair.model, pair.guide, data(5), 20, rows) == pytest.approx(4 * loss)
+    other, guide, x, _ = at_the_posterior()
+    assert torch.allclose(estimator.bound(other, guide, x), Pca(data=5).evidence())
+
+
+def test_global_latents_have_one_weight_a_particle():
+    x = data()
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0).expand([D]).to_event(1), obs=x)
+
+    count = x.numel()
+    loc, scale = float(x.sum()) / (count + 1), (count + 1) ** -0.5
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(loc, scale))
+
+    covariance = torch.eye(count) + 1.0
+    exact = torch.distributions.MultivariateNormal(torch.zeros(count), covariance)
+    found = DReG(4, joint=True).bound(model, guide, x)
+    assert found.shape == (1,)
+    assert float(found) == pytest.approx(float(exact.log_prob(x.flatten())), rel=1e-11)
+    with pytest.raises(ProgramError, match="joint=True"):
+        DReG(4).bound(model, guide, x)
+
+
+# --- VIMCO ------------------------------------------------------------------------------------------
+
+
+def naive_vimco(w: Tensor, k: int) -> Tensor:
+    """L - L_-k of one particle, from its definition (Mnih & Rezende, eqs 8 to 10)."""
+    replaced = w.clone()
+    replaced[k] = torch.cat([w[:k], w[k + 1 :]]).mean(0)
+    return log_mean_exp(w) - log_mean_exp(replaced)
+
+
+@pytest.mark.parametrize("dominating", [0.0, 1e3, -1e3])
+def test_vimcos_baselines_are_those_of_the_definition(dominating):
+    w = torch.randn(7, N, generator=torch.Generator().manual_seed(16))
+    w[4] += dominating
+    row = VIMCO(7).coefficients(w)
+    expected = torch.stack([naive_vimco(w, k) for k in range(7)]) - w.softmax(0)
+    assert float((row.score + row.reinforce - expected).abs().max()) < 1e-12 * max(
+        1.0, abs(dominating)
+    )
+
+
+def test_an_impossible_particle_leaves_the_others_finite_baselines():
+    w = torch.randn(5, N, generator=torch.Generator().manual_seed(17))
+    w[2] = -math.inf
+    reinforce = VIMCO(5).coefficients(w).reinforce
+    assert bool(reinforce[2].isfinite().all())
+    others = torch.cat([w[:2], w[3:]])
+    expected = others.logsumexp(0) - (others.logsumexp(0).exp() + others.mean(0).exp()).log()
+    assert float((reinforce[2] - expected).abs().max()) < EXACT
+
+
+def test_vimco_needs_no_memory_of_particles_squared():
+    particles = 20_000
+    w = torch.randn(particles, 3)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Sizes():
+        row = VIMCO(particles).coefficients(w)
+    assert bool(row.score.isfinite().all() and row.reinforce.isfinite().all())
+    assert largest <= 2 * w.numel()
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["PathwiseELBO", "StickingTheLanding", "ImportanceWeighted", "DReG", "Renyi"]
+    + ["RenyiDReG", "WakeDReG", "MIWAE", "PIWAE", "CIWAE", "AnalyticELBO"],
+)  # fmt: skip
+def test_a_discrete_guide_is_refused_with_the_site_and_the_way_out(name):
+    bits = Bits()
+    model, guide = bits.programs({n: t.requires_grad_() for n, t in bits.values.items()})
+    with pytest.raises(ProgramError, match=r"'z' is not; use LeaveOneOut.*VIMCO") as caught:
+        make_estimator(name, 4).loss_and_grads(model, guide, bits.x)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["DReG", "RenyiDReG", "WakeDReG"])
+def test_a_mixed_guide_is_told_what_would_do(name):
+    mixed = Mixed(ORDERS[0])
+    pair = mixed.programs(mixed.values, dist.Normal, dist.Bernoulli)
+    with pytest.raises(ProgramError, match=r"'bit' is not; .*ImportanceWeighted"):
+        make_estimator(name, 4).loss_and_grads(*pair, mixed.x)
+
+
+def test_a_mixed_guide_needs_a_second_particle_for_its_baseline():
+    mixed = Mixed(ORDERS[0])
+    pair = mixed.programs(mixed.values, dist.Normal, dist.Bernoulli)
+    with pytest.raises(ProgramError, match=r"'bit'.*num_particles >= 2, or ScoreFunction"):
+        PathwiseELBO(1).loss_and_grads(*pair, mixed.x)
+
+
+@pytest.mark.parametrize("kind", [LeaveOneOut, VIMCO, ReweightedWakeSleep, WakeDReG])
+def test_estimators_that_compare_particles_need_two(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs num_particles >= 2, not 1"):
+        kind(1)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: PathwiseELBO(0), "num_particles"),
+        (lambda: PathwiseELBO(True), "positive integer"),
+        (lambda: MIWAE(5, num_groups=2), r"num_particles \(5\) must be a multiple"),
+        (lambda: MIWAE(4, num_groups=0), "num_groups must be a positive integer"),
+        (lambda: PIWAE(4, num_groups=True), "num_groups must be a positive integer"),
+        (lambda: Renyi(4, alpha=1.0), "alpha must be"),
+        (lambda: Renyi(4, alpha=-0.1), "alpha must be"),
+        (lambda: RenyiDReG(4, alpha=math.nan), "alpha must be"),
+        (lambda: Renyi(4, alpha=math.inf), "alpha must be"),
+        (lambda: CIWAE(4, beta=1.1), "beta must lie"),
+        (lambda: CIWAE(4, beta=math.nan), "beta must lie"),
+        (lambda: make_estimator("IWAE", 4), "there is no estimator 'IWAE'; there are"),
+    ],
+)
+def test_options_out_of_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# --- tighter bounds are not necessarily better ------------------------------------------------------
+
+
+class Toy:
+    """Rainforth's: x | z ~ N(z, I), z ~ N(mu, I), q = N(A x + b, 2/3 I), all near the optimum.
+
+    Every repeat perturbs the optimum anew by N(0, 0.01^2) and has one x ~ N(mu, 2 I).
+    """
+
+    dims = 20
+
+    def __init__(self, points: int, repeats: int) -> None:
+        self.points, self.repeats = points, repeats
+        mu_true = torch.randn(self.dims)
+        self.x = mu_true + 2**0.5 * torch.randn(points, self.dims)
+
+        def near(value: Tensor) -> Tensor:
+            return value + 0.01 * torch.randn(points, self.dims)
+
+        self.mu = near(mu_true)
+        self.a = 0.5 * torch.eye(self.dims) + 0.01 * torch.randn(points, self.dims, self.dims)
+        self.b = near(mu_true / 2)
+
+    def gradients(self, estimator: Any) -> dict[str, Tensor]:
+        """Per-datum gradients [repeats, points, dims]."""
+        leaves = spread({"mu": self.mu, "b": self.b}, self.repeats)
+        shift = (self.a @ self.x[..., None])[..., 0].repeat(self.repeats, 1)
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(leaves["mu"], 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                q = dist.Normal(shift + leaves["b"], (2 / 3) ** 0.5)
+                pyro.sample("z", q.to_event(1))
+
+        x = self.x.repeat(self.repeats, 1)
+        found = each_gradient(estimator, model, guide, x, leaves)
+        return {n: g.view(self.repeats, self.points, self.dims) for n, g in found.items()}
+
+
+def deviation(gradient: Tensor) -> float:
+    return float(gradient.var(0).mean().sqrt())
+
+
+def signal_to_noise(signal: Tensor, noise: Tensor) -> float:
+    """The mean over coordinates of |mean| / standard deviation."""
+    return float((signal.mean(0).abs() / noise.var(0).mean(-1, keepdim=True).sqrt()).mean())
+
+
+def slope(particles: list[int], values: list[float]) -> float:
+    return float(np.polyfit(np.log(particles), np.log(values), 1)[0])
+
+
+TOY_PARTICLES = {1: (20, 3000), 10: (20, 600), 100: (10, 150), 1000: (3, 60)}
+
+
+@pytest.mark.slow
+def test_rainforths_toy_signal_falls_under_iwae_and_rises_under_dreg():
+    """Figures of the anchors, each from one perturbation and one x: 17 % uncertain (20 coordinates).
+
+    IWAE and DReG have one expectation, which DReG finds with far fewer draws: the signal of both is
+    DReG's mean (where that is unbiased, by other tests), the noise is each one's own.
+    """
+    iwae, dreg, model, deviations = [], [], [], {"iwae": [], "dreg": []}
+    for k, (points, repeats) in TOY_PARTICLES.items():
+        toy = Toy(points, repeats)
+        with_score, without = (toy.gradients(kind(k)) for kind in (ImportanceWeighted, DReG))
+        iwae.append(signal_to_noise(without["b"], with_score["b"]))
+        dreg.append(signal_to_noise(without["b"], without["b"]))
+        model.append(signal_to_noise(with_score["mu"], with_score["mu"]))
+        deviations["iwae"].append(deviation(with_score["b"]))
+        deviations["dreg"].append(deviation(without["b"]))
+    particles = list(TOY_PARTICLES)
+    print(iwae, dreg, model, deviations)
+    assert slope(particles, iwae) == pytest.approx(-0.5, abs=0.1)
+    assert slope(particles, model) == pytest.approx(0.5, abs=0.1)
+    assert slope(particles[1:], dreg) == pytest.approx(0.5, abs=0.1)
+    # Standard deviations hardly depend on the perturbation.
+    assert deviations["iwae"] == pytest.approx([1.63, 0.576, 0.185, 0.0585], rel=0.05)
+    assert deviations["dreg"][:2] == pytest.approx([0.408, 0.0382], rel=0.05)
+    # Signals do: 3 times 17 %.
+    assert iwae[:3] == pytest.approx([0.065, 0.0228, 0.0081], rel=0.51)
+    assert model == pytest.approx([0.732, 2.13, 6.67, 21.1], rel=0.51)
+    assert dreg == pytest.approx([0.262, 0.348, 0.911, 2.82], rel=0.51)

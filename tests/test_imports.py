@@ -22,7 +22,7 @@ LAYERS = (
     {"inference"},
     {"diagnostics"},
     {"pages", "plots", "report", "runs"},
-    {"cli"},
+    {"cli", "demo"},
     {"__main__"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

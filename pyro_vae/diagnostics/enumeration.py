@@ -63,7 +63,8 @@ def enumerated_bound(
         traces = trace_programs(model, guide, arguments)
     states = _states(weighted_sites(traces[0]), structure)
     args, kwargs = arguments
-    log_p, log_q = [], []
+    log_p: list[Tensor] = []
+    log_q: list[Tensor] = []
     for state in states:
         given = fixed_draws(*traces)
         for name, value in state.items():

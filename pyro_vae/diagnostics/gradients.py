@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -277,7 +278,7 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> _Can
     of_bound = {} if kind.value_name in ("ELBO", "IWAE", "sleep") else options
     return _Candidate(
         name=name or kind.__name__ + (_text(changed) if changed else ""),
-        make=lambda k: kind(k, joint=joint, **options),
+        make=partial(kind, joint=joint, **options),
         family=kind.value_name,
         bound_kind=kind.bound_kind,
         options=of_bound,
@@ -307,7 +308,8 @@ def _text(options: Mapping[str, Any]) -> str:
 
 
 def _pyro_candidate(name: str | None, one: ELBO) -> _Candidate:
-    family, options = type(one).__name__, {}
+    family = type(one).__name__
+    options: dict[str, Any] = {}
     if isinstance(one, RenyiELBO):
         family, options = ("Renyi", {"alpha": one.alpha}) if one.alpha else ("IWAE", {})
     elif isinstance(one, Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
@@ -316,7 +318,7 @@ def _pyro_candidate(name: str | None, one: ELBO) -> _Candidate:
     shown = f"(alpha={one.alpha:g})" if isinstance(one, RenyiELBO) else ""
     return _Candidate(
         name=name or f"Pyro {type(one).__name__}{shown}",
-        make=lambda k: _with_particles(one, k),
+        make=partial(_with_particles, one),
         family=family,
         bound_kind="lower" if known else "none",
         options=options,
@@ -513,7 +515,7 @@ class _Bench:
             for candidate, k, elbo in pairs:
                 bar.set_description(f"{candidate.name}, K={k}")
                 self._leave_out_sampled(candidate, k, elbo)
-                size = peak_bytes(lambda elbo=elbo: self.step(elbo))
+                size = peak_bytes(partial(self.step, elbo))
                 drawn = self.draw(elbo, repeats, self.seed, bar.update)
                 centre = references.get(candidate, k)
                 groups = {}
@@ -746,7 +748,7 @@ class _References:
         for kind in _TRUSTED.get(family, ()) if bench.structure is not None else ():
             trusted = _Candidate(
                 kind.__name__,
-                lambda n, kind=kind: kind(n, joint=bench.joint, **options),
+                partial(kind, joint=bench.joint, **options),
                 family,
                 kind.bound_kind,
             )
@@ -937,11 +939,11 @@ def _as_result(
     names = [candidate.name for candidate in found.candidates]
     shape = (len(names), len(found.particles))
     groups = list(bench.groups)
-    flat = {
+    flat: dict[str, np.ndarray] = {
         name: np.full(shape, math.nan)
         for name in ("value", "value_se", "seconds", "seconds_se", "bytes")
     }
-    deep = {
+    deep: dict[str, np.ndarray] = {
         name: np.full((*shape, len(groups)), math.nan)
         for main in _OVER_GROUPS
         for name in ((main,) if main == "bias_z" else (main, f"{main}_se"))

@@ -188,8 +188,9 @@ def model_card(
         prefix = "validation_" if held_out else ""
         bound, error = reached[f"{prefix}bound"], reached.get(f"{prefix}bound_se")
         spread = f" +- {error:.2f}" if error is not None else ""
-        what = "ELBO" if "kl" in reached else "negative loss"
-        meaning = "a lower bound of log p(x); " if "kl" in reached else ""
+        is_bound = "kl" in reached or "bound_se" in reached  # of a point guide there are neither
+        what = "ELBO" if is_bound else "negative loss"
+        meaning = "a lower bound of log p(x); " if is_bound else ""
         lines += [
             f"After epoch {reached['epoch']}: {what} {bound:.2f}{spread} nats per datum on "
             f"{'held-out' if held_out else 'training'} data ({meaning}measure: "

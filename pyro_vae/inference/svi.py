@@ -156,8 +156,9 @@ def fit(
     ELBO of up to 1000 training data, the same data and the same draws after every epoch),
     `reconstruction` and `kl` (its two parts, E log p(x|z) and E log q(z|x) - log p(z)), `bound_se`,
     the same for the held-out data as `validation_*`, `seconds` and `data_passes`. All are nats per
-    datum. For a guide without a density (a `Delta`), and where latents are summed out of the model,
-    `bound` is the negative loss and the parts are absent.
+    datum. Where latents are summed out of the model the parts are absent. For a guide without a
+    density (a `Delta`), and where log weights cannot be had, `bound` is the negative loss, is
+    labelled an objective, and the parts and `bound_se` are absent.
 
     Args:
         model: The generative program, called as `model(x)`.
@@ -829,7 +830,8 @@ def _history(rows: list[dict[str, Any]], config: dict[str, Any], seed: int) -> R
             variables[name] = ("epoch", values, attrs)
         elif base in texts:
             bound, description = texts[base]
-            bound = "objective" if base == "bound" and "kl" not in rows[-1] else bound
+            if base == "bound" and not {"kl", "bound_se"} & rows[-1].keys():
+                bound, description = "objective", "the negative loss, which bounds nothing"
             held = " (held-out data)" if name.startswith("validation_") else ""
             attrs = label(
                 bound=bound,

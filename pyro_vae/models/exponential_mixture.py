@@ -106,13 +106,11 @@ class Expectation:
         log_likelihood: log p(x).
         entropy: Of the posterior q(z) = p(z | x).
         statistics: Expected sufficient statistics under that posterior.
-        divergence: KL of the posterior under earlier parameters from this one, or None.
     """
 
     log_likelihood: float
     entropy: float
     statistics: Statistics
-    divergence: float | None = None
 
 
 # --- the module -----------------------------------------------------------------------------------
@@ -519,7 +517,6 @@ class MixtureProblem(ABC):
         parameters: MixtureParameters,
         rows: Int[Tensor, " rows"] | None = None,
         *,
-        previous: MixtureParameters | None = None,
         about: Float[Tensor, "components features"] | None = None,
     ) -> Expectation:
         """One pass over data: their log-likelihood and their posterior's sufficient statistics.
@@ -527,13 +524,10 @@ class MixtureProblem(ABC):
         Args:
             parameters: Of the posterior.
             rows: Which data; all if None.
-            previous: Parameters of the q before, whose KL from the posterior is measured as well;
-                this adds a matrix product.
             about: What the moments are taken about, from `origin`.
         """
         scorer = self._scorer(parameters)
-        before = None if previous is None else self._scorer(previous)
-        totals = torch.zeros(3, dtype=torch.float64, device=self._x.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self._x.device)
         values: Tensor | None = None
         for _, chunk in self._chunks(rows):
             scores = scorer(chunk)
@@ -543,8 +537,6 @@ class MixtureProblem(ABC):
             norm = q.sum(0)
             q /= norm
             norm.log_()
-            if before is not None:
-                totals[2] += _divergence(before(chunk), scores - norm, chunk.weights)
             if chunk.weights is not None:
                 q *= chunk.weights
             totals[0] += _weighted_sum(top + norm + chunk.log_base, chunk.weights)
@@ -554,13 +546,23 @@ class MixtureProblem(ABC):
             sums = self._sums(chunk, q, about)
             values = sums if values is None else values.add_(sums)
         assert values is not None
-        log_likelihood, entropy, divergence = totals.tolist()
+        log_likelihood, entropy = totals.tolist()
         return Expectation(
             log_likelihood=log_likelihood,
             entropy=entropy,
             statistics=Statistics(self._completed(values, rows, about), about),
-            divergence=None if previous is None else max(divergence, 0.0),
         )
+
+    @torch.no_grad()
+    def divergence(self, before: MixtureParameters, after: MixtureParameters) -> float:
+        """KL of the posterior under `before` from that under `after`, a total in nats."""
+        old, new = self._scorer(before), self._scorer(after)
+        total = torch.zeros((), dtype=torch.float64, device=self._x.device)
+        for _, chunk in self._chunks(None):
+            log_q, log_posterior = (score(chunk).log_softmax(0) for score in (old, new))
+            each = (log_q.exp() * (log_q - log_posterior)).sum(0)
+            total += _weighted_sum(each, chunk.weights)
+        return max(float(total), 0.0)
 
     def _completed(self, values: Tensor, rows: Tensor | None, about: Tensor | None) -> Tensor:
         """The sums with those parts added that are the same for every q."""
@@ -714,12 +716,6 @@ def _draw_row(chances: Tensor, generator: torch.Generator) -> int:
 
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.sum() if weights is None else torch.dot(values, weights)
-
-
-def _divergence(scores: Tensor, log_posterior: Tensor, weights: Tensor | None) -> Tensor:
-    """KL from the posterior of the scores, summed over data."""
-    log_q = scores.log_softmax(0)
-    return _weighted_sum((log_q.exp() * (log_q - log_posterior)).sum(0), weights)
 
 
 # --- mixtures whose natural statistic is x itself -------------------------------------------------
