@@ -6,7 +6,6 @@ estimator fails one coordinate with probability 6e-5; the seeds are fixed.
 
 import itertools
 import math
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,19 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger, AutoStructured
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoStructured,
+)
 from pyro.optim import Adam
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae.inference.estimators as table
 from pyro_vae import fit
@@ -102,7 +109,7 @@ def renyi(alpha: float) -> Callable[[Tensor], Tensor]:
 def scripted(kind: type, draw: Callable[[Any], Tensor], shape: tuple[int, ...]) -> type:
     """A distribution whose draws of this shape come from a script, and others from chance."""
 
-    class Scripted(kind):  # type: ignore[valid-type, misc]
+    class Scripted(kind):
         def sample(self, sample_shape: Any = ()) -> Tensor:
             with torch.no_grad():
                 follows = tuple(self.batch_shape) == shape
@@ -262,7 +269,7 @@ def test_a_baseline_that_holds_the_particle_itself_is_found_out(kind, monkeypatc
 def test_the_elbo_of_bits_is_that_of_trace_enum_elbo():
     bits = Bits()
     leaves = {n: t.clone().requires_grad_() for n, t in bits.values.items()}
-    model, guide = bits.programs(leaves)
+
     def flat(x):
         with pyro.plate("data", N, dim=-1):
             joint = torch.einsum("ch,nh->nc", bits.outcomes, leaves["q"])
@@ -287,7 +294,7 @@ def test_the_elbo_of_bits_is_that_of_trace_enum_elbo():
 def test_pyros_renyi_bound_leaves_a_discrete_guide_untrained_and_vimco_does_not():
     bits = Bits()
     leaves = {n: t.clone().requires_grad_() for n, t in bits.values.items()}
-    model, guide = bits.programs(leaves)
+    model, _ = bits.programs(leaves)
 
     def with_param(x):
         q = pyro.param("q", lambda: bits.values["q"].clone())
@@ -307,7 +314,7 @@ def test_pyros_renyi_bound_leaves_a_discrete_guide_untrained_and_vimco_does_not(
     assert largest["ours"] > 1e-3
 
 
-# --- exact, by quadrature: one normal and one bit, in both orders ----------------------------------
+# --- exact, by quadrature: one normal and one bit, in both orders ---------------------------------
 
 
 class Mixed:
@@ -475,7 +482,7 @@ def test_a_mixed_guide_without_the_score_of_its_bit_is_found_out(monkeypatch):
     assert differences(gradient, exact_gradient) > 1e-2
 
 
-# --- exact, by quadrature: a ladder of normals, an inner plate and a ragged mask --------------------
+# --- exact, by quadrature: a ladder of normals, an inner plate and a ragged mask ------------------
 
 
 class Ladder:
@@ -521,10 +528,9 @@ class Ladder:
 
 def ladder_nodes(nodes: int) -> tuple[Tensor, Tensor]:
     """Noise of two latents and two particles [2, 2, G], and its weight [G]."""
-    at, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    at, weights = torch.tensor(at), torch.tensor(weights / weights.sum())
+    at, weights = (torch.tensor(t) for t in np.polynomial.hermite_e.hermegauss(nodes))
     grid = torch.cartesian_prod(*[torch.arange(nodes)] * 4).T
-    return at[grid].view(2, 2, -1), weights[grid].prod(0)
+    return at[grid].view(2, 2, -1), (weights / weights.sum())[grid].prod(0)
 
 
 # Nodes, and how far the quadrature (not the estimator) is off.
@@ -590,7 +596,7 @@ def test_the_two_wake_phases_have_one_gradient_in_expectation():
     assert differences(found[WakeDReG], bound) > 0.05  # the guide's target is another
 
 
-# --- by Monte Carlo: probabilistic PCA --------------------------------------------------------------
+# --- by Monte Carlo: probabilistic PCA ------------------------------------------------------------
 
 
 class Pca:
@@ -695,8 +701,7 @@ def reference_pca(reduce: Callable) -> tuple[Tensor, dict[str, Tensor]]:
     value = reduce(pca.log_weights(leaves, noise))
     gradient = torch.autograd.grad(value.sum(), list(leaves.values()))
     return value.detach().view(REPEATS, -1), {
-        n: g.view(REPEATS, len(pca.x), *g.shape[1:])
-        for n, g in zip(leaves, gradient, strict=True)
+        n: g.view(REPEATS, len(pca.x), *g.shape[1:]) for n, g in zip(leaves, gradient, strict=True)
     }
 
 
@@ -773,7 +778,9 @@ def test_every_bound_is_the_evidence_at_the_exact_posterior(name):
 
 def test_bounds_rise_with_particles_and_stay_below_the_evidence():
     pca = Pca()
-    model, guide = pca.programs({n: t.repeat(4000, *[1] * (t.dim() - 1)) for n, t in pca.values.items()})
+    model, guide = pca.programs(
+        {n: t.repeat(4000, *[1] * (t.dim() - 1)) for n, t in pca.values.items()}
+    )
     x = pca.x.repeat(4000, 1)
     drawn = {k: ImportanceWeighted(k).bound(model, guide, x).view(4000, -1) for k in (1, 2, 5, 20)}
     for lower, upper in itertools.pairwise([*drawn.values(), pca.evidence().expand(4000, -1)]):
@@ -822,7 +829,7 @@ def test_renyi_goes_from_iwae_to_the_elbo():
     assert distance[2] == pytest.approx(distance[1] / 100, rel=0.1)
 
 
-# --- against Pyro's own ------------------------------------------------------------------------------
+# --- against Pyro's own ---------------------------------------------------------------------------
 
 
 class Amortised(nn.Module):
@@ -919,15 +926,13 @@ def test_a_subsampled_bound_stays_a_bound_where_pyros_does_not():
 
 
 def test_pyros_reweighted_wake_sleep_is_per_batch_and_ours_per_datum():
-    from pyro.infer import ReweightedWakeSleep as PyroRWS
-
     pair, x = Amortised(), data(20)
     pyro.set_rng_seed(10)
     ours = ReweightedWakeSleep(6).loss(pair.model, pair.guide, x)
     pyro.set_rng_seed(10)
-    theirs = PyroRWS(num_particles=6, vectorize_particles=True, max_plate_nesting=1).loss(
-        pair.model, pair.guide, x
-    )[0]
+    theirs = pyro.infer.ReweightedWakeSleep(
+        num_particles=6, vectorize_particles=True, max_plate_nesting=1
+    ).loss(pair.model, pair.guide, x)[0]
     pyro.set_rng_seed(10)
     with pyro.plate("k", 6, dim=-2):
         q = poutine.trace(pair.guide).get_trace(x)
@@ -940,7 +945,66 @@ def test_pyros_reweighted_wake_sleep_is_per_batch_and_ours_per_datum():
     assert theirs > ours + 1
 
 
-# --- how they are used -------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "power"), [(PathwiseELBO, 0), (ImportanceWeighted, 1), (DReG, 2)])
+def test_enumerated_latents_of_the_model_are_summed_out_of_the_weights(kind, power):
+    """Gradients by hand at the same draws: through z, and at z held fixed."""
+    x, k = data()[:, 0], 5
+    g = torch.Generator().manual_seed(18)
+    loc, means = (torch.randn(n, generator=g).requires_grad_() for n in (N, 2))
+    weights = torch.tensor([0.3, 0.7])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(means[c], 0.8))
+            pyro.sample("x", dist.Normal(z, 0.9), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.7))
+
+    pyro.set_rng_seed(19)
+    loss = kind(k).differentiable_loss(model, guide, x)
+    found = torch.autograd.grad(-loss, (loc, means))
+    pyro.set_rng_seed(19)
+    z = (loc + 0.7 * torch.randn(k, N)).detach().requires_grad_()
+    log_p = (gauss(z[..., None], means, 0.8) + weights.log()).logsumexp(-1) + gauss(x, z, 0.9)
+    log_w = log_p - gauss(z, loc.detach(), 0.7)
+    w = log_w.softmax(0).detach() if power else torch.full((k, N), 1 / k)
+    by_z = torch.autograd.grad(log_w.sum(), z, retain_graph=True)[0]
+    by_means = torch.autograd.grad((w * log_p).sum(), means)[0]
+    by_loc = (w**power * by_z).sum(0) if power else by_z.mean(0)  # d z / d loc = 1
+    if kind is not DReG:
+        by_loc = by_loc - (w * (z - loc) / 0.49).detach().sum(0)
+    value = log_w.mean(0) if not power else log_mean_exp(log_w)
+    assert float(-loss.detach()) == pytest.approx(float(value.sum().detach()), rel=1e-12)
+    assert torch.allclose(found[0], by_loc, rtol=0, atol=EXACT)
+    assert torch.allclose(found[1], by_means, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", [ImportanceWeighted, DReG, VIMCO, ReweightedWakeSleep])
+def test_impossible_particles_have_no_weight_and_leave_the_bound_finite(kind):
+    """Prior N(0, 1) cut to |z| < 1: its evidence is the mass left, at the cut posterior's guide."""
+    loc = torch.zeros(N).requires_grad_()
+
+    def model(x):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("cut", torch.where(z.abs() > 1, -math.inf, 0.0 * z))
+
+    def guide(x):
+        with pyro.plate("data", N):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    found = -kind(4000).loss_and_grads(model, guide, data())
+    mass = math.erf(2**-0.5)
+    error = math.sqrt(N * (1 - mass) / mass / 4000)
+    assert found == pytest.approx(N * math.log(mass), abs=ERRORS * error)
+    assert loc.grad is not None
+    assert bool(loc.grad.isfinite().all())
+
+
+# --- how they are used ----------------------------------------------------------------------------
 
 CONTINUOUS = [n for n in estimator_names() if n != "StraightThrough"]
 
@@ -965,7 +1029,7 @@ def test_svi_and_the_elbo_module_have_the_gradient_of_loss_and_grads(name):
     module = make_estimator(name, 4)(Program(pair.model), Program(pair.guide))
     again = module(x)
     again.backward()
-    assert float(again) == pytest.approx(loss, rel=1e-12)
+    assert float(again.detach()) == pytest.approx(loss, rel=1e-12)
     for p, q in zip(pair.gradients(), expected, strict=True):
         assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
 
@@ -1045,10 +1109,9 @@ def test_programs_that_take_one_particle_at_a_time_agree_with_those_that_take_al
     found = []
     for program in (model, one_by_one):
         estimator = make_estimator(name, 4)
-        grads = [
-            each_gradient(estimator, program, guide, pca.x, leaves)["loc"] for _ in range(150)
-        ]
-        assert estimator._inspected[2].vectorizable == (program is model)
+        grads = [each_gradient(estimator, program, guide, pca.x, leaves)["loc"] for _ in range(150)]
+        structure = estimator.structure_of(program, guide, ((pca.x,), {}))
+        assert structure.vectorizable == (program is model)
         found.append(torch.stack(grads))
     together, alone = found
     error = alone.std(0) / math.sqrt(150)
@@ -1057,7 +1120,7 @@ def test_programs_that_take_one_particle_at_a_time_agree_with_those_that_take_al
 
 def test_every_term_of_a_looped_program_is_that_of_the_vectorised_one_at_given_draws():
     """At the exact posterior no draw matters: looped DReG is 0 as well, and IWAE the evidence."""
-    model, guide, x, leaves = at_the_posterior()
+    _, guide, x, leaves = at_the_posterior()
 
     def sequential(x):
         with pyro.plate("data", len(x)):
@@ -1108,7 +1171,7 @@ def test_autonormal_with_a_positive_latent_is_unbiased(name):
     everywhere = guide.locs.z.detach().view(repeats, -1)
     assert bool((everywhere == everywhere[:1]).all())
     scale = torch.distributions.transform_to(constraints.softplus_positive)(raw)
-    assert float((scale - guide.scales.z.detach()[0]).abs().max()) < EXACT
+    assert float((scale.detach() - guide.scales.z.detach()[0]).abs().max()) < EXACT
     exact = scales.elbo(loc, scale)
     assert_unbiased(value, exact.detach())
     for g, e in zip(grads, torch.autograd.grad(exact.sum(), (loc, raw)), strict=True):
@@ -1119,13 +1182,25 @@ def test_delta_sites_that_parameters_move_are_refused_where_log_q_at_given_laten
     scales = Scales()
     guide = AutoStructured(scales.model, conditionals="normal", dependencies="linear")
     guide(scales.x)
-    for estimator in (StickingTheLanding(3), LeaveOneOut(3), DReG(3), VIMCO(3)):
+    for kind in (StickingTheLanding, LeaveOneOut, DReG, VIMCO):
         with pytest.raises(ProgramError, match=r"Delta site 'z' by parameters.*PathwiseELBO"):
-            estimator.loss_and_grads(scales.model, guide, scales.x)
+            kind(3, joint=True).loss_and_grads(scales.model, guide, scales.x)
     pyro.set_rng_seed(12)
-    ours = PathwiseELBO(5).loss(scales.model, guide, scales.x)
+    ours = PathwiseELBO(5, joint=True).loss_and_grads(scales.model, guide, scales.x)
     pyro.set_rng_seed(12)
     assert ours == pytest.approx(Trace_ELBO(**PYRO).loss(scales.model, guide, scales.x), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AutoMultivariateNormal, AutoDiagonalNormal, AutoIAFNormal])
+@pytest.mark.parametrize("name", ["StickingTheLanding", "DReG", "LeaveOneOut", "VIMCO"])
+def test_autoguides_of_all_latents_at_once_are_joint(kind, name):
+    scales = Scales()
+    guide = kind(scales.model)
+    estimator = make_estimator(name, 4, joint=True)
+    assert math.isfinite(estimator.loss_and_grads(scales.model, guide, scales.x))
+    found = [p.grad for p in guide.parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in found)
+    assert max(float(g.abs().max()) for g in found) > 1e-3
 
 
 def test_guide_messengers_train_where_one_pass_is_enough():
@@ -1259,7 +1334,7 @@ def test_global_latents_have_one_weight_a_particle():
         DReG(4).bound(model, guide, x)
 
 
-# --- VIMCO ------------------------------------------------------------------------------------------
+# --- VIMCO ----------------------------------------------------------------------------------------
 
 
 def naive_vimco(w: Tensor, k: int) -> Tensor:
@@ -1274,6 +1349,7 @@ def test_vimcos_baselines_are_those_of_the_definition(dominating):
     w = torch.randn(7, N, generator=torch.Generator().manual_seed(16))
     w[4] += dominating
     row = VIMCO(7).coefficients(w)
+    assert row.reinforce is not None
     expected = torch.stack([naive_vimco(w, k) for k in range(7)]) - w.softmax(0)
     assert float((row.score + row.reinforce - expected).abs().max()) < 1e-12 * max(
         1.0, abs(dominating)
@@ -1284,39 +1360,46 @@ def test_an_impossible_particle_leaves_the_others_finite_baselines():
     w = torch.randn(5, N, generator=torch.Generator().manual_seed(17))
     w[2] = -math.inf
     reinforce = VIMCO(5).coefficients(w).reinforce
+    assert reinforce is not None
     assert bool(reinforce[2].isfinite().all())
     others = torch.cat([w[:2], w[3:]])
     expected = others.logsumexp(0) - (others.logsumexp(0).exp() + others.mean(0).exp()).log()
     assert float((reinforce[2] - expected).abs().max()) < EXACT
 
 
+class LargestTensor(TorchDispatchMode):
+    """Remembers the elements of the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
 def test_vimco_needs_no_memory_of_particles_squared():
-    particles = 20_000
-    w = torch.randn(particles, 3)
-    largest = 0
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
-    with Sizes():
-        row = VIMCO(particles).coefficients(w)
-    assert bool(row.score.isfinite().all() and row.reinforce.isfinite().all())
-    assert largest <= 2 * w.numel()
+    particles, bits = 20_000, Bits()
+    model, guide = bits.programs({n: t.requires_grad_() for n, t in bits.values.items()})
+    with LargestTensor() as seen:
+        loss = VIMCO(particles).loss_and_grads(model, guide, bits.x)
+    assert math.isfinite(loss)
+    assert bits.values["q"].grad is not None
+    assert bool(bits.values["q"].grad.isfinite().all())
+    assert seen.elements <= particles * N * D * H  # the largest tensor of the model's own
 
 
-# --- refusals ---------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
+
+ANY_LATENT = ("ScoreFunction", "LeaveOneOut", "VIMCO", "ReweightedWakeSleep")
 
 
 @pytest.mark.parametrize(
-    "name", ["PathwiseELBO", "StickingTheLanding", "ImportanceWeighted", "DReG", "Renyi"]
-    + ["RenyiDReG", "WakeDReG", "MIWAE", "PIWAE", "CIWAE", "AnalyticELBO"],
-)  # fmt: skip
+    "name",
+    [n for n in estimator_names() if n not in (*ANY_LATENT, "SleepPhi", "StraightThrough")],
+)
 def test_a_discrete_guide_is_refused_with_the_site_and_the_way_out(name):
     bits = Bits()
     model, guide = bits.programs({n: t.requires_grad_() for n, t in bits.values.items()})
@@ -1368,7 +1451,7 @@ def test_options_out_of_range_are_refused(build, message):
         build()
 
 
-# --- tighter bounds are not necessarily better ------------------------------------------------------
+# --- tighter bounds are not necessarily better ----------------------------------------------------
 
 
 class Toy:
@@ -1427,14 +1510,14 @@ def slope(particles: list[int], values: list[float]) -> float:
 TOY_PARTICLES = {1: (20, 3000), 10: (20, 600), 100: (10, 150), 1000: (3, 60)}
 
 
-@pytest.mark.slow
 def test_rainforths_toy_signal_falls_under_iwae_and_rises_under_dreg():
-    """Figures of the anchors, each from one perturbation and one x: 17 % uncertain (20 coordinates).
+    """The anchors' figures are from one perturbation and one x: 17 % uncertain (20 coordinates).
 
     IWAE and DReG have one expectation, which DReG finds with far fewer draws: the signal of both is
     DReG's mean (where that is unbiased, by other tests), the noise is each one's own.
     """
-    iwae, dreg, model, deviations = [], [], [], {"iwae": [], "dreg": []}
+    iwae, dreg, model = [], [], []
+    deviations: dict[str, list[float]] = {"iwae": [], "dreg": []}
     for k, (points, repeats) in TOY_PARTICLES.items():
         toy = Toy(points, repeats)
         with_score, without = (toy.gradients(kind(k)) for kind in (ImportanceWeighted, DReG))
@@ -1444,10 +1527,9 @@ def test_rainforths_toy_signal_falls_under_iwae_and_rises_under_dreg():
         deviations["iwae"].append(deviation(with_score["b"]))
         deviations["dreg"].append(deviation(without["b"]))
     particles = list(TOY_PARTICLES)
-    print(iwae, dreg, model, deviations)
     assert slope(particles, iwae) == pytest.approx(-0.5, abs=0.1)
     assert slope(particles, model) == pytest.approx(0.5, abs=0.1)
-    assert slope(particles[1:], dreg) == pytest.approx(0.5, abs=0.1)
+    assert slope(particles[1:], dreg[1:]) == pytest.approx(0.5, abs=0.1)
     # Standard deviations hardly depend on the perturbation.
     assert deviations["iwae"] == pytest.approx([1.63, 0.576, 0.185, 0.0585], rel=0.05)
     assert deviations["dreg"][:2] == pytest.approx([0.408, 0.0382], rel=0.05)

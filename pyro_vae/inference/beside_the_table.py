@@ -90,7 +90,8 @@ class AnalyticELBO(_BesideTheTable):
         closed = {
             name: kl
             for name, kl in (
-                (name, _closed_kl(name, guide_sites, model_sites)) for name in structure.latents
+                (name, _closed_kl(name, guide_sites, model_sites, structure, count))
+                for name in structure.latents
             )
             if kl is not None
         }
@@ -102,11 +103,13 @@ class AnalyticELBO(_BesideTheTable):
         total = sum_sites(model_trace, structure, count, is_drawn)
         total = total - sum_sites(guide_trace, structure, count, is_drawn)
         for kl in closed.values():
-            total = total - sum_dims(kl, structure, count)
+            total = total - kl
         return total
 
 
-def _closed_kl(name: str, guide_sites: dict, model_sites: dict) -> Tensor | None:
+def _closed_kl(
+    name: str, guide_sites: dict, model_sites: dict, structure: ProgramStructure, count: int
+) -> Tensor | None:
     """KL(q || p) of one site given the latents above it, or None where it must be drawn."""
     q, p = guide_sites[name], model_sites[name]
     earlier = {n for n in list(model_sites)[: list(model_sites).index(name)] if n in guide_sites}
@@ -120,7 +123,8 @@ def _closed_kl(name: str, guide_sites: dict, model_sites: dict) -> Tensor | None
         kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
-    return scale_and_mask(kl, 1.0, q["mask"])
+    kl = sum_dims(scale_and_mask(kl, 1.0, q["mask"]), structure, count)
+    return kl if kl.dim() == 2 else None  # a prior that depends on an enumerated latent
 
 
 def _is_masked(fn: Any) -> bool:
@@ -136,8 +140,9 @@ class StraightThrough(_BesideTheTable):
     """The ELBO of discrete latents with a relaxed gradient (Gumbel-softmax, straight-through).
 
     Bernoulli and OneHotCategorical sites of the guide are drawn by Pyro's straight-through
-    relaxations. The value is that of the discrete model; the gradient is biased, the less so the
-    lower the temperature, and the noisier.
+    relaxations. The value is that of the discrete model. The gradient is biased: less so, and
+    noisier, as the temperature falls. In that limit it is exact where log w is at most quadratic in
+    each bit, as with a Gaussian likelihood of a linear decoder.
 
     References:
         Jang, Gu & Poole (2017), Categorical reparameterization with Gumbel-softmax, section 2.2;
@@ -171,6 +176,8 @@ def _with_base(fn: Any, change: Any) -> Any:
     if isinstance(fn, torch.distributions.Independent):
         base = _with_base(fn.base_dist, change)
         return base.to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _with_base(fn.base_dist, change).mask(fn._mask)
     return change(fn)
 
 
@@ -202,9 +209,8 @@ class _Relaxed(Messenger):
         if msg["done"] or fn.has_rsample:
             return
         base = fn
-        while isinstance(base, torch.distributions.Independent):
+        while isinstance(base, torch.distributions.Independent | dist.MaskedDistribution):
             base = base.base_dist
-        temperature = base.logits.new_tensor(self.temperature)
         kinds = {
             dist.Bernoulli: dist.RelaxedBernoulliStraightThrough,
             _OneHot: dist.RelaxedOneHotCategoricalStraightThrough,
@@ -215,8 +221,17 @@ class _Relaxed(Messenger):
                 f"'{msg['name']}' is a "
                 f"{type(base).__name__}; write it as one of these, or use LeaveOneOut or VIMCO"
             )
+        temperature = base.logits.new_tensor(self.temperature)
         msg["value"] = kinds[type(base)](temperature, logits=base.logits).rsample()
         msg["done"] = True
+
+
+class _Dreamt(Messenger):
+    """Draws what is observed; leaves alone what is computed (poutine.uncondition does not)."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            msg["is_observed"], msg["done"], msg["value"] = False, False, None
 
 
 @final
@@ -253,7 +268,7 @@ class SleepPhi(_BesideTheTable):
         """Log q at the latents of one dream, and the factor N/B."""
         args, kwargs = arguments
         with torch.no_grad():
-            dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+            dream = poutine.trace(_Dreamt()(model)).get_trace(*args, **kwargs)
         x = dream.nodes[structure.observed[0]]["value"]
         if len(structure.observed) != 1 or len(args) != 1 or kwargs or args[0].shape != x.shape:
             raise ProgramError(

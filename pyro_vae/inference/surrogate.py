@@ -174,7 +174,7 @@ class Estimator(ELBO):
             traces = draw_traces(model, guide, arguments, structure, self.num_particles)
         log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
         row = self.coefficients((log_p - log_q).detach())
-        scale = scale_of(traces, self.joint)
+        log_p, scale = _of_possible(log_p), scale_of(traces, self.joint)
         if row.path is None:  # every latent is held fixed already
             self._check_densities(traces)
             score = row.score if row.reinforce is None else row.score + row.reinforce
@@ -187,7 +187,8 @@ class Estimator(ELBO):
             self.check_replayable(structure)
             again = rerun_traces(model, guide, arguments, structure, traces)
             self._check_densities(again)
-            log_p_fixed, log_q_fixed = log_p_of(again, structure), log_q_of(again, structure)
+            log_p_fixed = _of_possible(log_p_of(again, structure))
+            log_q_fixed = log_q_of(again, structure)
             path = (log_p - log_p_fixed) - (log_q - log_q_fixed)
             surrogate = row.theta * log_p_fixed + row.path * path + row.score * log_q_fixed
         if fixed and row.reinforce is not None:
@@ -255,6 +256,11 @@ def log_q_of(
     return sum_traces([(guide, count) for guide, _, count in traces], structure, keep)
 
 
+def _of_possible(log_p: Tensor) -> Tensor:
+    """Log p without its infinities: a particle of no weight moves nothing, and 0 * inf is nan."""
+    return log_p.masked_fill(log_p == -torch.inf, 0.0)
+
+
 def scale_of(traces: Traces, joint: bool) -> float:
     """The factor N/B of the run at hand."""
     guide, model, _ = traces[0]
@@ -263,11 +269,13 @@ def scale_of(traces: Traces, joint: bool) -> float:
 
 def sites_without_path(traces: Traces) -> list[str]:
     """The guide's latents whose distribution has no reparameterised draw."""
-    return [
+    found = [
         name
-        for name, site in weighted_sites(traces[0][0]).items()
+        for guide, _, _ in traces
+        for name, site in weighted_sites(guide).items()
         if not site["is_observed"] and not site["fn"].has_rsample
     ]
+    return list(dict.fromkeys(found))
 
 
 def is_number(value: Any) -> bool:
