@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyro_vae.data import load_dataset
     from pyro_vae.diagnostics.evidence import log_evidence
+    from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.svi import fit
-    from pyro_vae.models import VAE, LinearGaussian
+    from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
     from pyro_vae.results import load_result
     from pyro_vae.runs import load_run
 
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "GaussianMixture",
     "LinearGaussian",
     "fit",
+    "fit_em",
     "load_dataset",
     "load_result",
     "load_run",
@@ -33,8 +36,10 @@ __all__ = [
 
 _HOME = {
     "VAE": "pyro_vae.models",
+    "GaussianMixture": "pyro_vae.models",
     "LinearGaussian": "pyro_vae.models",
     "fit": "pyro_vae.inference.svi",
+    "fit_em": "pyro_vae.inference.em",
     "load_dataset": "pyro_vae.data",
     "load_result": "pyro_vae.results",
     "load_run": "pyro_vae.runs",

@@ -20,11 +20,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
 from pyro_vae.diagnostics.gradients import snr_slopes
 from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.results import Result
 
 __all__ = [
     "plot_bound",
@@ -197,13 +198,13 @@ def _title(what: str, data: str, about: str) -> str:
 
 
 def plot_signal_to_noise(
-    result: xr.Dataset, ax: Axes | None = None, *, parameter: str = "guide"
+    result: Result, ax: Axes | None = None, *, parameter: str = "guide"
 ) -> Axes:
     """Plots the signal-to-noise ratio of gradients against K, both axes logarithmic.
 
     The legend has the fitted slopes with their standard errors. Points in the shaded band, below
-    the noise floor, are hollow: there the ratio is that of noise. A line is drawn where a slope
-    could be fitted.
+    the noise floor, are hollow: there the ratio is that of noise. The band is left out where all
+    points are far above it. A line is drawn where a slope could be fitted.
 
     Args:
         result: From `compare_estimators`.
@@ -216,7 +217,7 @@ def plot_signal_to_noise(
     References:
         Rainforth et al. (2018), Tighter variational bounds are not necessarily better, figure 1.
     """
-    ax = _axes(ax, (6.8, 5.2))
+    ax = _axes(ax, (6.8, 6.2))
     slopes = snr_slopes(result).sel(parameter=parameter)
     floor = float(result["snr"].attrs["noise_floor"])
     particles = result["num_particles"].values
@@ -225,11 +226,9 @@ def plot_signal_to_noise(
         snr, error = chosen["snr"].values, chosen["snr_se"].values
         if not np.isfinite(snr).any():
             continue
-        colour, marker = _CLASSES[i % len(_CLASSES)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = _sign(i)
         slope, slope_se = (float(slopes.sel(estimator=name)[n]) for n in ("slope", "slope_se"))
-        text = (
-            f"{name}: no slope" if math.isnan(slope) else f"{name}: {slope:+.2f} ± {slope_se:.2f}"
-        )
+        text = "no slope" if math.isnan(slope) else f"{slope:+.3f} ± {slope_se:.3f}"
         hidden = np.minimum(error, 0.9 * snr)  # a bar that reaches 0 has no end on a log axis
         ax.errorbar(
             particles,
@@ -249,7 +248,7 @@ def plot_signal_to_noise(
                 color=colour,
                 markerfacecolor=colour if above else "white",
                 ms=6,
-                label=text if above or not (snr >= floor).any() else None,
+                label=f"{name}: {text}" if above or not (snr >= floor).any() else None,
                 zorder=3,
             )
         if not math.isnan(slope):
@@ -260,19 +259,20 @@ def plot_signal_to_noise(
     ax.set_yscale("log")
     ax.set_xticks(particles, [str(k) for k in particles])
     ax.minorticks_off()
-    low = min(ax.get_ylim()[0], floor / 2)
-    ax.set_ylim(bottom=low)
-    ax.axhspan(low, floor, color=_GREY, alpha=0.15, lw=0, label="noise floor")
+    if ax.get_ylim()[0] < 10 * floor:  # else all is far above it
+        low = min(ax.get_ylim()[0], floor / 2)
+        ax.set_ylim(bottom=low)
+        ax.axhspan(low, floor, color=_GREY, alpha=0.15, lw=0, label="noise floor")
     ax.set_xlabel("particles K")
     ax.set_ylabel("signal-to-noise ratio of one gradient")
     ax.set_title(f"Signal-to-noise of gradients: {parameter}")
     ax.grid(alpha=0.25, lw=0.6)
-    ax.legend(fontsize="small", title="slope of log SNR against log K", title_fontsize="small")
+    _legend_below(ax, title="slope of log SNR against log K")
     return ax
 
 
 def plot_estimator_cost(
-    result: xr.Dataset, ax: Axes | None = None, *, parameter: str = "guide"
+    result: Result, ax: Axes | None = None, *, parameter: str = "guide"
 ) -> Axes:
     """Plots the variance of gradients against their time, a line through the K of an estimator.
 
@@ -287,7 +287,7 @@ def plot_estimator_cost(
     Returns:
         The axes, with one line for each estimator.
     """
-    ax = _axes(ax, (6.8, 5.2))
+    ax = _axes(ax, (6.8, 6.2))
     chosen = result.sel(parameter=parameter)
     shown = chosen["variance"].values > 0
     for i, name in enumerate(result["estimator"].values):
@@ -295,12 +295,12 @@ def plot_estimator_cost(
         if not use.any():
             continue
         biased = bool((row["verdict"].values[use] == "biased").any())
-        colour = _CLASSES[i % len(_CLASSES)]
+        colour, marker = _sign(i)
         ax.plot(
             1e3 * row["seconds"].values[use],
             row["variance"].values[use],
             "--" if biased else "-",
-            marker=_MARKERS[i % len(_MARKERS)],
+            marker=marker,
             color=colour,
             markerfacecolor="white" if biased else colour,
             lw=1.1,
@@ -316,10 +316,30 @@ def plot_estimator_cost(
     ax.set_xlabel(f"milliseconds of one gradient (K = {particles} from left to right)")
     ax.set_ylabel("total variance of one gradient, nats squared")
     ax.set_title(f"Noise against time of gradients: {parameter}")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.25, lw=0.6)
-    ax.legend(fontsize="small")
+    _legend_below(ax)
     return ax
+
+
+def _sign(i: int) -> tuple[str, str]:
+    """A colour and a marker; pairs repeat after a hundred."""
+    rounds, place = divmod(i, len(_CLASSES))
+    return _CLASSES[place], _MARKERS[(place + rounds) % len(_MARKERS)]
+
+
+def _legend_below(ax: Axes, title: str | None = None) -> None:
+    ax.legend(
+        fontsize="small",
+        title=title,
+        title_fontsize="small",
+        ncols=2,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        frameon=False,
+    )
 
 
 def _equal_cost_lines(ax: Axes) -> None:

@@ -1,7 +1,6 @@
 """One self-contained page about one or more runs, which a student can read offline."""
 
 import base64
-import io
 import json
 import math
 import os
@@ -11,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-import pyro_vae
 from pyro_vae.data import Dataset, DatasetError
 from pyro_vae.diagnostics.posterior import khat_threshold
 from pyro_vae.files import atomic_path, write_text
+from pyro_vae.pages import figure_png, render_template
 from pyro_vae.plots import (
     plot_bound,
     plot_evidence,
@@ -38,7 +36,6 @@ __all__ = [
     "write_report",
 ]
 
-_DPI = 110
 _SHOWN = ("elbo", "log_evidence", "gap", "ess", "khat")
 _KINDS = {"lower": "lower bound", "upper": "upper bound", "none": ""}
 _MEASURES = {
@@ -48,6 +45,10 @@ _MEASURES = {
     "real": "The data are real numbers in their own units, so the numbers are log densities: they "
     "change when the data are rescaled.",
 }
+_UNKNOWN_MEASURE = (
+    "What the data are decides whether they are log probabilities or log densities; the two do not "
+    "compare."
+)
 
 
 @dataclass(frozen=True)
@@ -106,33 +107,18 @@ def write_report(
         title = (
             f"{_model_text(loaded[0])} on {names[0]}"
             if len(loaded) == 1
-            else (f"{len(loaded)} models of {' and '.join(names)}")
+            else f"{len(loaded)} models of {' and '.join(names)}"
         )
     evaluations = [load_evaluation(run) for run in loaded]
-    environment = Environment(
-        loader=PackageLoader("pyro_vae"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     measures = [run.config.get("data", {}).get("measure") for run in loaded]
-    page = environment.get_template("report.html.j2").render(
+    page = render_template(
+        "report.html.j2",
         title=title,
-        version=pyro_vae.__version__,
         compared=comparison_rows(
             [(r, e) for r, e in zip(loaded, evaluations, strict=True) if e is not None]
         ),
         differences=_differences(loaded, evaluations),
-        measure_text=" ".join(
-            dict.fromkeys(
-                _MEASURES.get(
-                    m,
-                    "What the data are decides whether they are log probabilities or "
-                    "log densities; the two do not compare.",
-                )
-                for m in measures
-            )
-        ),
+        measure_text=" ".join(dict.fromkeys(_MEASURES.get(m, _UNKNOWN_MEASURE) for m in measures)),
         runs=[_section(run, found, root) for run, found in zip(loaded, evaluations, strict=True)],
     )
     write_text(target, page)
@@ -245,7 +231,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         "figures": [
             {
                 "caption": shown.caption,
-                "png": _png(shown.figure),
+                "png": base64.b64encode(figure_png(shown.figure)).decode("ascii"),
                 "width": round(shown.figure.get_figwidth() * 74),
                 "wide": shown.figure.get_figwidth() > 1.9 * shown.figure.get_figheight(),
             }
@@ -359,14 +345,8 @@ def save_figures(figures: Sequence[RunFigure], folder: str | os.PathLike[str]) -
     paths = [target / f"{shown.name}.png" for shown in figures]
     for path, shown in zip(paths, figures, strict=True):
         with atomic_path(path) as temporary:
-            shown.figure.savefig(temporary, format="png", dpi=_DPI)
+            temporary.write_bytes(figure_png(shown.figure))
     return paths
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 # --- how it was made ------------------------------------------------------------------------------
@@ -423,8 +403,8 @@ def _evaluate_options(evaluation: Result | None) -> str:
         return ""
     made = evaluation.provenance
     return (
-        f" --num-particles {made['config']['num_particles']} --num-data {made['num_data']}"
-        f" --seed {made['seed']}"
+        f" --num-particles {made['config']['num_particles']}"
+        f" --num-data {made['num_data']} --seed {made['seed']}"
     )
 
 

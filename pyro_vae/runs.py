@@ -10,7 +10,6 @@ and weights are read from safetensors alone.
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +25,18 @@ from torch import Tensor, nn
 
 from pyro_vae.data import Dataset, load_dataset
 from pyro_vae.diagnostics.evidence import log_evidence
-from pyro_vae.inference.checkpoint import CheckpointError, load_tensors, read_json
+from pyro_vae.inference.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_tensors,
+    read_json,
+    read_rows,
+)
+from pyro_vae.inference.history import history_result
 from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi import Fit, fit
 from pyro_vae.models import VAE, Likelihood, LinearGaussian, make_likelihood
-from pyro_vae.results import Result, label, load_result, make_result
+from pyro_vae.results import Result, load_result
 
 __all__ = [
     "BINARIZATION_SEED",
@@ -53,7 +59,6 @@ __all__ = [
 BINARIZATION_SEED = 0
 """The draws of binary test pixels; one for all runs, so that their numbers are comparable."""
 
-_FORMAT = 1
 _WEIGHT_FILES = ("model.safetensors", "training.safetensors")
 _DERIVED_FILES = (
     "README.md",
@@ -140,22 +145,23 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         )
     config = read_json(folder / "config.json")
     version = config.get("format")
-    if not isinstance(version, int) or version > _FORMAT:
+    if not isinstance(version, int) or version > FORMAT:
         raise CheckpointError(
             f"{folder / 'config.json'} has format {version!r}, but this version of pyro_vae reads "
-            f"up to {_FORMAT}: install a newer pyro_vae."
+            f"up to {FORMAT}: install a newer pyro_vae."
         )
     module = _build(folder, config.get("model"))
     weights, _ = load_tensors(folder / "model.safetensors")
     _fill(folder, module, weights)
-    rows = _read_rows(folder / "history.jsonl")
+    rows = read_rows(folder / "history.jsonl")
+    trained = config.get("fit", {})
     return Run(
         path=folder,
         module=module,
         model=module.model,
         guide=module.guide,
         config=config,
-        history=_history(rows, config),
+        history=history_result(rows, config, trained.get("seed"), trained.get("data_sha256")),
     )
 
 
@@ -217,63 +223,6 @@ def _fill(folder: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> Non
             "floating-point type: restore model.safetensors from a copy."
         )
     module.load_state_dict(dict(weights), assign=True)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
-        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
-            raise ValueError("a line is no row of a history")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy.") from error
-    return rows
-
-
-_DESCRIPTIONS = {
-    "loss": ("nats", "objective", "what was minimised, mean over the epoch; lower is better"),
-    "bound": ("nats", "lower", "ELBO of the training data"),
-    "reconstruction": ("nats", "objective", "E log p(x | z), the first part of the ELBO"),
-    "kl": ("nats", "objective", "E log q(z | x) - log p(z), subtracted in the ELBO"),
-    "seconds": ("seconds", "none", "training time so far"),
-    "data_passes": ("none", "none", "passes over the data"),
-}
-
-
-def _history(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Result:
-    """The rows of history.jsonl as the labelled result that `fit` returned."""
-    measure = rows[-1].get("measure") if rows else None
-    seed = config.get("fit", {}).get("seed")
-    variables: dict[str, Any] = {}
-    for name in rows[-1] if rows else ():
-        base = str(name).removeprefix("validation_").removesuffix("_se")
-        if base not in _DESCRIPTIONS:
-            continue
-        unit, bound, description = _DESCRIPTIONS[base]
-        if base == "bound" and "kl" not in rows[-1]:
-            bound = "objective"
-        nats = unit == "nats"
-        attrs = label(
-            unit=unit,
-            bound=bound,
-            reduction="per datum" if nats else "none",
-            measure=measure if nats else None,
-            num_particles=1 if nats else None,
-            seed=seed if nats else None,
-            description=description
-            + (" (held-out data)" if str(name).startswith("validation_") else ""),
-        )
-        variables[name] = ("epoch", [float(row.get(name, math.nan)) for row in rows], attrs)
-    return make_result(
-        variables,
-        function="fit",
-        config=config,
-        seed=seed,
-        data_sha256=config.get("fit", {}).get("data_sha256"),
-        coords={"epoch": [int(row["epoch"]) for row in rows]},
-    )
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -658,8 +607,8 @@ def evaluate_run(
         raise ValueError(f"num_data must be a positive integer, not {num_data!r}")
     if len(test) == 0:
         raise CheckpointError(
-            f"the data set {run.data_name!r} has no test set: pass data to "
-            "log_evidence(run.model, run.guide, x) yourself."
+            f"the data set {run.data_name!r} has no test set: pass data to log_evidence(run.model, "
+            "run.guide, x) yourself."
         )
     like = next(run.module.parameters())
     x = test[:num_data].to(like)

@@ -483,3 +483,16 @@ def test_refuses_parameters_that_svi_would_not_train() -> None:
     before = net.weight.detach().clone()
     SVI(model, registered, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
     assert not torch.equal(net.weight, before)  # what the check let pass is trained
+
+
+def test_a_support_whose_bounds_are_tensors_has_a_measure():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 9, z + 9), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 0.1))
+
+    assert inspect_programs(model, guide, ((torch.randn(4),), {})).measure == "real"

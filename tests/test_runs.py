@@ -75,6 +75,8 @@ def test_a_run_is_loaded_as_it_was_kept(tmp_path: Path, digits: Dataset) -> None
 def test_the_history_is_the_one_that_fit_returned(tmp_path: Path, digits: Dataset) -> None:
     fitted = start_run(tmp_path / "run", digits, epochs=2, **SMALL)
     history = load_run(tmp_path / "run").history
+    for name in fitted.history.data_vars:
+        assert history[name].attrs == fitted.history[name].attrs
     assert history.drop_attrs(deep=False).identical(fitted.history.drop_attrs(deep=False))
     changing = {"created"}
     kept, given = history.provenance, fitted.history.provenance

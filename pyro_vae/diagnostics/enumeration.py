@@ -10,14 +10,16 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.inference.inspection import inspect_programs
-from pyro_vae.inference.log_weights import importance_bound
 from pyro_vae.inference.programs import (
+    Arguments,
     Program,
     ProgramError,
     ProgramStructure,
     as_arguments,
+    enumerating,
     fixed_draws,
     keep_random_state,
+    program_scope,
     sum_sites,
     trace_programs,
     weighted_sites,
@@ -56,31 +58,37 @@ def enumerated_bound(
     """
     if bound not in ("ELBO", "IWAE"):
         raise ValueError(f"the bounds that can be enumerated are 'ELBO' and 'IWAE', not {bound!r}")
-    arguments = as_arguments(x)
-    with poutine.block():
-        structure = inspect_programs(model, guide, arguments, num_particles=1)
+    with program_scope():
+        log_p, log_q = _joint_table(model, guide, as_arguments(x))
+    # Where q is 0 the log weight is infinite and its share 0; a large finite number has a gradient.
+    weights = (log_p - log_q).nan_to_num(posinf=0.0)
+    total = log_q.detach().exp().sum(0)
+    if not torch.allclose(total, torch.ones_like(total), atol=1e-4):
+        raise ProgramError("the guide's enumerated probabilities do not add up to 1")
+    if bound == "ELBO" or num_particles == 1:
+        return (log_q.exp() * weights).sum(0)
+    return _expected_importance_bound(log_q, weights, num_particles)
+
+
+def _joint_table(
+    model: Program, guide: Program, arguments: Arguments
+) -> tuple[Float[Tensor, "states batch"], Float[Tensor, "states batch"]]:
+    """Log p(x, z) and log q(z | x) for every value of the latents."""
+    structure = inspect_programs(model, guide, arguments, num_particles=1)
+    model = enumerating(model, structure)
     with keep_random_state(), torch.no_grad():
         traces = trace_programs(model, guide, arguments)
-    states = _states(weighted_sites(traces[0]), structure)
     args, kwargs = arguments
     log_p: list[Tensor] = []
     log_q: list[Tensor] = []
-    for state in states:
+    for state in _states(weighted_sites(traces[0]), structure):
         given = fixed_draws(*traces)
         for name, value in state.items():
             given.nodes[name] = {**given.nodes[name], "value": value}
         for program, found in ((model, log_p), (guide, log_q)):
             trace = poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
             found.append(sum_sites(trace, structure, 1)[0])
-    lq = torch.stack(log_q)
-    # Where q is 0 the log weight is infinite and its share 0; a large finite number has a gradient.
-    weights = (torch.stack(log_p) - lq).nan_to_num(posinf=0.0)
-    total = lq.detach().exp().sum(0)
-    if not torch.allclose(total, torch.ones_like(total), atol=1e-4):
-        raise ProgramError("the guide's enumerated probabilities do not add up to 1")
-    if bound == "ELBO" or num_particles == 1:
-        return (lq.exp() * weights).sum(0)
-    return _expected_importance_bound(lq, weights, num_particles)
+    return torch.stack(log_p), torch.stack(log_q)
 
 
 def _expected_importance_bound(
@@ -103,7 +111,8 @@ def _expected_importance_bound(
     counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=log_q.dtype))
     orders = math.lgamma(num_particles + 1) - torch.lgamma(counts + 1).sum(1)
     probability = (orders.to(log_q)[:, None] + log_q[chosen].sum(1)).exp()
-    return (probability * importance_bound(log_weights[chosen].movedim(1, 0))).sum(0)
+    bounds = log_weights[chosen].logsumexp(1) - math.log(num_particles)
+    return (probability * bounds).sum(0)
 
 
 def _states(sites: dict[str, Any], structure: ProgramStructure) -> list[dict[str, Tensor]]:

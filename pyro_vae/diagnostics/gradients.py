@@ -61,8 +61,9 @@ from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["compare_estimators", "estimator_rows", "recommend_estimators", "snr_slopes"]
 
-Reference = Mapping[str, Tensor] | Callable[[str, int], Mapping[str, Tensor] | Tensor | None]
+Reference = Mapping[str, Tensor] | Callable[[str, int], Mapping[str, Tensor] | Tensor | None] | str
 Gradients = Float[Tensor, "repeats entries"]
+References = Float[Tensor, "references entries"]  # one row if exact, else independent means
 
 _DEFAULT = (
     "PathwiseELBO",
@@ -87,6 +88,7 @@ _TRUSTED: dict[str, tuple[type[Estimator], ...]] = {
 }
 _REFERENCE_FACTOR = 5  # a pooled reference has so many times the repeats
 _REFERENCE_BLOCKS = 100
+_TIMING_ROUNDS = 30
 _MAX_ENTRIES = 50_000  # of a group, so that all repeats fit in memory
 _FALSE_ALARMS = 1e-3  # of a whole result
 _ROUNDING = 1e3  # machine epsilons, relative to the largest gradients: less is no bias
@@ -130,18 +132,20 @@ def compare_estimators(
         reference: Gradients of the ELBO by parameter name; or a function of the bound's name
             ("ELBO", "IWAE", "Renyi(alpha=0.5)") and K that returns such gradients, or a
             differentiable tensor with the exact bound of each datum (or their mean), or None where
-            it has none.
+            it has none; or "none", which leaves the bias out and saves the time of the references.
         joint: True for models with global latents: numbers are then totals over the data.
         seed: Every estimator starts from it; the caller's random state is left alone.
         progress: Shows a bar on stderr where that is a terminal.
 
     Returns:
         Over `estimator` and `num_particles`: `value` (the bound, nats per datum), `seconds` (the
-        processor time of the calling thread, on a GPU the elapsed time; median) and `bytes` (peak
+        processor time of the calling thread, on a GPU the elapsed time; median of 30, taken
+        in turns with the other estimators) and `bytes` (peak
         of what is kept for the backward pass). Over these and `parameter`: `variance`,
         `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
         `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
-        better). Standard errors are `*_se`. `bound` and `bound_kind` say what the value is.
+        better). Standard errors are `*_se`. `bound` and `bound_kind` say what the value is,
+        `claims_unbiased` whether the estimator's author says that its gradient is the value's.
         What could not be had is nan, and a note says why.
 
     Raises:
@@ -169,6 +173,10 @@ def compare_estimators(
     particles = _check_particles(num_particles)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 8:
         raise ValueError(f"repeats must be a whole number from 8, not {repeats!r}")
+    if isinstance(reference, str) and reference != "none":
+        raise ValueError(
+            f"reference is {reference!r}, but must be gradients by name, a function, 'none' or None"
+        )
     candidates = _candidates(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
     arguments = as_arguments(x)
@@ -186,7 +194,11 @@ def compare_estimators(
             "num_particles": list(particles),
             "repeats": repeats,
             "parameters": {name: list(group) for name, group in bench.groups.items()},
-            "reference": "given" if reference is not None else "pooled",
+            "reference": reference
+            if isinstance(reference, str)
+            else "pooled"
+            if reference is None
+            else "given",
             "joint": joint,
             "num_data": batch_length(x),
         },
@@ -216,6 +228,7 @@ class _Candidate:
     make: Callable[[int], ELBO]
     family: str  # of its bound: ELBO, IWAE, Renyi, ...
     bound_kind: str
+    claims_unbiased: bool = True  # that its gradient is, in expectation, that of its value
     options: Mapping[str, Any] = field(default_factory=dict)
     asked_for: bool = True
     enumerates: bool = False
@@ -281,6 +294,7 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> _Can
         make=partial(kind, joint=joint, **options),
         family=kind.value_name,
         bound_kind=kind.bound_kind,
+        claims_unbiased=kind.unbiased,
         options=of_bound,
         asked_for=asked_for,
     )
@@ -345,7 +359,6 @@ class _Draws:
 
     values: Float[Tensor, " repeats"]
     gradients: dict[str, Gradients]
-    seconds: np.ndarray
 
 
 @dataclass
@@ -460,24 +473,37 @@ class _Bench:
         chosen = self.entries[group]
         return flat if chosen is None else flat[chosen]
 
+    def share(self, group: str) -> float:
+        """The share of a group's entries that stands for all."""
+        chosen = self.entries[group]
+        total = sum(self.leaves[name].numel() for name in self.groups[group])
+        return 1.0 if chosen is None else len(chosen) / total
+
     def draw(self, elbo: ELBO, repeats: int, seed: int, advance: Callable[[], Any]) -> _Draws:
         pyro.set_rng_seed(seed)
         values = torch.empty(repeats, dtype=torch.float64)
-        seconds = np.empty(repeats)
         rows: dict[str, list[Tensor]] = {group: [] for group in self.groups}
-        on_gpu = any(leaf.is_cuda for leaf in self.leaves.values())
-        clock = time.perf_counter if on_gpu else time.thread_time
         for r in range(repeats):
-            started = clock()
             values[r] = self.step(elbo)
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds[r] = clock() - started
             for group in self.groups:
                 rows[group].append(self.gradient(group).cpu())
             advance()
         gradients = {group: torch.stack(drawn).double() for group, drawn in rows.items()}
-        return _Draws(values, gradients, seconds)
+        return _Draws(values, gradients)
+
+    def time(self, elbos: Sequence[ELBO], rounds: int) -> np.ndarray:
+        """Seconds of a gradient, [rounds, elbos]; in turns, so that a busy moment hits all."""
+        on_gpu = any(leaf.is_cuda for leaf in self.leaves.values())
+        clock = time.perf_counter if on_gpu else time.thread_time
+        seconds = np.empty((rounds, len(elbos)))
+        for r in range(rounds):
+            for i, elbo in enumerate(elbos):
+                started = clock()
+                self.step(elbo)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                seconds[r, i] = clock() - started
+        return seconds
 
     def make(self, candidate: _Candidate, num_particles: int) -> ELBO:
         try:
@@ -505,6 +531,7 @@ class _Bench:
         scales = dict.fromkeys(self.groups, 0.0)
         references = _References(self, reference, particles, repeats)
         pairs = self._admit(candidates, particles)
+        times = self.time([elbo for _, _, elbo in pairs], min(repeats, _TIMING_ROUNDS))
         bar = tqdm(
             total=len(pairs) * repeats,
             unit="gradient",
@@ -512,7 +539,7 @@ class _Bench:
             disable=None if progress else True,
         )
         with bar:
-            for candidate, k, elbo in pairs:
+            for (candidate, k, elbo), timed in zip(pairs, times.T, strict=True):
                 bar.set_description(f"{candidate.name}, K={k}")
                 self._leave_out_sampled(candidate, k, elbo)
                 size = peak_bytes(partial(self.step, elbo))
@@ -521,16 +548,16 @@ class _Bench:
                 groups = {}
                 for name, gradients in drawn.gradients.items():
                     given = None if centre is None else centre[name]
-                    groups[name] = _statistics(gradients, given)
+                    groups[name] = _of_all(_statistics(gradients, given), self.share(name))
                     scales[name] = max(scales[name], float(gradients.square().sum(1).mean()) ** 0.5)
                     self._look_at(candidate, k, name, gradients)
-                seconds = float(np.median(drawn.seconds))
-                spread = 1.4826 * float(np.median(np.abs(drawn.seconds - seconds)))
+                seconds = float(np.median(timed))
+                spread = 1.4826 * float(np.median(np.abs(timed - seconds)))
                 numbers = {
                     "value": float(drawn.values.mean()),
                     "value_se": float(drawn.values.std()) / math.sqrt(repeats),
                     "seconds": seconds,
-                    "seconds_se": 1.2533 * spread / math.sqrt(repeats),  # of a median
+                    "seconds_se": 1.2533 * spread / math.sqrt(len(timed)),  # of a median
                     "bytes": float(size),
                 }
                 rows.append(_Row(candidate, k, numbers, groups))
@@ -684,11 +711,15 @@ class _References:
     ) -> None:
         self.bench, self.given, self.repeats = bench, given, repeats
         self.most = max(particles)
-        self.known: dict[tuple[str, int], dict[str, Gradients] | None] = {}
+        self.known: dict[tuple[str, int], dict[str, References] | None] = {}
         self.notes: list[str] = []
+        if given == "none":
+            self.notes.append("Bias was not measured: reference='none'.")
 
-    def get(self, candidate: _Candidate, num_particles: int) -> dict[str, Gradients] | None:
+    def get(self, candidate: _Candidate, num_particles: int) -> dict[str, References] | None:
         """For each group the reference: one row if exact, else independent rows to average."""
+        if isinstance(self.given, str):
+            return None
         family, options = candidate.bound_at(num_particles)
         # The gradient of the ELBO does not depend on K.
         k = max(self.most, 2) if family == "ELBO" else num_particles
@@ -699,9 +730,9 @@ class _References:
             self.known[key] = exact or self._pooled(candidate, family, options, bound, k)
         return self.known[key]
 
-    def _exact(self, bound: str, k: int) -> dict[str, Gradients] | None:
+    def _exact(self, bound: str, k: int) -> dict[str, References] | None:
         bench = self.bench
-        if self.given is None:
+        if self.given is None or isinstance(self.given, str):
             return None
         if isinstance(self.given, Mapping):
             found: Any = self.given if bound == "ELBO" else None
@@ -743,7 +774,7 @@ class _References:
         options: Mapping[str, Any],
         bound: str,
         k: int,
-    ) -> dict[str, Gradients] | None:
+    ) -> dict[str, References] | None:
         bench = self.bench
         for kind in _TRUSTED.get(family, ()) if bench.structure is not None else ():
             trusted = _Candidate(
@@ -781,7 +812,7 @@ class _References:
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def _statistics(gradients: Gradients, reference: Gradients | None) -> dict[str, float]:
+def _statistics(gradients: Gradients, reference: References | None) -> dict[str, float]:
     """Every number of one group of parameters; see the module's table."""
     repeats = len(gradients)
     mean = gradients.mean(0)
@@ -802,6 +833,15 @@ def _statistics(gradients: Gradients, reference: Gradients | None) -> dict[str, 
     return numbers | _bias(gradients, reference)
 
 
+def _of_all(numbers: dict[str, float], share: float) -> dict[str, float]:
+    """Scales what was summed over a share of a group's entries to all of them."""
+    powers = {"variance": 1.0, "gradient_norm": 0.5, "bias": 0.5}
+    return {
+        name: number * share ** -powers.get(name.removesuffix("_se"), 0.0)
+        for name, number in numbers.items()
+    }
+
+
 def _signal_to_noise(mean: Tensor, centred: Gradients, variances: Tensor) -> dict[str, float]:
     """Mean of |mean| / sd over the coordinates that get a gradient, with its delta-method error."""
     active = (variances > 0) | (mean != 0)
@@ -814,7 +854,7 @@ def _signal_to_noise(mean: Tensor, centred: Gradients, variances: Tensor) -> dic
     return {"snr": float(ratio.mean()), "snr_se": float(influence.std()) / math.sqrt(len(centred))}
 
 
-def _bias(gradients: Gradients, reference: Gradients) -> dict[str, float]:
+def _bias(gradients: Gradients, reference: References) -> dict[str, float]:
     r"""The norm of the bias, how surely it is known, and a score for whether there is any.
 
     The squared norm of the difference of means has its noise, the trace of the covariance of that
@@ -843,7 +883,7 @@ def _bias(gradients: Gradients, reference: Gradients) -> dict[str, float]:
     }
 
 
-def _cross_fitted(gradients: Gradients, reference: Gradients) -> float:
+def _cross_fitted(gradients: Gradients, reference: References) -> float:
     """Each half of the draws tests the direction in which the other half sees a bias."""
     halves = [
         (gradients[i::2], reference[i::2] if len(reference) > 1 else reference) for i in (0, 1)
@@ -1027,6 +1067,7 @@ def _as_result(
             "parameter": groups,
             "bound": ("estimator", [c.bound for c in found.candidates]),
             "bound_kind": ("estimator", [c.bound_kind for c in found.candidates]),
+            "claims_unbiased": ("estimator", [c.claims_unbiased for c in found.candidates]),
         },
         notes=notes,
     )
@@ -1158,7 +1199,7 @@ def recommend_estimators(result: Result, parameter: str = "guide") -> list[dict[
     """For each bound and K the unbiased estimator with the least variance x time, by measurement.
 
     Estimators of different bounds climb different functions, so they are not ranked against each
-    other. One whose bias is unknown is not recommended.
+    other. One whose bias is unknown, or that is biased by design, is not recommended.
 
     Args:
         result: From `compare_estimators`.
@@ -1166,15 +1207,23 @@ def recommend_estimators(result: Result, parameter: str = "guide") -> list[dict[
 
     Returns:
         Rows with `bound`, `K`, `recommended`, `next` (with how many times as much variance x time,
-        and its standard error) and `biased`.
+        and its standard error) and `biased` (in brackets: by design, but too little to be seen).
     """
     rows = []
     for k in result["num_particles"].values:
         at = result.sel(num_particles=k, parameter=parameter)
         for bound in dict.fromkeys(at["bound"].values.tolist()):
             here = at.isel(estimator=np.flatnonzero(at["bound"].values == bound))
-            sound = here.isel(estimator=np.flatnonzero(here["verdict"].values == "no bias seen"))
-            biased = here["estimator"].values[here["verdict"].values == "biased"].tolist()
+            claims = here["claims_unbiased"].values
+            sound = here.isel(
+                estimator=np.flatnonzero((here["verdict"].values == "no bias seen") & claims)
+            )
+            seen = here["verdict"].values == "biased"
+            biased = [
+                str(name) if s else f"({name})"
+                for name, s, c in zip(here["estimator"].values, seen, claims, strict=True)
+                if s or not c
+            ]
             if not sound.sizes["estimator"]:
                 continue
             order = np.argsort(sound["efficiency"].values)

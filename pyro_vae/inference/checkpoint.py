@@ -15,6 +15,7 @@ tensors, as safetensors does not notice a flipped bit.
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,23 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pyro_vae.files import atomic_path, write_text
+from pyro_vae.inference.history import is_bound
 
 __all__ = [
+    "FORMAT",
     "CheckpointError",
+    "check_same_run",
     "holds_run",
     "load_tensors",
     "model_card",
     "read_json",
+    "read_rows",
     "save_tensors",
     "write_run",
 ]
+
+FORMAT = 1
+"""The layout of a run folder, which config.json names."""
 
 _FILES = (
     "training.safetensors",
@@ -42,6 +50,19 @@ _FILES = (
     "config.json",
     "history.jsonl",
     "README.md",
+)
+_MUST_AGREE = (  # what a resumed run may not change, as config.json has it
+    "loss",
+    "num_particles",
+    "optimizer",
+    "learning_rate",
+    "optimizer_arguments",
+    "batch_size",
+    "seed",
+    "warmup_epochs",
+    "num_data",
+    "data_sha256",
+    "dtype",
 )
 
 
@@ -75,7 +96,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?")
+        raise _missing(path)
     try:
         content = path.read_bytes()  # once: another process may replace the file at any moment
         tensors = load(content)
@@ -113,7 +134,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?") from None
+        raise _missing(path) from None
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}); restore it from a copy"
@@ -121,6 +142,62 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; restore it from a copy")
     return content
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Reads history.jsonl: a row an evaluation.
+
+    Raises:
+        CheckpointError: If the file is missing, or a line is no row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+            raise ValueError("a line is no row of a history")
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy.") from error
+    return rows
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} does not exist; is {path.parent} a run folder?")
+
+
+def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run of other settings; warns of another number of threads.
+
+    Args:
+        folder: The run folder.
+        saved: The metadata of its training.safetensors.
+        config: What `config.json` would say of the run that is to go on.
+
+    Raises:
+        CheckpointError: If the run is of another version, or a setting differs; says which.
+    """
+    theirs, mine = saved.get("config", {}), json.loads(json.dumps(config))
+    if theirs.get("format") != mine["format"] or "state" not in saved:
+        raise CheckpointError(
+            f"{folder}/training.safetensors is not of a run that this version of pyro_vae can go "
+            "on with; start a new run in another folder"
+        )
+    before, now = theirs["fit"], mine["fit"]
+    for key in _MUST_AGREE:
+        if before.get(key) != now[key]:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {before.get(key)!r}, not {now[key]!r}; resume "
+                "with the same setting, or start a new run in another folder"
+            )
+    if before["num_threads"] != now["num_threads"]:
+        warnings.warn(
+            f"resuming with {now['num_threads']} threads what was begun with "
+            f"{before['num_threads']}: the last bits of the result will differ from an "
+            "uninterrupted run",
+            stacklevel=4,  # the caller of fit
+        )
 
 
 def holds_run(folder: str | Path) -> str | None:
@@ -188,9 +265,9 @@ def model_card(
         prefix = "validation_" if held_out else ""
         bound, error = reached[f"{prefix}bound"], reached.get(f"{prefix}bound_se")
         spread = f" +- {error:.2f}" if error is not None else ""
-        is_bound = "kl" in reached or "bound_se" in reached  # of a point guide there are neither
-        what = "ELBO" if is_bound else "negative loss"
-        meaning = "a lower bound of log p(x); " if is_bound else ""
+        bounded = is_bound(reached)
+        what = "ELBO" if bounded else "negative loss"
+        meaning = "a lower bound of log p(x); " if bounded else ""
         lines += [
             f"After epoch {reached['epoch']}: {what} {bound:.2f}{spread} nats per datum on "
             f"{'held-out' if held_out else 'training'} data ({meaning}measure: "

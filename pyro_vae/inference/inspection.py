@@ -138,14 +138,13 @@ def _refuse_modules_in_training() -> Iterator[None]:
             return
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ProgramError(
-                f"{kind} in training mode couples the data of a batch, so log weights per datum "
-                "do not exist; "
-                "call .eval() on the module first"
+                f"{kind} in training mode couples the data of a batch, so log weights per datum do "
+                "not exist; call .eval() on the module first"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ProgramError(
-                f"{kind} in training mode makes the program random given its latents; call "
-                ".eval() on the module first"
+                f"{kind} in training mode makes the program random given its latents; call .eval() "
+                "on the module first"
             )
 
     handle = nn.modules.module.register_module_forward_pre_hook(hook)
@@ -171,8 +170,7 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
         if not site["is_observed"] and name not in guide_sites:
             raise ProgramError(
                 f"the model's latent site '{name}' is missing from the guide; sample it there "
-                "under the same name, "
-                "or, if it is discrete, sum it out of the model"
+                "under the same name, or, if it is discrete, sum it out of the model"
             )
         if site["is_observed"] and name in guide_sites:
             raise ProgramError(
@@ -187,10 +185,9 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
         ):
             raise ProgramError(
                 f"the guide samples site '{name}', which the model does not have, so the weights "
-                "would bound nothing; "
-                "sample it in the model as well, or mark it infer={'is_auxiliary': True} if the "
-                "density of another "
-                "site accounts for it, as Pyro's autoguides do"
+                "would bound nothing; sample it in the model as well, or mark it "
+                "infer={'is_auxiliary': True} if the density of another site accounts for it, as "
+                "Pyro's autoguides do"
             )
 
 
@@ -237,9 +234,8 @@ def _check_point_mass(guide: Program, arguments: Arguments, guide_trace: Trace) 
     if fixed:
         raise ProgramError(
             f"the guide's site '{fixed[0]}' is a Delta: a point has no density, so its objective "
-            "is a MAP objective and "
-            "neither a bound nor an importance weight exists; use a guide with a density, such as "
-            "a Normal"
+            "is a MAP objective and neither a bound nor an importance weight exists; use a guide "
+            "with a density, such as a Normal"
         )
 
 
@@ -302,7 +298,8 @@ def _measure_of(support: Any) -> str:
     if support.is_discrete:
         return "counts"
     if isinstance(support, torch.distributions.constraints.interval):
-        return "grey" if (support.lower_bound, support.upper_bound) == (0.0, 1.0) else "real"
+        low, high = torch.as_tensor(support.lower_bound), torch.as_tensor(support.upper_bound)
+        return "grey" if bool((low == 0).all() and (high == 1).all()) else "real"
     return "real"
 
 
@@ -333,10 +330,9 @@ def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
             else f"site '{site_a}' has for its data"
         )
         raise ProgramError(
-            f"{sites_are} different scales ({a:g} and {b:g}), so no "
-            "importance weight "
-            "exists; remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model "
-            "and guide alike"
+            f"{sites_are} different scales ({a:g} and {b:g}), so no importance weight exists; "
+            "remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model and "
+            "guide alike"
         )
     scale = next(iter(seen), 1.0)
     if joint and scale != 1.0:
@@ -353,19 +349,13 @@ def _find_batch(
     """The outermost plate around every site, and its size as the log-probabilities have it."""
     guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
     plate = _common_plate(model_sites, "model")
-    if not guide_sites:
-        guide_plate = plate
-    else:
-        guide_plate = _common_plate(guide_sites, "guide", plate.dim)
-    if (guide_plate.dim, guide_plate.size) != (plate.dim, plate.size) and -1 not in (
-        guide_plate.size,
-        plate.size,
-    ):
+    guide_plate = _common_plate(guide_sites, "guide", plate.dim) if guide_sites else plate
+    sized = -1 not in (guide_plate.size, plate.size)
+    if sized and (guide_plate.dim, guide_plate.size) != (plate.dim, plate.size):
         raise ProgramError(
             f"the model's batch plate '{plate.name}' (dim {plate.dim}, size {plate.size}) and the "
-            "guide's "
-            f"'{guide_plate.name}' (dim {guide_plate.dim}, size {guide_plate.size}) differ; use "
-            "the same plate in both"
+            f"guide's '{guide_plate.name}' (dim {guide_plate.dim}, size {guide_plate.size}) "
+            "differ; use the same plate in both"
         )
     _check_declared(guide_sites, model_sites, shapes)
     sizes = {
@@ -376,9 +366,8 @@ def _find_batch(
         if size != batch_size:
             raise ProgramError(
                 f"the {role}'s site '{name}' has one value for the whole batch of {batch_size}, "
-                "not one per datum; give "
-                f"the plate '{plate.name}' its size, or pass joint=True for one weight per "
-                "particle on all data"
+                f"not one per datum; give the plate '{plate.name}' its size, or pass joint=True "
+                "for one weight per particle on all data"
             )
     _check_subsamples(guide_trace, model_trace, plate, guide_plate)
     return plate.dim, batch_size
@@ -390,42 +379,36 @@ def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
         name: [f for f in site["cond_indep_stack"] if f.vectorized and dim in (None, f.dim)]
         for name, site in sites.items()
     }
-    advice = (
-        "; put it there, make a global latent a parameter, or pass joint=True for one weight per "
-        "particle on all data"
-    )
-    for frame in max(stacks.values(), key=len, default=[]):
-        outside = [
-            n
-            for n, stack in stacks.items()
-            if (frame.name, frame.dim) not in [(f.name, f.dim) for f in stack]
-        ]
-        if not outside:
+    deepest = max(stacks.values(), key=len, default=[])
+    for frame in deepest:
+        if not _outside(frame, stacks):
             return frame
-    if not any(stacks.values()):
+    if not deepest:
         frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
         if dim is not None and any(frame.vectorized for frame in frames):
             raise ProgramError(
                 f"the model's batch plate is at dim {dim}, where the {role} has no plate; use the "
                 "same plate in both"
             )
+        loop = " (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else ""
         raise ProgramError(
-            f"no site of the {role} is in a vectorised pyro.plate"
-            + (" (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else "")
-            + ", so it does not say which data are independent; write `with pyro.plate('data', "
-            "len(x)):` around "
-            f"site '{next(iter(sites), 'x')}', or pass joint=True"
+            f"no site of the {role} is in a vectorised pyro.plate{loop}, so it does not say which "
+            "data are independent; write `with pyro.plate('data', len(x)):` around site "
+            f"'{next(iter(sites), 'x')}', or pass joint=True"
         )
-    frame = max(stacks.values(), key=len)[0]
-    name = next(
-        n
-        for n, stack in stacks.items()
-        if (frame.name, frame.dim) not in [(f.name, f.dim) for f in stack]
-    )
+    name = _outside(deepest[0], stacks)[0]
     kind = "observed" if sites[name]["is_observed"] else "latent"
     raise ProgramError(
-        f"the {role}'s {kind} site '{name}' is outside the batch plate '{frame.name}'" + advice
+        f"the {role}'s {kind} site '{name}' is outside the batch plate '{deepest[0].name}'; put it "
+        "there, make a global latent a parameter, or pass joint=True for one weight per particle "
+        "on all data"
     )
+
+
+def _outside(plate: Any, stacks: dict[str, list]) -> list[str]:
+    """The sites that are not in a plate."""
+    where = (plate.name, plate.dim)
+    return [n for n, stack in stacks.items() if where not in [(f.name, f.dim) for f in stack]]
 
 
 def _check_declared(
@@ -439,9 +422,8 @@ def _check_declared(
             if shape[dim] > 1 and dim not in declared:
                 raise ProgramError(
                     f"the {role}'s site '{name}' has log-probabilities of shape {tuple(shape)}, "
-                    f"whose dim {dim} is in no "
-                    "plate; add .to_event(1) to its distribution, or declare the dim with a "
-                    "pyro.plate"
+                    f"whose dim {dim} is in no plate; add .to_event(1) to its distribution, or "
+                    "declare the dim with a pyro.plate"
                 )
 
 
@@ -450,8 +432,7 @@ def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_
     if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
         raise ProgramError(
             f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
-            "so they see different "
-            "data; use one name in both"
+            "so they see different data; use one name in both"
         )
 
 
@@ -495,8 +476,8 @@ def _check_deterministic(
         if again is not None and not _agree(sum_sites(trace, structure, 1), again):
             raise ProgramError(
                 f"the {role} is not deterministic given its latents (a second run at the same "
-                "latents gave another "
-                "log-probability); take noise that is no pyro.sample site out of it, or make it one"
+                "latents gave another log-probability); take noise that is no pyro.sample site out "
+                "of it, or make it one"
             )
     return log_q is not None
 
@@ -596,8 +577,8 @@ def check_module_names(model: Program, guide: Program) -> None:
                     if seen.setdefault(full, value) is not value:
                         raise ProgramError(
                             f"two PyroModules both have a parameter '{full}', so Pyro would train "
-                            "one of them in place of both; "
-                            "name them: super().__init__(name='guide')"
+                            "one of them in place of both; name them: "
+                            "super().__init__(name='guide')"
                         )
 
 
@@ -617,9 +598,8 @@ def check_parameters(
             ):
                 raise ProgramError(
                     f"the model's latent site '{name}' is missing from the guide, so Pyro would "
-                    "draw it from the prior and optimise no "
-                    "bound; sample it in the guide, or sum it out with TraceEnum_ELBO and "
-                    "infer={'enumerate': 'parallel'}"
+                    "draw it from the prior and optimise no bound; sample it in the guide, or sum "
+                    "it out with TraceEnum_ELBO and infer={'enumerate': 'parallel'}"
                 )
         registered = [site["value"].unconstrained() for site in params.trace.nodes.values()]
         if not registered:
@@ -645,9 +625,8 @@ def check_parameters(
         )
         raise ProgramError(
             f"{len(missing)} parameter tensors influence the bound but were never registered, so "
-            f"SVI would not train them: {found}; "
-            "call pyro.module('name', module) in the program that uses them, or freeze them with "
-            "requires_grad_(False)"
+            f"SVI would not train them: {found}; call pyro.module('name', module) in the program "
+            "that uses them, or freeze them with requires_grad_(False)"
         )
     return list(params.trace.nodes)
 

@@ -34,6 +34,7 @@ __all__ = [
     "batch_length",
     "bytes_of_run",
     "common_owner",
+    "describe_programs",
     "draw_traces",
     "enumerating",
     "evaluation_mode",
@@ -49,6 +50,7 @@ __all__ = [
     "sum_dims",
     "sum_sites",
     "sum_traces",
+    "tensors_of",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",
@@ -113,11 +115,15 @@ def as_arguments(x: Any) -> Arguments:
     return (x,), {}
 
 
+def tensors_of(x: Any) -> list[Tensor]:
+    """The tensors among the arguments that `x` stands for, in their order."""
+    args, kwargs = as_arguments(x)
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+
+
 def batch_length(x: Any) -> int:
     """Number of data in `x`: the length of its first tensor (1 if it has none)."""
-    args, kwargs = as_arguments(x)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
-    return len(tensors[0]) if tensors else 1
+    return next((len(a) for a in tensors_of(x) if a.dim() > 0), 1)
 
 
 def map_batch(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -302,9 +308,7 @@ def trace_programs(
         model = _in_particle_plate(model, num_particles, dim)
         guide = _in_particle_plate(guide, num_particles, dim)
     inner = poutine.unwrap(guide)
-    if isinstance(
-        inner, poutine.messenger.Messenger
-    ):  # Pyro's guide messengers run the model themselves
+    if isinstance(inner, Messenger):  # Pyro's guide messengers run the model themselves
         guide(*args, **kwargs)
         model_trace, guide_trace = inner.get_traces()
         return guide_trace, model_trace
@@ -535,8 +539,13 @@ def modules_of(program: Any) -> list[nn.Module]:
 def common_owner(model: Program, guide: Program) -> nn.Module | None:
     """The one module that model and guide are methods of."""
     owner = getattr(model, "__self__", None)
-    return (
-        owner
-        if isinstance(owner, nn.Module) and owner is getattr(guide, "__self__", None)
-        else None
-    )
+    shared = isinstance(owner, nn.Module) and owner is getattr(guide, "__self__", None)
+    return owner if shared else None
+
+
+def describe_programs(model: Program, guide: Program) -> dict[str, Any]:
+    """What config.json says of them: the class that makes both and its arguments, or a name."""
+    owner = common_owner(model, guide)
+    if owner is not None and hasattr(owner, "config"):
+        return {"class": type(owner).__name__, "arguments": owner.config}
+    return {"program": getattr(model, "__qualname__", type(model).__name__)}

@@ -6,79 +6,60 @@ in a parameter store of its own, gives each module its own names, and raises in 
 """
 
 import copy
-import json
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import (
-    ELBO,
-    SVI,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.inference.checkpoint import CheckpointError, holds_run, load_tensors, write_run
-from pyro_vae.inference.inspection import check_module_names, check_parameters, inspect_programs
+from pyro_vae.inference.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    check_same_run,
+    load_tensors,
+    write_run,
+)
+from pyro_vae.inference.history import best_row, history_result
+from pyro_vae.inference.inspection import check_module_names
 from pyro_vae.inference.optimizer import TrainingError, make_optimizer
+from pyro_vae.inference.preparation import TrainingData, check_held_out, move_data, prepare
 from pyro_vae.inference.programs import (
-    Arguments,
     FittedProgram,
     Program,
-    ProgramError,
-    ProgramStructure,
     as_arguments,
     batch_length,
     common_owner,
+    describe_programs,
     evaluation_mode,
     keep_random_state,
-    map_batch,
     modules_of,
     program_scope,
     run_programs,
-    trace_programs,
     unwrap_programs,
-    weighted_sites,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.inference.settings import FitSettings
+from pyro_vae.inference.step import (
+    ScaledLatents,
+    deferred_interrupt,
+    refuse_infinite,
+    without_validation,
+)
+from pyro_vae.results import Result
 
 __all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
 
 _EVALUATION_DATA = 1000  # training data on which the bound is measured after an epoch
-_DEFAULT_BATCH = 128
-_MUST_AGREE = (  # what a resumed run may not change, as config.json has it
-    "loss",
-    "num_particles",
-    "optimizer",
-    "learning_rate",
-    "optimizer_arguments",
-    "batch_size",
-    "seed",
-    "warmup_epochs",
-    "num_data",
-    "data_sha256",
-    "dtype",
-)
-_ANNEALABLE = (Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +102,7 @@ class Fit:
         """The row of the history that speaks of the parameters."""
         if self.config["fit"]["patience"] is None or self.status == "interrupted":
             return -1
-        return _best_row(self.history.validation_bound.values.tolist())
+        return best_row(self.history.validation_bound.values.tolist())
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
@@ -206,22 +187,23 @@ def fit(
         CheckpointError: If `resume` finds no run to go on from, or another than this one; or if
             `checkpoint` holds a run and `resume` is not set.
     """
-    _check_numbers(
+    settings = FitSettings(
+        loss=loss,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
         epochs=epochs,
-        evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every,
         batch_size=batch_size,
+        seed=seed,
+        evaluate_every=evaluate_every,
         patience=patience,
+        warmup_epochs=warmup_epochs,
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        config=config or {},
     )
-    _check_arguments(loss, learning_rate, seed, warmup_epochs, config)
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound; pass validation=held_out_data")
-    if isinstance(optimizer, PyroOptim) and callable(learning_rate):
-        raise ValueError(
-            "a learning-rate function needs a torch optimizer; pass optimizer=None or a function "
-            "of parameters"
-        )
-    folder = _check_folder(checkpoint, resume, optimizer)
     if warmup_epochs > epochs:
         warnings.warn(
             f"KL warm-up of {warmup_epochs} epochs is longer than training ({epochs}): the full "
@@ -233,36 +215,17 @@ def fit(
         for program in (model, guide):
             for module in modules_of(program):
                 module.to(device)
-        x, validation = _to_device(x, device), _to_device(validation, device)
+        x, validation = move_data(x, device), move_data(validation, device)
     check_module_names(model, guide)
     with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
         store = pyro.get_param_store()
-        own = {
-            name: value.detach().clone().requires_grad_()
-            for name, value in store.get_state()["params"].items()
-        }
-        store.set_state({"params": own, "constraints": store.get_state()["constraints"]})
+        caller = store.get_state()
+        own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
+        store.set_state({**caller, "params": own})
         store.set_state(start)
-        run = _Run(
-            model=model,
-            guide=guide,
-            data=_Data(x, transform, seed),
-            validation=validation,
-            given_loss=loss,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=seed,
-            epochs=epochs,
-            evaluate_every=evaluate_every,
-            patience=patience,
-            warmup_epochs=warmup_epochs,
-            checkpoint=folder,
-            checkpoint_every=checkpoint_every,
-            config=dict(config or {}),
-        )
+        run = _Run(model, guide, TrainingData(x, transform, seed), validation, settings)
         if resume:
             run.load()
         run.train(progress)
@@ -287,272 +250,102 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Data:
-    """Data held in memory, shuffled by a generator of its own."""
-
-    def __init__(self, x: Any, transform: Any, seed: int) -> None:
-        self.x, self.length, self.transform = x, batch_length(x), transform
-        if self.length == 0:
-            raise ValueError("there are no data to fit: the first tensor of x has length 0")
-        self.seed = seed
-        self.shuffler = torch.Generator().manual_seed(_stream_seed(seed, 0))
-        self.noise = self.generator(1)
-
-    def generator(self, stream: int) -> torch.Generator:
-        """A source of randomness where the data lie, independent of the others of this run."""
-        args, kwargs = as_arguments(self.x)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        device = tensors[0].device if tensors else "cpu"
-        return torch.Generator(device=device).manual_seed(_stream_seed(self.seed, stream))
-
-    def first(self, rows: int, stream: int) -> Any:
-        """The first rows, with draws of their own that are the same each time."""
-        index = torch.arange(rows) if rows < self.length else None
-        return self.batch(index, self.generator(stream))
-
-    def batch(self, index: Tensor | None, noise: torch.Generator | None = None) -> Any:
-        """The data at `index` (all if None), in the form of `x`, transformed."""
-        x = self.x if index is None else map_batch(self.x, lambda a: a[index.to(a.device)])
-        if self.transform is None:
-            return x
-        todo = [self.transform]  # for the first tensor alone
-        return map_batch(x, lambda a: todo.pop()(a, noise or self.noise) if todo else a)
-
-
-def _stream_seed(seed: int, stream: int) -> int:
-    return int(np.random.SeedSequence((seed, stream)).generate_state(1)[0])
-
-
-def _to_device(x: Any, device: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(_to_device(a, device) for a in x)
-    if isinstance(x, Mapping):
-        return {name: _to_device(a, device) for name, a in x.items()}
-    return x.to(device) if isinstance(x, Tensor) else x
-
-
 @dataclass
 class _Run:
     """One call of `fit`: set up, train, and hand over."""
 
     model: Program
     guide: Program
-    data: _Data
+    data: TrainingData
     validation: Any
-    given_loss: ELBO | None
-    optimizer: Any
-    learning_rate: float | Callable[[int], float]
-    batch_size: int | None
-    seed: int
-    epochs: int
-    evaluate_every: int
-    patience: int | None
-    warmup_epochs: int
-    checkpoint: Path | None
-    checkpoint_every: int
-    config: dict[str, Any]
+    settings: FitSettings
 
     def __post_init__(self) -> None:
+        asked = self.settings
         self.state = _State()
         self.order: Tensor | None = None
         self.best_values: dict[str, Tensor] = {}
-        self.loss = copy.copy(self.given_loss) if self.given_loss is not None else Trace_ELBO()
-        enumerates = isinstance(self.loss, TraceEnum_ELBO)
-        foreign = set(pyro.get_param_store().keys())
-        with _running_modules() as modules:  # training mode would move what evaluation may not
-            rows = self._rows_to_inspect()
-            probe = as_arguments(self.data.first(rows, stream=2))
-            used = check_parameters(self.model, self.guide, probe, enumerates)
-            self.foreign = foreign - set(used)
-            self.structure, self.joint = self._inspect(probe)
-            self._look_at_plates()
-        self.modules = list(modules)
-        self._choose_batch_size()
-        self.optim = make_optimizer(self.optimizer, self.learning_rate)
+        self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
+        self.prepared = prepare(
+            self.model,
+            self.guide,
+            self.data,
+            loss=self.loss,
+            batch_size=asked.batch_size,
+            warmup_epochs=asked.warmup_epochs,
+        )
+        self.loss.max_plate_nesting = self.prepared.max_plate_nesting
+        self.optim = make_optimizer(asked.optimizer, asked.learning_rate)
         self.optim.add(self._parameters().values())
         for parameter in self._parameters().values():
             parameter.grad = None  # SVI would add to what a caller left there
-        guarded = _refuse_infinite(self.loss.loss_and_grads)
-        self.svi = SVI(
-            self.model, self.guide, self.optim, loss=self.loss.loss, loss_and_grads=guarded
-        )
-        if self.validation is not None:
-            self._check_validation()
-        self.data_sha256 = _data_sha256(self.data.x)
-
-    def _rows_to_inspect(self) -> int:
-        """As many data as a mini-batch has; all where parameters depend on how many there are."""
-        length = self.data.length
-        few = min(self.batch_size or _DEFAULT_BATCH, length)
-        self.per_datum = ""  # the name of a parameter with a value for each datum
-        self.fixed = False  # whether the programs take all data and no fewer
-        if isinstance(self.guide, AutoGuide):  # makes its parameters when it first runs
-            return length
-        if length == 1:
-            return 1
-        shapes, others = (self._parameter_shapes(rows) for rows in (few, few - 1 or 2))
-        if shapes is None or (few == length and others is None):
-            self.fixed = self.batch_size in (None, length)
-            return length if self.fixed else few
-        if others is not None:
-            differ = [name for name, shape in shapes.items() if others.get(name, shape) != shape]
-            self.per_datum = differ[0] if differ else ""
-        return length if self.per_datum else few
-
-    def _parameter_shapes(self, rows: int) -> dict[str, torch.Size] | None:
-        """Shapes of the parameters where programs see so many data; None where they cannot."""
-        store = pyro.get_param_store()
-        with store.scope(store.get_state()), poutine.trace(param_only=True) as params:
-            if self._traces(rows) is None:
-                return None
-        return {name: site["value"].shape for name, site in params.trace.nodes.items()}
-
-    def _traces(self, rows: int) -> tuple[poutine.Trace, poutine.Trace] | None:
-        """The programs' traces on the first rows; None where they take another number of them."""
-        arguments = as_arguments(self.data.first(rows, stream=2))
-        with torch.no_grad(), keep_random_state():
-            try:
-                traces = trace_programs(self.model, self.guide, arguments)
-                for trace in traces:
-                    trace.compute_log_prob()
-            except Exception:  # a fault of another kind shows again on all data
-                return None
-        return traces
-
-    def _inspect(self, probe: Arguments) -> tuple[ProgramStructure | None, bool]:
-        """How log weights can be had: per datum, jointly (global latents), or not at all."""
-        for joint in (False, True):
-            try:
-                return inspect_programs(
-                    self.model, self.guide, probe, joint=joint, num_particles=1
-                ), joint
-            except ProgramError as error:
-                if "support" in str(error):
-                    raise
-        return None, False
-
-    def _look_at_plates(self) -> None:
-        """Which latents are global, how many data the loss speaks for, and its plate nesting."""
-        traces = self._traces(min(self.batch_size or _DEFAULT_BATCH, self.data.length))
-        traces = traces or self._traces(self.data.length)
-        assert traces is not None  # they ran a moment ago
-        guide_sites, sites = (weighted_sites(trace) for trace in traces)
-        frames = {
-            name: {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
-            for name, site in (guide_sites | sites).items()
-        }
-        observed = [frames[name] for name, site in sites.items() if site["is_observed"]]
-        batch = set(observed[0]).intersection(*observed) if observed else set()
-        latents = [n for n, s in sites.items() if n in guide_sites and not s["is_observed"]]
-        self.globals = [name for name in latents if not batch & set(frames[name])]
-        self.has_plate = bool(batch)
-        plates = [observed[0][name] for name in batch]
-        self.subsampled = next((f for f in plates if f.full_size not in (None, f.size)), None)
-        if isinstance(self.guide, AutoGuide) and len(self.globals) < len(latents):
-            self.per_datum = next(name for name in latents if name not in self.globals)
-        if math.isinf(self.loss.max_plate_nesting):  # Pyro's own guess would draw random numbers
-            depths = [-f.dim for stack in frames.values() for f in stack.values()]
-            particles = self.loss.vectorize_particles and self.loss.num_particles > 1
-            self.loss.max_plate_nesting = max(depths, default=0) + int(particles)
-        enumerated = any(site["infer"].get("enumerate") for site in (guide_sites | sites).values())
-        if self.warmup_epochs and enumerated and isinstance(self.loss, TraceEnum_ELBO):
-            raise ProgramError(
-                "KL warm-up scales latent sites, which has no meaning for those that are summed "
-                "out; pass warmup_epochs=0"
-            )
-
-    def _choose_batch_size(self) -> None:
-        length = self.data.length
-        whole = self.joint or self.globals or self.per_datum or self.fixed or not self.has_plate
-        if self.batch_size is None:
-            self.batch_size = length if whole or self.subsampled else _DEFAULT_BATCH
-        self.batch_size = min(self.batch_size, length)
-        if self.batch_size == length or self.subsampled:
-            return
-        if self.per_datum:
-            raise ProgramError(
-                f"'{self.per_datum}' has a posterior or parameter for each datum, which "
-                f"mini-batches of {self.batch_size} would share at random; pass batch_size=None, "
-                "or amortise the guide"
-            )
-        if self.joint or self.globals:
-            names = self.globals or list(self.structure.latents if self.structure else ())
-            raise ProgramError(
-                f"mini-batches of {self.batch_size} would count the global latents {names} once a "
-                "batch; pass batch_size=None, or subsample inside the model with "
-                "pyro.plate(..., subsample_size=...)"
-            )
-
-    def _check_validation(self) -> None:
-        """Held-out data that do not fit should not be found out after an epoch."""
-        if batch_length(self.validation) == 0:
-            raise ValueError("the validation data are empty; pass validation=None or some data")
-        if self.per_datum:
-            raise ProgramError(
-                f"'{self.per_datum}' has a posterior or parameter for each training datum, so the "
-                "guide says nothing of held-out data; amortise it, or pass validation=None"
-            )
-        few = min(batch_length(self.validation), _DEFAULT_BATCH)
-        self._bound(
-            self.validation if self.joint else map_batch(self.validation, lambda a: a[:few])
-        )
+        losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
+        self.svi = SVI(self.model, self.guide, self.optim, *losses)
+        if self.validation is not None:  # what does not fit should not be found out after an epoch
+            self._bound(check_held_out(self.prepared, self.validation))
+        self.data_sha256 = self.data.sha256()  # once: data may be large
 
     # -- training
 
     def train(self, progress: bool) -> None:
-        state = self.state
-        if state.status == "stopped early" or state.epoch >= self.epochs:
-            state.status = "stopped early" if state.status == "stopped early" else "finished"
+        state, asked = self.state, self.settings
+        if state.status == "stopped early" or state.epoch >= asked.epochs:
+            if state.status != "stopped early":
+                state.status = "finished"
             self._go_back()
             return
         terminal = sys.stderr is not None and sys.stderr.isatty()
         bar = tqdm(
-            total=self.epochs,
+            total=asked.epochs,
             initial=state.epoch,
             unit="epoch",
             disable=not (progress and terminal),
             leave=False,
         )
         state.status = "interrupted"
-        with bar, _deferred_interrupt() as interrupted:
+        with bar, deferred_interrupt() as interrupted:
             try:
                 while state.status == "interrupted" and self._epoch(interrupted):
                     bar.update()
                     self._show(bar)
-                    if self.patience is not None and state.stale >= self.patience:
+                    if asked.patience is not None and state.stale >= asked.patience:
                         state.status = "stopped early"
-                    elif state.epoch == self.epochs:
+                    elif state.epoch == asked.epochs:
                         state.status = "finished"
-                    elif state.epoch % self.checkpoint_every == 0:
-                        self.save(self._training_tensors() if self.checkpoint else {})
+                    elif state.epoch % asked.checkpoint_every == 0:
+                        self._save(self._training_tensors())
             except KeyboardInterrupt:  # in the middle of a step, which no file should hold
                 return
-            tensors = self._training_tensors() if self.checkpoint else {}
+            tensors = self._training_tensors()
             self._go_back()
-            self.save(tensors)
+            self._save(tensors)
+
+    def _keeps_best(self) -> bool:
+        """Whether the parameters at the end are those of the best row, not of the last."""
+        return self.settings.patience is not None and self.state.status != "interrupted"
 
     def _go_back(self) -> None:
         """Puts the best parameters back at the end."""
-        if self.patience is not None and self.best_values and self.state.status != "interrupted":
+        if self._keeps_best() and self.best_values:
             self._set_values(self.best_values)
 
     def _epoch(self, interrupted: Callable[[], bool]) -> bool:
         """Trains to the end of the epoch at hand; False if Ctrl-C came first."""
-        state, length, size = self.state, self.data.length, self.batch_size
-        assert size is not None
+        state, length, size = self.state, self.data.length, self.prepared.batch_size
         steps = math.ceil(length / size)
         if self.order is None:
             self.order = torch.randperm(length, generator=self.data.shuffler)
-        if callable(self.learning_rate):
-            self.optim.set_learning_rate(self.learning_rate(state.epoch))
-        with nullcontext() if state.epoch == 0 else _without_validation():
+        if callable(self.settings.learning_rate):
+            self.optim.set_learning_rate(self.settings.learning_rate(state.epoch))
+        # The first epoch makes Pyro's checks.
+        with nullcontext() if state.epoch == 0 else without_validation():
             while state.position < steps:
                 started = time.perf_counter()
                 index = self.order[state.position * size : (state.position + 1) * size]
                 args, kwargs = as_arguments(self.data.batch(index if size < length else None))
                 with self._annealing(state.epoch + state.position / steps):
                     loss = self.svi.step(*args, **kwargs)
-                share = len(index) / self._num_data(len(index))
+                share = len(index) / self.prepared.num_data(len(index))
                 state.loss_sum += (loss[0] if isinstance(loss, tuple) else loss) * share
                 state.loss_data += len(index)
                 state.position += 1
@@ -560,18 +353,15 @@ class _Run:
                 if interrupted():
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
-        if state.epoch % self.evaluate_every == 0 or state.epoch == self.epochs:
+        if state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.settings.epochs:
             self._evaluate()
         return True
 
-    def _num_data(self, seen: int) -> int:
-        """How many data the loss of a batch speaks for: a subsampled plate scales it to all."""
-        return self.subsampled.full_size if self.subsampled is not None else seen
-
     def _annealing(self, epoch: float) -> Any:
-        if epoch >= self.warmup_epochs:
+        warmup_epochs = self.settings.warmup_epochs
+        if epoch >= warmup_epochs:
             return nullcontext()
-        return _ScaledLatents(max(epoch / self.warmup_epochs, 1e-3))
+        return ScaledLatents(max(epoch / warmup_epochs, 1e-3))
 
     def _show(self, bar: Any) -> None:
         if not bar.disable and self.state.history:
@@ -585,10 +375,10 @@ class _Run:
     # -- evaluation, which moves nothing
 
     def _evaluate(self) -> None:
-        state = self.state
+        state, found = self.state, self.prepared
         passes = float(state.epoch)
-        if self.subsampled is not None and self.batch_size == self.data.length:
-            passes *= self.subsampled.size / self.subsampled.full_size
+        if found.subsampled is not None and found.batch_size == self.data.length:
+            passes *= found.subsampled.size / found.subsampled.full_size
         row: dict[str, Any] = {
             "epoch": state.epoch,
             "seconds": state.seconds,
@@ -596,16 +386,15 @@ class _Run:
             "loss": state.loss_sum / max(state.loss_data, 1),
         }
         state.loss_sum, state.loss_data = 0.0, 0
-        some = self.structure is not None and not (self.joint or self.per_datum or self.fixed)
-        rows = min(self.data.length, _EVALUATION_DATA) if some else self.data.length
+        rows = min(self.data.length, _EVALUATION_DATA) if found.takes_some else self.data.length
         row |= self._bound(self.data.first(rows, stream=3))
-        row["measure"] = self.structure.measure if self.structure is not None else "mixed"
+        row["measure"] = found.structure.measure if found.structure is not None else "mixed"
         if self.validation is not None:
             held_out = self._bound(self.validation)
             row |= {f"validation_{name}": value for name, value in held_out.items()}
             if state.best is None or held_out["bound"] > state.best:
                 state.best, state.stale = held_out["bound"], 0
-                if self.patience is not None:
+                if self.settings.patience is not None:
                     self.best_values = {n: v.detach().clone() for n, v in self._values().items()}
             else:
                 state.stale += 1
@@ -613,17 +402,17 @@ class _Run:
 
     def _bound(self, x: Any) -> dict[str, float]:
         """The ELBO per datum by one particle, its parts and its standard error over data."""
-        arguments = as_arguments(x)
-        length = batch_length(x)
-        evaluation = evaluation_mode(self.model, self.guide, *self.modules)
+        arguments, length = as_arguments(x), batch_length(x)
+        structure = self.prepared.structure
+        evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
         with torch.no_grad(), keep_random_state(), evaluation:
-            pyro.set_rng_seed(self.seed)
-            if self.structure is None:
+            pyro.set_rng_seed(self.settings.seed)
+            if structure is None:
                 value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
                 value = value[0] if isinstance(value, tuple) else value
-                return {"bound": -float(value) / self._num_data(length)}
-            log_p, log_q, parts = run_programs(self.model, self.guide, arguments, self.structure, 1)
-            per = 1.0 if not self.joint else 1.0 / length
+                return {"bound": -float(value) / self.prepared.num_data(length)}
+            log_p, log_q, parts = run_programs(self.model, self.guide, arguments, structure, 1)
+            per = 1.0 if not self.prepared.joint else 1.0 / length
             log_weights = (log_p - log_q)[0] * per
             found = {"bound": float(log_weights.mean())}
             if parts:
@@ -638,46 +427,41 @@ class _Run:
     def _parameters(self) -> dict[str, Tensor]:
         """Unconstrained parameters by name: the tensors that the optimizer moves."""
         named = pyro.get_param_store().named_parameters()
-        return {name: value for name, value in named if name not in self.foreign}
+        return {name: value for name, value in named if name not in self.prepared.foreign}
 
     def _values(self) -> dict[str, Tensor]:
         """Parameters and the buffers of modules (running means): all that training moves."""
-        buffers = {
-            f"buffer.{place}.{name}": buffer
-            for place, module in enumerate(self.modules)
-            for name, buffer in module.named_buffers(recurse=False)
-        }
-        return {f"parameter.{name}": p for name, p in self._parameters().items()} | buffers
+        values = {f"parameter.{name}": p for name, p in self._parameters().items()}
+        for place, module in enumerate(self.prepared.modules):
+            for name, buffer in module.named_buffers(recurse=False):
+                values[f"buffer.{place}.{name}"] = buffer
+        return values
 
     @torch.no_grad()
     def _set_values(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self._values().items():
             value.copy_(values[name])
 
-    def config_dict(self) -> dict[str, Any]:
-        owner = common_owner(self.model, self.guide)
-        described: dict[str, Any] = {
-            "program": getattr(self.model, "__qualname__", type(self.model).__name__)
-        }
-        if owner is not None and hasattr(owner, "config"):
-            described = {"class": type(owner).__name__, "arguments": owner.config}
-        rate = self.learning_rate if self.optimizer is None else None  # an optimizer has its own
+    def _config(self) -> dict[str, Any]:
+        """What config.json says."""
+        asked = self.settings
+        rate = asked.learning_rate if asked.optimizer is None else None  # it has one of its own
         return {
-            "format": 1,
-            "model": described,
-            **self.config,
+            "format": FORMAT,
+            "model": describe_programs(self.model, self.guide),
+            **asked.config,
             "fit": {
                 "loss": type(self.loss).__name__,
                 "num_particles": self.loss.num_particles,
                 "optimizer": self.optim.name,
-                "learning_rate": "a function" if callable(self.learning_rate) else rate,
+                "learning_rate": "a function" if callable(asked.learning_rate) else rate,
                 "optimizer_arguments": self.optim.arguments,
-                "epochs": self.epochs,
-                "batch_size": self.batch_size,
-                "seed": self.seed,
-                "patience": self.patience,
-                "warmup_epochs": self.warmup_epochs,
-                "evaluate_every": self.evaluate_every,
+                "epochs": asked.epochs,
+                "batch_size": self.prepared.batch_size,
+                "seed": asked.seed,
+                "patience": asked.patience,
+                "warmup_epochs": asked.warmup_epochs,
+                "evaluate_every": asked.evaluate_every,
                 "num_data": self.data.length,
                 "data_sha256": self.data_sha256,
                 "num_threads": torch.get_num_threads(),
@@ -686,317 +470,81 @@ class _Run:
         }
 
     def _training_tensors(self) -> dict[str, Tensor]:
-        """All that going on needs, copied."""
+        """All that going on needs, copied; nothing where no file is to hold it."""
+        if self.settings.checkpoint is None:
+            return {}
         parameters = self._parameters()
         tensors = self._values()
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
         tensors |= {f"optimizer.{n}": value for n, value in self.optim.tensors(parameters).items()}
-        tensors |= {
-            "random.torch": torch.get_rng_state(),
-            "random.shuffler": self.data.shuffler.get_state(),
-            "random.noise": self.data.noise.get_state(),
-        }
-        if self.data.noise.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.data.noise.device)
+        states = {"torch": torch.get_rng_state(), **self.data.random_states()}
+        tensors |= {f"random.{name}": state for name, state in states.items()}
         if self.order is not None:
             tensors["order"] = self.order
         return {name: value.detach().clone() for name, value in tensors.items()}
 
-    def save(self, training: Mapping[str, Tensor]) -> None:
-        if self.checkpoint is None:
+    def _stored(self) -> dict[str, Tensor]:
+        """The parameters as users see them (constrained), by name."""
+        store = pyro.get_param_store()
+        return {n: v for n, v in store.items() if n not in self.prepared.foreign}
+
+    def _save(self, training: Mapping[str, Tensor]) -> None:
+        if self.settings.checkpoint is None:
             return
-        owner = common_owner(self.model, self.guide)
-        weights = (
-            owner.state_dict()
-            if owner is not None
-            else {n: v for n, v in pyro.get_param_store().items() if n not in self.foreign}
-        )
-        rows = self.state.history
-        best = self.patience is not None and self.state.status != "interrupted" and rows
-        reached = _best_row([row["validation_bound"] for row in rows]) if best else -1
+        owner, rows = common_owner(self.model, self.guide), self.state.history
+        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
         write_run(
-            self.checkpoint,
-            config=self.config_dict(),
-            weights=weights,
+            self.settings.checkpoint,
+            config=self._config(),
+            weights=owner.state_dict() if owner is not None else self._stored(),
             training=training,
             state=asdict(self.state),
             history=rows,
-            reached=rows[reached] if rows else None,
+            reached=rows[best_row(bounds) if bounds else -1] if rows else None,
         )
 
     def load(self) -> None:
-        assert self.checkpoint is not None
-        tensors, metadata = load_tensors(self.checkpoint / "training.safetensors")
-        config, mine = metadata.get("config", {}), json.loads(json.dumps(self.config_dict()))
-        if config.get("format") != mine["format"] or "state" not in metadata:
-            raise CheckpointError(
-                f"{self.checkpoint}/training.safetensors is not of a run that this version of "
-                "pyro_vae can go on with; start a new run in another folder"
-            )
-        for key in _MUST_AGREE:
-            if config["fit"].get(key) != mine["fit"][key]:
-                raise CheckpointError(
-                    f"{self.checkpoint} was trained with {key} {config['fit'].get(key)!r}, not "
-                    f"{mine['fit'][key]!r}; resume with the same setting, or start a new run in "
-                    "another folder"
-                )
-        if config["fit"]["num_threads"] != mine["fit"]["num_threads"]:
-            warnings.warn(
-                f"resuming with {mine['fit']['num_threads']} threads what was begun with "
-                f"{config['fit']['num_threads']}: the last bits of the result will differ from an "
-                "uninterrupted run",
-                stacklevel=3,
-            )
+        """Takes up what the run folder holds."""
+        folder = self.settings.checkpoint
+        assert folder is not None
+        tensors, metadata = load_tensors(folder / "training.safetensors")
+        check_same_run(folder, metadata, self._config())
         wanted = {name: tuple(value.shape) for name, value in self._values().items()}
         kinds = ("parameter.", "buffer.")
         saved = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(kinds)}
         if wanted != saved:
             raise CheckpointError(
-                f"the parameters in {self.checkpoint} are not those of this model and guide; "
-                "resume with the programs of that run"
+                f"the parameters in {folder} are not those of this model and guide; resume with "
+                "the programs of that run"
             )
         self._set_values(tensors)
         self.best_values = _part(tensors, "best.")
         self.optim.restore(_part(tensors, "optimizer."), self._parameters())
         torch.set_rng_state(tensors["random.torch"])
-        self.data.shuffler.set_state(tensors["random.shuffler"])
-        if self.data.noise.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.data.noise.device)
-            self.data.noise.set_state(tensors["random.noise"])
-        elif self.data.noise.device.type == "cpu" and "random.cuda" not in tensors:
-            self.data.noise.set_state(tensors["random.noise"])
+        self.data.set_random_states(_part(tensors, "random."))
         self.order = tensors.get("order")
         self.state = _State(**metadata["state"])
-        if self.state.status == "stopped early" and self.epochs > config["fit"]["epochs"]:
+        begun = metadata["config"]["fit"]["epochs"]
+        if self.state.status == "stopped early" and self.settings.epochs > begun:
             self.state.status, self.state.stale = "interrupted", 0  # asked to go on all the same
 
     def result(self) -> Fit:
-        store = pyro.get_param_store()
         state = {
-            part: {name: value for name, value in values.items() if name not in self.foreign}
-            for part, values in store.get_state().items()
+            part: {n: value for n, value in values.items() if n not in self.prepared.foreign}
+            for part, values in pyro.get_param_store().get_state().items()
         }
-        config = self.config_dict()
-        values = {n: v.detach().clone() for n, v in store.items() if n not in self.foreign}
+        config, seed = self._config(), self.settings.seed
         for parameter in self._parameters().values():
             parameter.grad = None
         return Fit(
             model=FittedProgram(self.model, state),
             guide=FittedProgram(self.guide, state),
-            history=_history(self.state.history, config, self.seed),
+            history=history_result(self.state.history, config, seed, self.data_sha256),
             config=config,
-            parameters=values,
+            parameters={n: v.detach().clone() for n, v in self._stored().items()},
             status=self.state.status,
         )
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _best_row(bounds: list[float]) -> int:
-    """The place of the highest; the first of equals, as `patience` counts them."""
-    return max(range(len(bounds)), key=lambda i: -math.inf if math.isnan(bounds[i]) else bounds[i])
-
-
-def _data_sha256(x: Any) -> str:
-    args, kwargs = as_arguments(x)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    return sha256_of(*tensors or [torch.empty(0)])  # a program may bring its data itself
-
-
-def _history(rows: list[dict[str, Any]], config: dict[str, Any], seed: int) -> Result:
-    """The rows as a labelled result with dimension `epoch`."""
-    texts = {
-        "loss": ("objective", "what was minimised, mean over the epoch; lower is better"),
-        "bound": ("lower", "ELBO of the training data"),
-        "reconstruction": ("objective", "E log p(x | z), the first part of the ELBO"),
-        "kl": ("objective", "E log q(z | x) - log p(z), subtracted in the ELBO"),
-    }
-    measure = rows[-1]["measure"] if rows else "mixed"
-    variables: dict[str, Any] = {}
-    for name in rows[-1] if rows else ():
-        values = [row.get(name, math.nan) for row in rows]
-        base = name.removeprefix("validation_").removesuffix("_se")
-        if name == "seconds":
-            attrs = label(
-                unit="seconds", reduction="none", bound="none", description="training time so far"
-            )
-            variables[name] = ("epoch", values, attrs)
-        elif name == "data_passes":
-            attrs = label(
-                unit="none", reduction="none", bound="none", description="passes over the data"
-            )
-            variables[name] = ("epoch", values, attrs)
-        elif base in texts:
-            bound, description = texts[base]
-            if base == "bound" and not {"kl", "bound_se"} & rows[-1].keys():
-                bound, description = "objective", "the negative loss, which bounds nothing"
-            held = " (held-out data)" if name.startswith("validation_") else ""
-            attrs = label(
-                bound=bound,
-                measure=measure,
-                num_particles=1,
-                seed=seed,
-                description=description + held,
-            )
-            variables[name] = ("epoch", values, attrs)
-    return make_result(
-        variables,
-        function="fit",
-        config=config,
-        seed=seed,
-        data_sha256=config["fit"]["data_sha256"],
-        coords={"epoch": [row["epoch"] for row in rows]},
-    )
-
-
-# --- what runs around a step ----------------------------------------------------------------------
-
-
-def _refuse_infinite(loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises before the optimizer moves anything."""
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        loss = loss_and_grads(*args, **kwargs)
-        for part in loss if isinstance(loss, tuple) else (loss,):
-            if not math.isfinite(part):
-                raise TrainingError(
-                    f"the loss is {float(part)}; the parameters are those of the last good step. "
-                    "Lower the learning rate, look for a scale that goes to 0, or for missing "
-                    "values in the data"
-                )
-        return loss
-
-    return guarded
-
-
-class _ScaledLatents(Messenger):
-    """Scales the latent sites of model and guide alike: the beta-ELBO E log p(x|z) - beta KL."""
-
-    def __init__(self, beta: float) -> None:
-        super().__init__()
-        self.beta = beta
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.beta
-
-
-@contextmanager
-def _running_modules() -> Iterator[dict[nn.Module, bool]]:
-    """Collects the modules that run, however a program reaches them, in evaluation mode."""
-    modes: dict[nn.Module, bool] = {}
-
-    def hook(module: nn.Module, _inputs: Any) -> None:
-        if module not in modes:
-            modes[module] = module.training
-            module.training = False
-
-    handle = nn.modules.module.register_module_forward_pre_hook(hook)
-    try:
-        yield modes
-    finally:
-        handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _without_validation() -> Iterator[None]:
-    """Checks cost a quarter of a small step, and the first epoch has made them."""
-    names = (
-        "validate_distributions_pyro",
-        "validate_distributions_torch",
-        "validate_infer",
-        "validate_poutine",
-    )
-    with pyro.settings.context(**dict.fromkeys(names, False)):
-        yield
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets the step at hand end when Ctrl-C comes; a second Ctrl-C interrupts at once."""
-    pressed = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or before in (None, signal.SIG_IGN):  # a job in the background ignores Ctrl-C
-        yield pressed.is_set
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _check_numbers(**values: Any) -> None:
-    for name, value in values.items():
-        optional = name in ("batch_size", "patience")
-        if value is None and optional:
-            continue
-        if not _is_integer(value) or value < 1:
-            raise ValueError(
-                f"{name} must be a positive integer{' or None' if optional else ''}, not {value!r}"
-            )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_arguments(
-    loss: Any, learning_rate: Any, seed: Any, warmup_epochs: Any, config: Any
-) -> None:
-    if loss is not None and not isinstance(loss, ELBO):
-        raise ValueError(f"loss must be an ELBO such as Trace_ELBO() or None, not {loss!r}")
-    rate = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
-    if not callable(learning_rate) and not (rate and 0 < learning_rate < math.inf):
-        raise ValueError(
-            f"learning_rate must be a positive number or a function, not {learning_rate!r}"
-        )
-    if not _is_integer(seed) or not 0 <= seed < 2**32:  # what NumPy takes
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
-    if not _is_integer(warmup_epochs) or warmup_epochs < 0:
-        raise ValueError(f"warmup_epochs must be 0 or a positive integer, not {warmup_epochs!r}")
-    jitted = type(loss).__name__.startswith("Jit")  # keeps the weight of its first step for ever
-    if warmup_epochs and loss is not None and (jitted or not isinstance(loss, _ANNEALABLE)):
-        raise ValueError(
-            f"KL warm-up scales sites, which is wrong inside {type(loss).__name__}; use a loss "
-            "that is an ELBO"
-        )
-    try:
-        json.dumps(dict(config or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config must be what JSON can hold ({error})") from error
-
-
-def _check_folder(checkpoint: Any, resume: bool, optimizer: Any) -> Path | None:
-    if checkpoint is None:
-        if resume:
-            raise ValueError("resume=True needs checkpoint=FOLDER, the run to go on from")
-        return None
-    if isinstance(optimizer, PyroOptim):
-        raise ValueError(
-            "a PyroOptim cannot be written to a checkpoint; pass optimizer as a function from "
-            "parameters to a torch optimizer"
-        )
-    folder = Path(checkpoint)
-    if not resume and (found := holds_run(folder)):
-        raise CheckpointError(
-            f"{folder} already has a {found}, which this run would replace; pass resume=True to go "
-            "on with that run, name another folder, or delete it"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; checkpoint names a folder")
-    return folder

@@ -19,15 +19,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.models.exponential_mixture import (
-    ExponentialMixture,
+from pyro_vae.models.exponential_mixture import ExponentialMixture
+from pyro_vae.models.likelihoods import check_finite
+from pyro_vae.models.mixture_problem import (
+    Chunk,
     MixtureParameters,
     MixtureProblem,
     SingularComponentError,
     Statistics,
     check_weights,
 )
-from pyro_vae.models.likelihoods import check_finite
 
 __all__ = ["COVARIANCES", "GaussianMixture"]
 
@@ -115,7 +116,8 @@ class GaussianMixture(ExponentialMixture):
                 positive definite.
         """
         check_weights(weights, len(locs))
-        mixture = cls(*locs.shape, covariance, **arguments).to(locs)
+        num_components, dim = locs.shape
+        mixture = cls(num_components, dim, covariance, **arguments).to(locs)
         if covariances.shape != mixture.covariances.shape:
             raise ValueError(
                 f"With covariance={covariance!r} and {len(locs)} components of {locs.shape[1]} "
@@ -163,8 +165,15 @@ class GaussianMixture(ExponentialMixture):
     @property
     def dense_covariances(self) -> Float[Tensor, "components features features"]:
         """The covariance matrix of each component, whatever is shared: what an ellipse needs."""
-        scales = self._component(torch.arange(self.num_components, device=self.locs.device))
-        return scales.covariance_matrix if self._dense else scales.variance.diag_embed()
+        covariances = self.covariances
+        if self._dense:
+            return covariances.expand(self.num_components, self.dim, self.dim)
+        wide = covariances if covariances.dim() == 2 else covariances[:, None]
+        return wide.expand(self.num_components, self.dim).diag_embed()
+
+    def fitted_values(self) -> dict[str, Tensor]:
+        """Weights, means and covariances, the latter in scikit-learn's shapes."""
+        return {"weights": self.weights, "locs": self.locs, "covariances": self.covariances}
 
     @property
     def _dense(self) -> bool:
@@ -173,8 +182,19 @@ class GaussianMixture(ExponentialMixture):
     def _make_generative(self) -> nn.Module:
         return _Gaussians(self.num_components, self.dim, self.covariance)
 
-    def _problem(self, x: Tensor, sample_weights: Tensor | None, hold: Sequence[str]) -> Any:
-        return _GaussianProblem(self, x, sample_weights, hold)
+    def _problem(
+        self, x: Tensor, sample_weights: Tensor | None, hold: Sequence[str], coordinates: Any
+    ) -> MixtureProblem:
+        return _GaussianProblem(self, x, sample_weights, hold, coordinates)
+
+    @torch.no_grad()
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """The mean of the mixture and the standard deviations of its components."""
+        weights, locs = self.weights.double(), self.locs.double()
+        within = weights @ self.dense_covariances.diagonal(dim1=1, dim2=2).double()
+        if self.covariance == "spherical":
+            within = within.mean().expand(self.dim)
+        return weights @ locs, within.sqrt()
 
     def _check_support(self, x: Tensor) -> None:
         check_finite(x)
@@ -251,6 +271,7 @@ class _GaussianProblem(MixtureProblem):
         x: Tensor,
         sample_weights: Tensor | None,
         hold: Sequence[str],
+        coordinates: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._covariance, self._dim = mixture.covariance, mixture.dim
         self._dense = self._covariance in ("full", "tied")
@@ -259,7 +280,7 @@ class _GaussianProblem(MixtureProblem):
         order = torch.argsort(columns * self._dim + rows)  # by columns, as `_features` writes them
         self._pairs = rows[order], columns[order]
         self._all_pairs: Tensor | None = None
-        super().__init__(mixture, x, sample_weights, hold)
+        super().__init__(mixture, x, sample_weights, hold, coordinates)
 
     def _coordinates(self) -> tuple[Tensor, Tensor]:
         total = torch.zeros(self._dim, dtype=torch.float64, device=self._x.device)
@@ -354,7 +375,7 @@ class _GaussianProblem(MixtureProblem):
         white = locs @ root.mT
         constant = (constant - 0.5 * white.square().sum(1))[:, None]
 
-        def score(chunk: Any) -> Tensor:
+        def score(chunk: Chunk) -> Tensor:
             whitened = root @ chunk.x
             scores = torch.addmm(constant, white, whitened)
             return scores.sub_(whitened.square_().sum(0), alpha=0.5)
@@ -364,7 +385,7 @@ class _GaussianProblem(MixtureProblem):
     def _whitening_scorer(self, roots: Tensor, locs: Tensor, constant: Tensor) -> Any:
         """Squares of the whitened deviations: nothing cancels."""
 
-        def score(chunk: Any) -> Tensor:
+        def score(chunk: Chunk) -> Tensor:
             parts = []
             for loc, root in zip(locs, roots.expand(len(locs), *roots.shape[1:]), strict=True):
                 away = chunk.x - loc[:, None]
@@ -374,7 +395,7 @@ class _GaussianProblem(MixtureProblem):
 
         return score
 
-    def _features(self, chunk: Any) -> Tensor:
+    def _features(self, chunk: Chunk) -> Tensor:
         """[x x^T, x] of each datum in a column; of the product the diagonal alone if diagonal."""
         if chunk.features is None:
             x = chunk.x
@@ -394,7 +415,7 @@ class _GaussianProblem(MixtureProblem):
 
     # -- M step
 
-    def _sums(self, chunk: Any, q: Tensor, about: Tensor | None) -> Tensor:
+    def _sums(self, chunk: Chunk, q: Tensor, about: Tensor | None) -> Tensor:
         counts = q.sum(1)
         if about is not None:
             return self._sums_about(chunk, q, about, counts)
@@ -402,7 +423,7 @@ class _GaussianProblem(MixtureProblem):
             return torch.cat([(q @ chunk.x.mT).reshape(-1), counts])
         return torch.cat([(q @ self._features(chunk).mT).reshape(-1), counts])
 
-    def _sums_about(self, chunk: Any, q: Tensor, about: Tensor, counts: Tensor) -> Tensor:
+    def _sums_about(self, chunk: Chunk, q: Tensor, about: Tensor, counts: Tensor) -> Tensor:
         squares, firsts = [], []
         for part, point in zip(q, about, strict=True):
             away = chunk.x - point[:, None]
