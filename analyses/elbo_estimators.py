@@ -605,7 +605,7 @@ def describe(measured: Mapping[str, Result], trained: Result, data: Dataset) -> 
             "snr_toy",
             "Tighter bounds are not necessarily better",
             "Signal-to-noise ratio against K near the optimum of Rainforth's toy. More particles "
-            "tighten the bound, and the guide's IWAE gradient drowns in noise; DReG mends it.",
+            "tighten the bound; by theory the SNR of the guide's IWAE gradient falls as K^-1/2.",
             (slope_rows(toy, THEORY),),
             snr_figure(toy, "Rainforth's toy"),
             notes(toy),

@@ -263,6 +263,9 @@ def plot_signal_to_noise(
         low = min(ax.get_ylim()[0], floor / 2)
         ax.set_ylim(bottom=low)
         ax.axhspan(low, floor, color=_GREY, alpha=0.15, lw=0, label="noise floor")
+    if ax.get_ylim()[1] < 100 * ax.get_ylim()[0]:  # powers of ten would be too few ticks
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("particles K")
     ax.set_ylabel("signal-to-noise ratio of one gradient")
     ax.set_title(f"Signal-to-noise of gradients: {parameter}")
@@ -313,7 +316,7 @@ def plot_estimator_cost(
     if shown.any():
         _equal_cost_lines(ax)
     particles = ", ".join(str(k) for k in result["num_particles"].values)
-    ax.set_xlabel(f"milliseconds of one gradient (K = {particles} from left to right)")
+    ax.set_xlabel(f"milliseconds of one gradient (along a line K = {particles})")
     ax.set_ylabel("total variance of one gradient, nats squared")
     ax.set_title(f"Noise against time of gradients: {parameter}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))

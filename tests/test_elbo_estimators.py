@@ -1,11 +1,14 @@
 """The analysis of ELBO estimators runs from its command line and writes what it says."""
 
 import pytest
+import torch
 
 from analyses.elbo_estimators import RainforthToy, Settings, as_text, main, training_rows
 from pyro_vae.results import label, load_result, make_result
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.float32
 def test_main_writes_results_figures_and_a_page(tmp_path, capsys):
     out = tmp_path / "estimators"
@@ -61,8 +64,6 @@ def test_training_rows_rank_by_evidence_with_an_error_over_seeds():
 
 
 def test_the_toy_starts_near_its_optimum():
-    import torch
-
     x = torch.randn(1, 20)
     toy = RainforthToy(x, distance=0.01)
     assert (toy.mu - x[0]).abs().max() < 0.06

@@ -275,7 +275,8 @@ def test_both_formulas_and_all_chunks_agree(covariance, monkeypatch):
     start = problem.read()
     whole = problem.e_step(start)
     reached = [problem.m_step(whole.statistics, start)]
-    monkeypatch.setattr(mixture_problem, "_CHUNK_NUMBERS", 1)  # 64 data a chunk
+    monkeypatch.setattr(mixture_problem, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(mixture_problem, "_MIN_CHUNK", 50)
     monkeypatch.setattr(mixture_problem, "_KEEP_NUMBERS", 0)
     chunked = build(covariance).prepare(x, weights)
     assert chunked._kept is None

@@ -139,9 +139,9 @@ def compare_estimators(
 
     Returns:
         Over `estimator` and `num_particles`: `value` (the bound, nats per datum), `seconds` (the
-        processor time of the calling thread, on a GPU the elapsed time; median of 30, taken
-        in turns with the other estimators) and `bytes` (peak
-        of what is kept for the backward pass). Over these and `parameter`: `variance`,
+        processor time of the calling thread, on a GPU the elapsed time; median of 30, taken in
+        turns with the other estimators) and `bytes` (peak of what is kept for the backward pass).
+        Over these and `parameter`: `variance`,
         `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
         `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
         better). Standard errors are `*_se`. `bound` and `bound_kind` say what the value is,
@@ -541,7 +541,7 @@ class _Bench:
         with bar:
             for (candidate, k, elbo), timed in zip(pairs, times.T, strict=True):
                 bar.set_description(f"{candidate.name}, K={k}")
-                self._leave_out_sampled(candidate, k, elbo)
+                self._note_sampled(candidate, elbo)
                 size = peak_bytes(partial(self.step, elbo))
                 drawn = self.draw(elbo, repeats, self.seed, bar.update)
                 centre = references.get(candidate, k)
@@ -598,7 +598,7 @@ class _Bench:
         sites = weighted_sites(guide_trace).values()
         return any(not site["is_observed"] and not site["fn"].has_rsample for site in sites)
 
-    def _leave_out_sampled(self, candidate: _Candidate, k: int, elbo: ELBO) -> None:
+    def _note_sampled(self, candidate: _Candidate, elbo: ELBO) -> None:
         sampled = getattr(elbo, "sampled_sites", ())
         note = f"{candidate.name} draws the KL of {', '.join(sampled)}: no closed form is known."
         if sampled and note not in self.notes:

@@ -1,7 +1,7 @@
 r"""One batched Hamiltonian Monte Carlo kernel: chains times data in one tensor program.
 
-Every chain of every datum has its own step size. The same kernel draws posterior references
-(`sample_posterior`) and moves the chains of annealed importance sampling.
+Every datum has its own step size. The same kernel draws posterior references (`sample_posterior`)
+and moves the chains of annealed importance sampling.
 """
 
 import math
@@ -19,7 +19,14 @@ from pyro_vae.inference.potential import Point, Potential, Tempered, latent_pote
 from pyro_vae.inference.programs import Program, ProgramError, as_arguments, program_scope
 from pyro_vae.results import Result, label, make_result, sha256_of
 
-__all__ = ["DualAveraging", "PosteriorSample", "Transition", "hmc_step", "sample_posterior"]
+__all__ = [
+    "DualAveraging",
+    "PosteriorSample",
+    "Transition",
+    "hmc_step",
+    "jittered",
+    "sample_posterior",
+]
 
 _DIVERGED = 1000.0  # nats of energy error beyond which a trajectory is given up, as in Stan
 _STARTS = 20  # draws tried for a chain that starts where the density is zero
@@ -43,7 +50,7 @@ class Transition:
 def hmc_step(
     target: Callable[[Tensor], Point],
     point: Point,
-    step_size: Float[Tensor, "chains batch"],
+    step_size: Float[Tensor, "*chains batch"],
     *,
     num_leapfrog: int = 10,
     inverse_mass: Float[Tensor, "batch dim"] | None = None,
@@ -57,7 +64,7 @@ def hmc_step(
     Args:
         target: Gives log-density and gradient.
         point: Where the chains are: what `target` gave there.
-        step_size: Of each chain and datum.
+        step_size: Of each datum, or of each chain and datum.
         num_leapfrog: Steps of the trajectory; each costs one evaluation.
         inverse_mass: Diagonal, roughly the variances of the target; ones if left out.
         active: Latents that have a density; the others stay where they are.
@@ -103,7 +110,7 @@ def _kinetic(momentum: Tensor, variances: Tensor) -> Float[Tensor, "chains batch
 
 
 class DualAveraging:
-    r"""Adapts the step size of each chain and datum to a target acceptance.
+    r"""Adapts the step size of each datum to a target acceptance, from all its chains.
 
     Args:
         step_size: To begin with.
@@ -113,11 +120,11 @@ class DualAveraging:
         Hoffman & Gelman (2014), The No-U-Turn sampler, section 3.2.1, with its constants.
     """
 
-    def __init__(self, step_size: Float[Tensor, "chains batch"], target_accept: float) -> None:
+    def __init__(self, step_size: Float[Tensor, " batch"], target_accept: float) -> None:
         self.target_accept = target_accept
         self.restart(step_size)
 
-    def restart(self, step_size: Float[Tensor, "chains batch"]) -> None:
+    def restart(self, step_size: Float[Tensor, " batch"]) -> None:
         """Forgets what was seen and begins at `step_size`."""
         self.step_size = step_size
         self._towards = (10 * step_size).log()
@@ -129,7 +136,7 @@ class DualAveraging:
         """Takes in what the last step's proposals were accepted with."""
         self._count += 1
         weight = 1 / (self._count + 10)
-        self._error = (1 - weight) * self._error + weight * (self.target_accept - acceptance)
+        self._error = (1 - weight) * self._error + weight * (self.target_accept - acceptance.mean(0))
         log_step = self._towards - math.sqrt(self._count) / 0.05 * self._error
         log_step = log_step.clamp(-30.0, 10.0)
         forget = self._count**-0.75
@@ -137,7 +144,7 @@ class DualAveraging:
         self.step_size = log_step.exp()
 
     @property
-    def mean(self) -> Float[Tensor, "chains batch"]:
+    def mean(self) -> Float[Tensor, " batch"]:
         """The step size to go on with when adaptation ends."""
         return self._log_mean.exp()
 
@@ -151,7 +158,7 @@ class PosteriorSample:
         unconstrained: All latents in unconstrained space, `[chains, draws, batch, dim]`.
         log_joint: log p(x, z) with the Jacobian of the transforms, `[chains, draws, batch]`.
         acceptance: Mean acceptance probability after warm-up, `[chains, batch]`.
-        step_size: After warm-up, `[chains, batch]`.
+        step_size: After warm-up, `[batch]`.
         divergences: Trajectories given up after warm-up, `[chains, batch]`.
         rhat: The largest rank-normalised split R-hat over the datum's latents, `[batch]`.
         ess: The smallest bulk effective sample size over them, `[batch]`.
@@ -164,7 +171,7 @@ class PosteriorSample:
     unconstrained: Float[Tensor, "chains draws batch dim"]
     log_joint: Float[Tensor, "chains draws batch"]
     acceptance: Float[Tensor, "chains batch"]
-    step_size: Float[Tensor, "chains batch"]
+    step_size: Float[Tensor, " batch"]
     divergences: Int[Tensor, "chains batch"]
     rhat: Float[Tensor, " batch"]
     ess: Float[Tensor, " batch"]
@@ -197,7 +204,7 @@ class PosteriorSample:
             "rhat": (self.rhat, "none", "largest rank-normalised split R-hat of the latents"),
             "ess": (self.ess, "particles", "smallest bulk effective sample size of the latents"),
             "acceptance": (self.acceptance.mean(0), "none", "mean acceptance probability"),
-            "step_size": (self.step_size.mean(0), "none", "leapfrog step size after warm-up"),
+            "step_size": (self.step_size, "none", "leapfrog step size after warm-up"),
             "divergences": (
                 self.divergences.sum(0).double(),
                 "none",
@@ -245,8 +252,8 @@ def sample_posterior(
 ) -> PosteriorSample:
     r"""Draws from the posterior of each datum by Hamiltonian Monte Carlo, all in parallel.
 
-    During warm-up each chain of each datum adapts its step size (dual averaging), and each datum a
-    diagonal mass matrix, from all its chains. The step size of every trajectory is drawn within
+    During warm-up each datum adapts its step size (dual averaging) and a diagonal mass matrix, from
+    all its chains. The step size of every trajectory is drawn within
     20% of the adapted one, so that no trajectory closes on itself. Constrained sites are moved in
     unconstrained space, several sites together; discrete sites marked for enumeration are summed
     out.
@@ -312,7 +319,7 @@ def sample_posterior(
                 moved = hmc_step(
                     target,
                     point,
-                    _jittered(step),
+                    jittered(step, point),
                     num_leapfrog=num_leapfrog,
                     inverse_mass=mass,
                     active=potential.active,
@@ -404,9 +411,9 @@ def _warm_up(
     target_accept: float,
     step_size: float,
     advance: Callable[[], Any],
-) -> tuple[Point, Float[Tensor, "chains batch"], Float[Tensor, "batch dim"]]:
+) -> tuple[Point, Float[Tensor, " batch"], Float[Tensor, "batch dim"]]:
     """Adapts step sizes, then twice the masses and the step sizes to them."""
-    steps = DualAveraging(torch.full_like(point.log_density, step_size), target_accept)
+    steps = DualAveraging(torch.full_like(point.log_density[0], step_size), target_accept)
     mass = torch.ones_like(point.u[0])
     # Shares of the warm-up; the masses are set from the draws of the second and the third part.
     ends = [round(num_warmup * share) for share in (0.15, 0.35, 0.65, 1.0)]
@@ -415,7 +422,7 @@ def _warm_up(
         moved = hmc_step(
             target,
             point,
-            _jittered(steps.step_size),
+            jittered(steps.step_size, point),
             num_leapfrog=num_leapfrog,
             inverse_mass=mass,
             active=potential.active,
@@ -440,5 +447,8 @@ def _regularised_variance(u: Float[Tensor, "draws batch dim"]) -> Float[Tensor, 
     return (count * u.var(0) + 5 * 1e-3) / (count + 5)
 
 
-def _jittered(step_size: Float[Tensor, "chains batch"]) -> Float[Tensor, "chains batch"]:
-    return step_size * (0.8 + 0.4 * torch.rand_like(step_size))
+def jittered(
+    step_size: Float[Tensor, " batch"], point: Point
+) -> Float[Tensor, "chains batch"]:
+    """Step sizes within 20% of the given ones, another for each chain."""
+    return step_size * (0.8 + 0.4 * torch.rand_like(point.log_density))

@@ -47,6 +47,7 @@ __all__ = [
     "Point",
     "Potential",
     "Tempered",
+    "inspected_guide",
     "latent_potential",
     "prior_guide",
 ]
@@ -86,6 +87,7 @@ class Potential:
         num_data: Data in the batch (1 if joint).
         dim: Unconstrained latents of a datum.
         active: False for latents that a mask switches off, `[batch, dim]`: they have no density.
+        like: A zero of the latents' dtype and device.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Potential:
         }
         self.dim = self._layouts[-1].stop
         example = sites[self._layouts[0].name]["value"]
-        self._like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
+        self.like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
         self.active = self._active()
         self._cannot_evaluate_guide = _why_no_density(guide_trace, structure)
 
@@ -167,7 +169,7 @@ class Potential:
             traces = draw_traces(
                 self._plain_model, guide, self._arguments, self.structure, num_chains
             )
-            return torch.cat([self._flatten(trace, count) for _, trace, count in traces])
+            return torch.cat([self.flatten(trace, count) for _, trace, count in traces])
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -252,7 +254,7 @@ class Potential:
         padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
         return shaped.reshape(chains, *padding, *shaped.shape[1:])
 
-    def _flatten(self, trace: Trace, chains: int) -> Tensor:
+    def flatten(self, trace: Trace, chains: int) -> Tensor:
         """Unconstrained latents of a run, `[chains, batch, dim]`."""
         columns = []
         for layout in self._layouts:
@@ -291,10 +293,10 @@ class Potential:
         for layout in self._layouts:
             mask = self._forms[layout.name][1]
             whole = torch.ones(
-                (1, *layout.plates, *layout.free_event), dtype=torch.bool, device=self._like.device
+                (1, *layout.plates, *layout.free_event), dtype=torch.bool, device=self.like.device
             )
             if mask is not None:
-                mask = torch.as_tensor(mask, device=self._like.device)
+                mask = torch.as_tensor(mask, device=self.like.device)
                 whole = whole & mask.expand(layout.plates)[(..., *(None,) * len(layout.free_event))]
             if self.structure.batch_dim is not None:
                 whole = whole.movedim(1 + len(layout.plates) + self.structure.batch_dim, 1)
@@ -320,12 +322,19 @@ def latent_potential(
     Note: run it, and its result's methods, inside `programs.program_scope`.
     """
     arguments = as_arguments(x)
-    # Whatever the enumerated sites are in the guide, inspection must find them the same twice.
-    shown = prior_guide(_FirstOfSupport()(model)) if guide is None else guide
+    shown = inspected_guide(model, guide)
     structure = inspect_programs(model, shown, arguments, joint=joint, num_particles=2)
     if not structure.latents:
         raise ProgramError("the model has no latent site to sample; its log joint is a number")
     return Potential(model, shown, arguments, structure, has_guide=guide is not None)
+
+
+def inspected_guide(model: Program, guide: Program | None) -> Program:
+    """The guide, or one in its place that `inspect_programs` takes: the prior of the latents.
+
+    Enumerated sites, from which latents may be drawn, are held at their first value.
+    """
+    return prior_guide(_FirstOfSupport()(model)) if guide is None else guide
 
 
 def prior_guide(model: Program) -> Program:

@@ -65,7 +65,7 @@ _NOISE_SITE = "_refitted_noise"
 
 # Steps: particles in each, steps in a window, windows without a rise before the rate falls, by how
 # much it falls, and how often before a datum counts as converged.
-_DRAWS, _WINDOW, _PATIENCE, _DECAY, _STAGES = 8, 20, 3, 0.2, 3
+_DRAWS, _WINDOW, _PATIENCE, _DECAY, _STAGES = 16, 20, 3, 0.2, 3
 _SELECTION_DRAWS = 128  # fresh draws that choose among the start, the last and the mean iterate
 _COUPLINGS, _COUPLING_UNITS = 4, 16
 _BINS, _SPLINE_BOUND = 8, 4.0

@@ -36,8 +36,7 @@ COVARIANCES = ("full", "tied", "diag", "spherical")
 """What the covariances may be: one each, one for all, diagonal, or a multiple of the identity."""
 
 _CANCELS = 1e4  # beyond this ratio, moments about the origin would lose more than four digits
-_FEW_COMPONENTS = 6  # up to which whitening costs less than products of features ...
-_MANY_FEATURES = 24  # ... where there are so many of them
+_FEATURES_PER_COMPONENT = 5  # from which on whitening costs less than products of features
 _CONSTANT = 8 * torch.finfo(torch.float64).eps  # of a feature's size: its spread is rounding
 _SINGULAR = 1e-13  # of a feature's variance: what is left once the others are known
 
@@ -292,7 +291,9 @@ class _GaussianProblem(MixtureProblem):
         for part in parts:
             away = part.to(torch.float64) - center
             square += away.square().sum(0)
-            size = torch.maximum(size, part.to(torch.float64).abs().amax(0))
+            least, most = part.aminmax(dim=0)
+            largest = torch.maximum(most.double().abs(), least.double().abs())
+            size = torch.maximum(size, largest)
         self._spread = (square / self.num_data).sqrt()
         self._rounding = _CONSTANT * size  # of each feature, in the data's units
         known = torch.where(self._spread > self._rounding, self._spread, 0.0)
@@ -315,6 +316,8 @@ class _GaussianProblem(MixtureProblem):
             )
 
     def _width(self) -> int:
+        if self._prefers_whitening:
+            return 2 * self._dim
         wide = self._num_pairs if self._covariance == "full" else self._dim
         return max(wide + self._dim, self.num_components)
 
@@ -330,12 +333,16 @@ class _GaussianProblem(MixtureProblem):
     def origin(self, parameters: MixtureParameters) -> Tensor | None:
         return parameters.locs if self._whitens(parameters) else None
 
+    @property
+    def _prefers_whitening(self) -> bool:
+        enough = self._dim >= _FEATURES_PER_COMPONENT * self.num_components
+        return enough and self._covariance == "full"
+
     def _whitens(self, parameters: MixtureParameters) -> bool:
         """Whether deviations from the means are formed, because they are exacter or faster."""
         roots = parameters.roots
         assert roots is not None
-        many = self._covariance == "full" and self._dim >= _MANY_FEATURES
-        if many and self.num_components <= _FEW_COMPONENTS:
+        if self._prefers_whitening:
             return True
         precision = roots.square().sum((-2, -1) if self._dense else -1)
         reach = 1 + parameters.locs.square().sum(-1)

@@ -33,6 +33,7 @@ __all__ = [
 _CHUNK_NUMBERS = (
     1 << 17
 )  # float64 numbers of a chunk's largest array: 1 MiB stays in a core's cache
+_MIN_CHUNK, _MAX_CHUNK = 512, 8192  # data in a chunk: products of fewer are slow
 _KEEP_NUMBERS = 1 << 25  # standardised data of up to 256 MiB are kept; larger ones made chunkwise
 _STARVED = 1e-8  # data; a component with fewer has no location
 _STARTS = ("k-means++", "k-means", "random")
@@ -101,11 +102,13 @@ class Expectation:
         log_likelihood: log p(x).
         entropy: Of the posterior q(z) = p(z | x).
         statistics: Expected sufficient statistics under that posterior.
+        log_posterior: Its logarithm, shape (components, rows), where asked for.
     """
 
     log_likelihood: float
     entropy: float
     statistics: Statistics
+    log_posterior: Tensor | None = None
 
 
 # --- one mixture on one data set ------------------------------------------------------------------
@@ -260,7 +263,7 @@ class MixtureProblem(ABC):
     def _chunks(self, rows: Tensor | None, width: int | None = None) -> Iterator[tuple[Any, Chunk]]:
         """The data at `rows` (all if None), a chunk at a time, each with its place among them."""
         length = self.num_data if rows is None else len(rows)
-        size = max(64, _CHUNK_NUMBERS // (width or self._width()))
+        size = min(max(_CHUNK_NUMBERS // (width or self._width()), _MIN_CHUNK), _MAX_CHUNK)
         for begin in range(0, length, size):
             place = slice(begin, min(begin + size, length))
             chosen = place if rows is None else rows[place]
@@ -278,6 +281,7 @@ class MixtureProblem(ABC):
         rows: Int[Tensor, " rows"] | None = None,
         *,
         about: Float[Tensor, "components features"] | None = None,
+        keep: bool = False,
     ) -> Expectation:
         """One pass over data: their log-likelihood and their posterior's sufficient statistics.
 
@@ -285,7 +289,9 @@ class MixtureProblem(ABC):
             parameters: Of the posterior.
             rows: Which data; all if None.
             about: What the moments are taken about, from `origin`.
+            keep: Whether to return the posterior itself, a number a datum and component.
         """
+        kept: list[Tensor] = []
         scorer = self._scorer(parameters)
         totals = torch.zeros(2, dtype=torch.float64, device=self._x.device)
         values: Tensor | None = None
@@ -297,6 +303,8 @@ class MixtureProblem(ABC):
             norm = q.sum(0)
             q /= norm
             norm.log_()
+            if keep:
+                kept.append(scores - norm)
             if chunk.weights is not None:
                 q *= chunk.weights
             totals[0] += weighted_sum(top + norm + chunk.log_base, chunk.weights)
@@ -311,18 +319,16 @@ class MixtureProblem(ABC):
             log_likelihood=log_likelihood,
             entropy=entropy,
             statistics=Statistics(self._completed(values, rows, about), about),
+            log_posterior=torch.cat(kept, 1) if keep else None,
         )
 
     @torch.no_grad()
-    def divergence(self, before: MixtureParameters, after: MixtureParameters) -> float:
-        """KL of the posterior under `before` from that under `after`, a total in nats."""
-        old, new = self._scorer(before), self._scorer(after)
-        total = torch.zeros((), dtype=torch.float64, device=self._x.device)
-        for _, chunk in self._chunks(None):
-            log_q, log_posterior = (score(chunk).log_softmax(0) for score in (old, new))
-            each = (log_q.exp() * (log_q - log_posterior)).sum(0)
-            total += weighted_sum(each, chunk.weights)
-        return max(float(total), 0.0)
+    def divergence(
+        self, log_q: Float[Tensor, "components batch"], log_p: Float[Tensor, "components batch"]
+    ) -> float:
+        """KL(q || p) summed over all data, in nats, from what `e_step` kept."""
+        each = (log_q.exp() * (log_q - log_p)).sum(0)
+        return max(float(weighted_sum(each, self._weights)), 0.0)
 
     def _completed(self, values: Tensor, rows: Tensor | None, about: Tensor | None) -> Tensor:
         """The sums with those parts added that are the same for every q."""
