@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyro_vae.data import load_dataset
     from pyro_vae.diagnostics.evidence import log_evidence
+    from pyro_vae.diagnostics.gradients import compare_estimators
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.svi import fit
@@ -25,6 +26,7 @@ __all__ = [
     "VAE",
     "GaussianMixture",
     "LinearGaussian",
+    "compare_estimators",
     "fit",
     "fit_em",
     "load_dataset",
@@ -38,6 +40,7 @@ _HOME = {
     "VAE": "pyro_vae.models",
     "GaussianMixture": "pyro_vae.models",
     "LinearGaussian": "pyro_vae.models",
+    "compare_estimators": "pyro_vae.diagnostics.gradients",
     "fit": "pyro_vae.inference.svi",
     "fit_em": "pyro_vae.inference.em",
     "load_dataset": "pyro_vae.data",
