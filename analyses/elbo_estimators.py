@@ -17,28 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyro
-import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
-from torch import Tensor, nn
+from pyro.infer import RenyiELBO, Trace_ELBO
+from torch import Tensor
 
-from pyro_vae import VAE, LinearGaussian, fit, log_evidence
+from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.enumeration import enumerated_bound
-from pyro_vae.diagnostics.gradients import (
-    compare_estimators,
-    estimator_rows,
-    recommend_estimators,
-    snr_slopes,
-)
+from pyro_vae.diagnostics.equal_time import train_at_equal_time, training_rows
+from pyro_vae.diagnostics.recommendations import estimator_rows, recommend_estimators, slope_rows
 from pyro_vae.files import atomic_path
 from pyro_vae.inference.estimators import make_estimator
+from pyro_vae.models.toys import BinaryLatents, RainforthToy
 from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
 from pyro_vae.plots import plot_estimator_cost, plot_evidence_by_estimator, plot_signal_to_noise
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result
 from pyro_vae.runs import load_training_data
 
 CONTINUOUS = (
@@ -53,35 +47,23 @@ CONTINUOUS = (
     "ReweightedWakeSleep",
     "WakeDReG",
 )
-DISCRETE = (
-    "ScoreFunction",
-    "LeaveOneOut",
-    "VIMCO",
-    "ReweightedWakeSleep",
-    "StraightThrough",
-)
-ON_THE_VAE = (
-    "PathwiseELBO",
-    "AnalyticELBO",
-    "StickingTheLanding",
-    "LeaveOneOut",
-    "ImportanceWeighted",
-    "DReG",
-    "VIMCO",
-    "WakeDReG",
-)
+DISCRETE = ("ScoreFunction", "LeaveOneOut", "VIMCO", "ReweightedWakeSleep", "StraightThrough")
+ON_THE_VAE = tuple(n for n in CONTINUOUS if n not in ("ScoreFunction", "ReweightedWakeSleep"))
 ON_THE_TOY = ("ImportanceWeighted", "DReG", "StickingTheLanding", "VIMCO")
 TRAINED = (
-    ("PathwiseELBO", 1),
-    ("AnalyticELBO", 1),
-    ("StickingTheLanding", 1),
-    ("PathwiseELBO", 8),
-    ("LeaveOneOut", 8),
-    ("ImportanceWeighted", 8),
-    ("DReG", 8),
-    ("VIMCO", 8),
-    ("WakeDReG", 8),
+    *((name, 1) for name in ("PathwiseELBO", "AnalyticELBO", "StickingTheLanding")),
+    *((name, 8) for name in ("PathwiseELBO", "LeaveOneOut", "ImportanceWeighted")),
+    *((name, 8) for name in ("DReG", "VIMCO", "WakeDReG")),
 )
+THEORY = {  # Rainforth et al. (2018), theorem 1; Tucker et al. (2019), section 4
+    ("ImportanceWeighted", "b of the guide"): "-1/2",
+    ("ImportanceWeighted", "mu of the model"): "+1/2",
+    ("DReG", "b of the guide"): "+1/2",
+    ("DReG", "mu of the model"): "+1/2",
+    ("StickingTheLanding", "b of the guide"): "+1/2 (an average)",
+    ("StickingTheLanding", "mu of the model"): "+1/2 (an average)",
+    ("VIMCO", "mu of the model"): "+1/2",
+}
 
 
 @dataclass(frozen=True)
@@ -137,59 +119,22 @@ FULL = Settings(
 )
 
 
-# --- the models -----------------------------------------------------------------------------------
-
-
-class BinaryLatents(nn.Module):
-    """Three binary latents, eight binary pixels and an amortised guide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.prior = nn.Parameter(torch.randn(3))
-        self.decoder = nn.Linear(3, 8)
-        self.encoder = nn.Linear(8, 3)
-
-    def model(self, x: Tensor) -> None:
-        """Latent bits, then pixels given them."""
-        pyro.module("decoder", self.decoder)
-        logits = pyro.param("prior", self.prior)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Latent bits given pixels, independent of each other."""
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
-
-
-class RainforthToy(nn.Module):
-    """z ~ N(mu, I), x | z ~ N(z, I) and q = N(A x + b, 2/3 I), close to the optimum for data x."""
-
-    def __init__(self, x: Tensor, distance: float) -> None:
-        super().__init__()
-        dim = x.shape[-1]
-
-        def near(optimum: Tensor) -> nn.Parameter:
-            return nn.Parameter(optimum + distance * torch.randn(optimum.shape))
-
-        self.mu = near(x.mean(0))
-        self.matrix = near(torch.eye(dim) / 2)
-        self.shift = near(x.mean(0) / 2)
-
-    def model(self, x: Tensor) -> None:
-        """A normal around mu, seen with unit noise."""
-        mu = pyro.param("mu", self.mu)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """An affine map of x with fixed variance 2/3."""
-        loc = x @ pyro.param("A", self.matrix).mT + pyro.param("b", self.shift)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, (2 / 3) ** 0.5).to_event(1))
+TINY = Settings(
+    repeats=8,
+    vae_repeats=8,
+    toy_copies=5,
+    toy_particles=(1, 4),
+    particles=(2,),
+    hidden=(5,),
+    latent_dim=2,
+    epochs=1,
+    trained=(("PathwiseELBO", 1), ("DReG", 2)),
+    train_seconds=0.01,
+    timing_rounds=1,
+    train_seeds=1,
+    evidence_particles=10,
+    test_data=20,
+)
 
 
 # --- the measurements -----------------------------------------------------------------------------
@@ -269,7 +214,18 @@ def measure_toy(settings: Settings, progress: bool) -> Result:
 def measure_vae(data: Dataset, settings: Settings, progress: bool) -> Result:
     """A VAE trained a little, on 100 test data."""
     vae = make_vae(data, settings, settings.seed)
-    train(vae, data, make_estimator("PathwiseELBO"), settings.epochs, settings.seed, progress)
+    fit(
+        vae.model,
+        vae.guide,
+        data.train,
+        loss=make_estimator("PathwiseELBO"),
+        learning_rate=3e-3,
+        epochs=settings.epochs,
+        evaluate_every=settings.epochs,
+        transform=data.transform,
+        seed=settings.seed,
+        progress=progress,
+    )
     return compare_estimators(
         vae.model,
         vae.guide,
@@ -288,133 +244,28 @@ def make_vae(data: Dataset, settings: Settings, seed: int) -> VAE:
     return VAE(data.train.shape[1], settings.latent_dim, settings.hidden, "bernoulli")
 
 
-def train(vae: VAE, data: Dataset, loss: ELBO, epochs: int, seed: int, progress: bool) -> float:
-    """Trains in place; returns the processor time in seconds."""
-    started = time.thread_time()
-    fit(
-        vae.model,
-        vae.guide,
-        data.train,
-        loss=loss,
-        learning_rate=3e-3,
-        epochs=epochs,
-        evaluate_every=epochs,
-        transform=data.transform,
-        seed=seed,
-        progress=progress,
-    )
-    return time.thread_time() - started
-
-
-def time_epochs(data: Dataset, settings: Settings) -> dict[tuple[str, int], float]:
-    """Processor seconds of an epoch: the least of rounds, so that a busy moment does not count."""
-    times = dict.fromkeys(settings.trained, float("inf"))
-    for _ in range(settings.timing_rounds):
-        for name, k in settings.trained:
-            once, six = (
-                train(make_vae(data, settings, 0), data, make_estimator(name, k), n, 0, False)
-                for n in (1, 6)
-            )
-            times[name, k] = min(times[name, k], max((six - once) / 5, 1e-3))
-    return times
-
-
-def train_at_equal_time(
+def measure_training(
     data: Dataset, settings: Settings, say: Callable[[str], None], progress: bool
 ) -> Result:
-    """Trains the same VAE under each estimator for equal time; test evidence of each."""
-    test = data.test[: settings.test_data]
-    names = [f"{name} K={k}" for name, k in settings.trained]
-    shape = (len(settings.trained), settings.train_seeds)
-    columns = {
-        name: np.full(shape, np.nan)
-        for name in ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "epochs", "seconds")
-    }
-    times = time_epochs(data, settings)
-    for i, (name, k) in enumerate(settings.trained):
-        epochs = max(1, round(settings.train_seconds / times[name, k]))
-        for seed in range(settings.train_seeds):
-            vae = make_vae(data, settings, seed)
-            seconds = train(vae, data, make_estimator(name, k), epochs, seed, progress)
-            found = log_evidence(
-                vae.model,
-                vae.guide,
-                test,
-                num_particles=settings.evidence_particles,
-                seed=settings.seed,
-                progress=progress,
-            )
-            for column in ("log_evidence", "elbo"):
-                quantity = found.quantity(column)
-                columns[column][i, seed] = quantity.value
-                columns[f"{column}_se"][i, seed] = quantity.standard_error
-            columns["epochs"][i, seed], columns["seconds"][i, seed] = epochs, seconds
-        say(f"  {names[i]}: {columns['log_evidence'][i].mean():.2f} after {epochs} epochs")
-    attrs = {
-        "log_evidence": label(
-            bound="lower",
-            measure=data.measure,
-            num_particles=settings.evidence_particles,
-            description="mean over test data, importance-weighted",
-        ),
-        "elbo": label(bound="lower", measure=data.measure, description="mean over test data"),
-        "epochs": label(unit="none", reduction="none", bound="none"),
-        "seconds": label(unit="seconds", reduction="none", bound="none"),
-    }
-    return make_result(
-        {
-            name: (("estimator", "training_seed"), column, attrs.get(name, {}))
-            for name, column in columns.items()
-        },
-        function="train_at_equal_time",
-        config={
-            "train_seconds": settings.train_seconds,
-            "evidence_particles": settings.evidence_particles,
-            "num_data": len(test),
-            "hidden": list(settings.hidden),
-            "latent_dim": settings.latent_dim,
-        },
+    """The same VAE trained under each estimator for equal time."""
+    return train_at_equal_time(
+        partial(make_vae, data, settings),
+        data.train,
+        data.test[: settings.test_data],
+        settings.trained,
+        seconds=settings.train_seconds,
+        num_seeds=settings.train_seeds,
+        timing_rounds=settings.timing_rounds,
+        evidence_particles=settings.evidence_particles,
+        transform=data.transform,
+        config={"hidden": list(settings.hidden), "latent_dim": settings.latent_dim},
         seed=settings.seed,
-        data_sha256=sha256_of(test),
-        coords={"estimator": names, "training_seed": np.arange(settings.train_seeds)},
-        notes=[
-            "Standard errors are those of the Monte-Carlo draws; the spread over training seeds is "
-            "larger.",
-        ],
+        say=lambda line: say(f"  {line}"),
+        progress=progress,
     )
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def training_rows(trained: Result) -> list[dict[str, str]]:
-    """Test evidence by estimator, best first, with the spread over training seeds."""
-    seeds = trained.sizes["training_seed"]
-    mean = trained["log_evidence"].mean("training_seed").values
-    error = evidence_error(trained)
-    elbo = trained["elbo"].mean("training_seed").values
-    rows = []
-    for i in np.argsort(-mean):
-        rows.append(
-            {
-                "trained with": str(trained["estimator"].values[i]),
-                "test log evidence": f"{mean[i]:.2f} ± {error:.2f}",
-                "behind the best": f"{mean.max() - mean[i]:.2f} ± {error * 2**0.5:.2f}",
-                "test ELBO": f"{elbo[i]:.2f}",
-                "epochs": f"{trained['epochs'].values[i, 0]:.0f}",
-                "processor s": f"{trained['seconds'].values[i].mean():.1f}",
-                "seeds": str(seeds),
-            }
-        )
-    return rows
-
-
-def evidence_error(trained: Result) -> float:
-    """Standard error of a mean over training seeds, their spread pooled over estimators."""
-    values, errors = trained["log_evidence"].values, trained["log_evidence_se"].values
-    seeds = values.shape[1]
-    variance = values.var(1, ddof=1).mean() if seeds > 1 else (errors**2).mean()
-    return float((variance / seeds) ** 0.5)
 
 
 def recommendation_rows(parts: Mapping[str, Result]) -> list[dict[str, str]]:
@@ -430,42 +281,6 @@ def recommendation_rows(parts: Mapping[str, Result]) -> list[dict[str, str]]:
             if (k := row["K"]) in size and row["bound"] in ("ELBO", "IWAE")
         ]
     return rows
-
-
-def slope_rows(toy: Result, theory: Mapping[tuple[str, str], str]) -> list[dict[str, str]]:
-    """Fitted slopes of log SNR against log K beside the theory."""
-    slopes = snr_slopes(toy)
-    late = snr_slopes(toy.sel(num_particles=slice(8, None)))
-    return [
-        {
-            "estimator": str(name),
-            "parameter": str(group),
-            "slope": slope_text(slopes.sel(estimator=name, parameter=group)),
-            "slope from K = 8": slope_text(late.sel(estimator=name, parameter=group)),
-            "theory, large K": theory.get((str(name), str(group)), "-"),
-        }
-        for name in slopes["estimator"].values
-        for group in slopes["parameter"].values
-    ]
-
-
-def slope_text(row: Result) -> str:
-    """A slope with its standard error and the number of points behind it."""
-    points = int(row.num_points)
-    if points < 2:
-        return "-"
-    return f"{float(row.slope):+.3f} ± {float(row.slope_se):.3f} ({points} points)"
-
-
-THEORY = {  # Rainforth et al. (2018), theorem 1; Tucker et al. (2019), section 4
-    ("ImportanceWeighted", "b of the guide"): "-1/2",
-    ("ImportanceWeighted", "mu of the model"): "+1/2",
-    ("DReG", "b of the guide"): "+1/2",
-    ("DReG", "mu of the model"): "+1/2",
-    ("StickingTheLanding", "b of the guide"): "+1/2 (an average)",
-    ("StickingTheLanding", "mu of the model"): "+1/2 (an average)",
-    ("VIMCO", "mu of the model"): "+1/2",
-}
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
@@ -548,7 +363,7 @@ def run(
         measured[name].save(out / f"{name}.nc")
         say(f"measured {name} in {time.perf_counter() - started:.0f} s")
     say(f"training for {settings.train_seconds:g} processor seconds under each estimator")
-    trained = train_at_equal_time(data, settings, say, progress)
+    trained = measure_training(data, settings, say, progress)
     trained.save(out / "training.nc")
     sections = describe(measured, trained, data)
     for section in sections:
@@ -658,24 +473,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-progress", action="store_true")
     return parser.parse_args(arguments)
-
-
-TINY = Settings(
-    repeats=8,
-    vae_repeats=8,
-    toy_copies=5,
-    toy_particles=(1, 4),
-    particles=(2,),
-    hidden=(5,),
-    latent_dim=2,
-    epochs=1,
-    trained=(("PathwiseELBO", 1), ("DReG", 2)),
-    train_seconds=0.01,
-    timing_rounds=1,
-    train_seeds=1,
-    evidence_particles=10,
-    test_data=20,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

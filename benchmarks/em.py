@@ -123,8 +123,7 @@ def measure_child(name: str, shape: tuple[int, int, int]) -> None:
     """Prints the rise of the peak, after a small fit has loaded what a fit loads."""
     with threadpool_limits(1):
         torch.set_num_threads(1)
-        small = make_data(500, 2, 2)
-        TOOLS[name](small, make_start(small, 2), 1)
+        warm_up()
         x = make_data(*shape)
         start = make_start(x, shape[2])
         # The peak of getrusage begins at the parent's; this one can be set back (Linux only).
@@ -133,6 +132,13 @@ def measure_child(name: str, shape: tuple[int, int, int]) -> None:
         TOOLS[name](x, start, 2)
         after = peak_of_this_process()
     print(json.dumps(after - before))
+
+
+def warm_up() -> None:
+    """A small fit of each, so that what is loaded once is not counted."""
+    small = make_data(500, 2, 2)
+    for run in TOOLS.values():
+        run(small, make_start(small, 2), 1)
 
 
 def peak_of_this_process() -> float:
@@ -184,6 +190,7 @@ def main() -> None:
         name, *shape = options.child
         measure_child(name, (int(shape[0]), int(shape[1]), int(shape[2])))
         return
+    warm_up()
     for name, values in (QUICK if options.quick else GRID).items():
         if getattr(options, name) is None:
             setattr(options, name, values)

@@ -8,7 +8,7 @@ tell apart; what matters is told by a second sign as well (a line style, a marke
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
-from pyro_vae.diagnostics.gradients import snr_slopes
 from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.diagnostics.recommendations import snr_slopes
 from pyro_vae.results import Result
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "plot_evidence",
     "plot_evidence_by_estimator",
     "plot_latent",
+    "plot_ledger",
     "plot_manifold",
     "plot_reconstructions",
     "plot_samples",
     "plot_signal_to_noise",
+    "plot_widest_gaps",
 ]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
@@ -655,3 +657,109 @@ def _show(
     for side in ax.spines.values():
         side.set_visible(False)
     return ax
+
+
+# --- the ledger of the gap ------------------------------------------------------------------------
+
+
+def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) -> Axes:
+    """Plots the gap of the ELBO as a bar, stacked from amortisation and approximation.
+
+    A diamond in the approximation part marks how much of it a normal of full covariance would
+    close, a triangle how much a flow. Error bars are Monte-Carlo errors of the means.
+
+    Args:
+        ledgers: From `elbo_gap`, or several of them by name, the first on top.
+        ax: Where to draw; a new figure if None.
+
+    Returns:
+        The axes, with two bars for each ledger.
+
+    References:
+        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, figure 1.
+    """
+    named = {"": ledgers} if isinstance(ledgers, Result) else ledgers
+    ax = _axes(ax, (7.4, 0.5 * len(named) + 1.9))
+    places = np.arange(len(named))
+    left = np.zeros(len(named))
+    for name, colour, hatch, text in (
+        ("amortization_gap", _BLUE, "", "amortisation: lost by the encoder"),
+        ("approximation_gap", _ORANGE, "//", "approximation: beyond the family"),
+    ):
+        quantities = [ledger.quantity(name) for ledger in named.values()]
+        values = np.array([q.value for q in quantities])
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "alpha": 0.8}
+        ax.barh(places, values, left=left, height=0.62, label=text, zorder=2, **look)
+        errors = [q.standard_error or 0.0 for q in quantities]
+        ax.errorbar(left + values, places, xerr=errors, fmt="none", ecolor="black", zorder=3)
+        start, left = left, left + values
+    for family, marker, text in (("full", "D", "full covariance"), ("flow", "^", "a flow")):
+        gain = f"gain_{family}"
+        shown = [i for i, ledger in enumerate(named.values()) if gain in ledger]
+        if shown:
+            gains = np.array([named[list(named)[i]].quantity(gain).value for i in shown])
+            ax.plot(
+                start[shown] + gains,
+                places[shown],
+                marker,
+                color="white",
+                markeredgecolor="black",
+                ms=7,
+                zorder=4,
+                label=f"closed up to here by {text}",
+            )
+    for place, end, ledger in zip(places, left, named.values(), strict=True):
+        ax.text(float(end), float(place), f"  ELBO {ledger.quantity('elbo').value:.2f}", va="center", zorder=4)
+    ax.set_yticks(places, list(named))
+    ax.invert_yaxis()
+    ax.set_xlim(min(0.0, *left), 1.28 * max(*left, 1e-9))
+    ax.set_xlabel("log evidence - ELBO, nats per datum")
+    ax.set_title("Where the ELBO falls short")
+    ax.grid(alpha=0.25, lw=0.6, axis="x")
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2)
+    return ax
+
+
+def plot_widest_gaps(
+    ledger: Result,
+    x: Float[Tensor, "batch pixels"],
+    image_shape: Sequence[int],
+    *,
+    num_images: int = 12,
+) -> Figure:
+    """Shows the data with the widest gaps, each with its gap in nats.
+
+    Args:
+        ledger: From `elbo_gap`, of the same data.
+        x: Images, a row each.
+        image_shape: Rows and columns of an image.
+        num_images: How many, from the widest on.
+
+    Returns:
+        A figure with a panel for each image: above it the gap, below it the parts of
+        amortisation (a) and approximation (f, of the family).
+
+    Raises:
+        ValueError: If ledger and data differ in length, or rows are no such images.
+    """
+    if ledger.sizes["datum"] != len(x):
+        raise ValueError(
+            f"the ledger has {ledger.sizes['datum']} data and x {len(x)}: pass the ledger's data."
+        )
+    images = _images(x, image_shape)
+    order = np.argsort(-ledger["gap"].values)[:num_images]
+    columns = min(6, len(order))
+    rows = math.ceil(len(order) / columns)
+    figure = Figure(figsize=(1.35 * columns, 1.75 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for panel in panels[len(order) :]:
+        panel.axis("off")
+    for ax, i in zip(panels, order, strict=False):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.imshow(images[i].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        parts = [float(ledger[name][i]) for name in ("amortization_gap", "approximation_gap")]
+        ax.set_title(f"{float(ledger['gap'][i]):.1f}", fontsize="medium")
+        ax.set_xlabel(f"a {parts[0]:.1f}, f {parts[1]:.1f}", fontsize="small")
+    figure.suptitle("The widest gaps, nats", fontsize="medium")
+    return figure

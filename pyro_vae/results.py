@@ -51,7 +51,7 @@ __all__ = [
     "sha256_of",
 ]
 
-UNITS = ("nats", "bits per dimension", "nats squared", "particles", "seconds", "none")
+UNITS = ("nats", "bits per dimension", "nats squared", "particles", "seconds", "bytes", "none")
 """Units of a labelled number; "none" is for pure numbers such as a k-hat."""
 
 REDUCTIONS = ("per datum", "total", "none")

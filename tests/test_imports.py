@@ -21,7 +21,7 @@ LAYERS = (
     {"models"},
     {"inference"},
     {"diagnostics"},
-    {"pages", "plots", "report", "runs"},
+    {"pages", "plots", "plots_mixture", "report", "runs"},
     {"cli", "demo"},
     {"__main__"},
 )

@@ -1,6 +1,7 @@
 """Likelihoods against quadrature in SciPy and against hand-written formulas."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from scipy import integrate, stats
 
 from pyro_vae.models import (
     Bernoulli,
+    CategoricalLevels,
     ContinuousBernoulli,
+    DiscretizedLogistic,
     Gaussian,
     Likelihood,
     make_likelihood,
@@ -206,4 +209,147 @@ def test_a_likelihood_is_rebuilt_from_its_config(given, kind, measure):
 )
 def test_refusals(build, error):
     with pytest.raises(error):
+        build()
+
+
+# --- grey levels ----------------------------------------------------------------------------------
+
+GREY_LEVELS: list[dict[str, Any]] = [
+    {"name": "categorical", "levels": 6},
+    {"name": "discretized_logistic", "levels": 6, "scale": "shared"},
+    {"name": "discretized_logistic", "levels": 6, "scale": "pixel", "min_scale": 0.01},
+    {"name": "discretized_logistic", "levels": 6, "components": 3},
+    {"name": "discretized_logistic", "levels": 6, "components": 2, "scale": "shared"},
+]
+
+
+def grey(spec, num_pixels=2):
+    likelihood = make_likelihood(spec).double()
+    return likelihood, torch.randn(4, 3, likelihood.num_parameters(num_pixels))
+
+
+def enumerated(likelihood, output):
+    """The log-probability of every level of every pixel, `[levels, 4, 3, pixels]`."""
+    levels = torch.linspace(0, 1, likelihood.levels)[:, None, None, None]
+    pixels = likelihood.distribution(output).base_dist
+    return levels, pixels.log_prob(levels.expand(-1, 4, 3, 2))
+
+
+@pytest.mark.parametrize("spec", GREY_LEVELS)
+def test_the_levels_probabilities_sum_to_one_and_have_that_mean(spec):
+    likelihood, output = grey(spec)
+    for scale in (1.0, 30.0):  # also where probabilities underflow
+        levels, log_probs = enumerated(likelihood, scale * output)
+        torch.testing.assert_close(log_probs.exp().sum(0), torch.ones(4, 3, 2))
+        assert log_probs.isfinite().all()
+        mean = (levels * log_probs.exp()).sum(0)
+        torch.testing.assert_close(likelihood.mean(scale * output), mean)
+    assert not torch.allclose(log_probs[1:].exp().sum(0), torch.ones(4, 3, 2))
+
+
+@pytest.mark.parametrize("spec", GREY_LEVELS)
+def test_draws_of_levels_follow_their_probabilities(spec):
+    likelihood, output = grey(spec)
+    _, log_probs = enumerated(likelihood, output)
+    draws = likelihood.distribution(output).sample((3000,))
+    counts = torch.stack([(draws * 5).round() == level for level in range(6)]).double().sum(1)
+    likelihood.check(draws)
+    expected = 3000 * log_probs.exp()
+    kept = expected[:, 0, 0, 0] > 1  # what a chi-square needs
+    observed, wanted = counts[kept, 0, 0, 0], expected[kept, 0, 0, 0]
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    assert stats.chi2.sf(statistic, int(kept.sum())) > FAILURE_RATE
+    wrong = counts[kept, 1, 1, 1]
+    assert stats.chi2.sf(float(((wrong - wanted) ** 2 / wanted).sum()), int(kept.sum())) < 1e-3
+
+
+def test_categorical_levels_by_hand():
+    likelihood, output = grey(GREY_LEVELS[0])
+    x = torch.tensor([[0.2, 1.0], [0.0, 0.6], [0.8, 0.4]])
+    logits = output.reshape(4, 3, 6, 2).numpy()
+    log_probs = logits - np.log(np.exp(logits).sum(2, keepdims=True))
+    index = (x.numpy() * 5).round().astype(int)
+    expected = np.zeros((4, 3))
+    for row in range(3):
+        for pixel in range(2):
+            expected[:, row] += log_probs[:, row, index[row, pixel], pixel]
+    np.testing.assert_allclose(likelihood.distribution(output).log_prob(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_discretized_logistic_by_the_logistic_cdf(components):
+    likelihood, output = grey(
+        {"name": "discretized_logistic", "levels": 6, "components": components}
+    )
+    blocks = output.reshape(4, 3, -1, components, 2).numpy()
+    loc, scale = 0.5 + blocks[:, :, 0], 1e-3 + (0.1 - 1e-3) * np.exp(blocks[:, :, 1])
+    weight = 1.0
+    if components > 1:
+        weight = np.exp(blocks[:, :, 2]) / np.exp(blocks[:, :, 2]).sum(2, keepdims=True)
+    _, log_probs = enumerated(likelihood, output)
+    for level in range(6):
+        upper = 1.0 if level == 5 else stats.logistic.cdf((level + 0.5) / 5, loc, scale)
+        lower = 0.0 if level == 0 else stats.logistic.cdf((level - 0.5) / 5, loc, scale)
+        expected = (weight * (upper - lower)).sum(2)
+        np.testing.assert_allclose(log_probs[level].exp(), expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.float32
+def test_far_tails_keep_a_gradient_in_single_precision():
+    likelihood = make_likelihood({"name": "discretized_logistic", "levels": 256})
+    output = torch.tensor([[30.0, -6.0]]).requires_grad_()  # 30 grey ranges off, scale 0.001
+    value = likelihood.distribution(output).log_prob(torch.tensor([[0.5]]))
+    assert value.isfinite()
+    assert value < -5000
+    (gradient,) = torch.autograd.grad(value.sum(), output)
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] < -100
+
+
+@pytest.mark.parametrize("spec", GREY_LEVELS)
+def test_data_between_the_levels_are_told_the_way_out(spec):
+    likelihood = make_likelihood(spec)
+    assert likelihood.measure == "counts"
+    for dtype in (torch.float32, torch.float64):
+        likelihood.check(torch.arange(6, dtype=dtype)[None] / 5)
+    for x, message in [
+        (torch.tensor([[0.3, 1.0]]), "round them"),
+        (torch.tensor([[0.0, 4.0]]), "divide pixels 0..5 by 5"),
+        (torch.tensor([[0.0, -0.2]]), "divide"),
+        (torch.tensor([[0.0, np.nan]]), "NaN or infinite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            likelihood.check(x)
+    expanded = likelihood.distribution(torch.zeros(likelihood.num_parameters(2))).expand((3,))
+    with pytest.raises(ValueError, match="support"):
+        expanded.log_prob(torch.tensor([[0.3, 1.0]]))
+
+
+def test_pixels_of_256_levels_lie_on_their_grid_in_single_precision():
+    x = torch.arange(256, dtype=torch.float32)[None] / 255
+    CategoricalLevels().check(x)
+    DiscretizedLogistic().check(x)
+    with pytest.raises(ValueError, match="grey levels"):
+        CategoricalLevels().check(x + torch.rand_like(x) / 512)
+
+
+@pytest.mark.parametrize("spec", GREY_LEVELS)
+def test_a_likelihood_of_levels_is_rebuilt_from_its_config(spec):
+    likelihood = make_likelihood(spec)
+    again = make_likelihood(json.loads(json.dumps(likelihood.config)))
+    assert again.config == likelihood.config
+    assert spec.items() <= likelihood.config.items()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CategoricalLevels(1), "at least 2"),
+        (lambda: DiscretizedLogistic(components=0), "components"),
+        (lambda: DiscretizedLogistic(scale="feature"), "'shared' or 'pixel'"),
+        (lambda: DiscretizedLogistic(min_scale=0.5), "min_scale"),
+    ],
+)
+def test_refusals_of_levels(build, message):
+    with pytest.raises(ValueError, match=message):
         build()

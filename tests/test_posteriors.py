@@ -1,7 +1,7 @@
 """Posteriors against SciPy and the autograd Jacobian of their draws."""
 
 import json
-import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from pyro_vae.models import (
 )
 
 LATENT_DIM = 4
-SPECS = {
+SPECS: dict[str, dict[str, Any]] = {
     "diagonal": {"name": "diagonal"},
     "full": {"name": "full"},
     "low_rank": {"name": "low_rank", "rank": 2},
@@ -62,20 +62,16 @@ def test_normal_posteriors_by_hand(name):
     assert not np.allclose(covariance(name, output[0].numpy()), np.eye(LATENT_DIM))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["diagonal", "full", "iaf"])  # low rank has more noise than z
 def test_densities_of_draws_by_the_autograd_jacobian(name):
     """log q(z) = log N(eps) - log |dz/d eps|, with the draw as a function of its noise."""
     posterior, output = build(name, num=1)
-    start = torch.get_rng_state()
     z = posterior.distribution(output).rsample()
-    torch.set_rng_state(start)
 
     def draw(noise):
-        if name == "low_rank":
-            pytest.skip("its draw has more noise than latents; see the density above")
         return _draw(posterior, output, noise)
 
-    noise = _noise_of(posterior, output, z.detach()[0]) if name != "low_rank" else torch.zeros(4)
+    noise = _noise_of(posterior, output, z.detach()[0])
     torch.testing.assert_close(draw(noise), z[0])
     jacobian = torch.autograd.functional.jacobian(draw, noise)
     expected = stats.norm.logpdf(noise.numpy()).sum() - float(jacobian.slogdet().logabsdet)
@@ -94,13 +90,12 @@ def _draw(posterior, output, noise):
 
 
 def _noise_of(posterior, output, z):
+    distribution: Any = posterior.distribution(output)
     if isinstance(posterior, InverseAutoregressivePosterior):
-        distribution = posterior.distribution(output)
         for step in reversed(distribution.transforms):
             z = step.inv(z[None])[0].detach()
         base = distribution.base_dist
         return ((z - base.mean[0]) / base.stddev[0]).detach()
-    distribution = posterior.distribution(output)
     root = torch.linalg.cholesky(_covariance_of(distribution)[0])
     return torch.linalg.solve(root, z - distribution.mean[0])
 
@@ -205,7 +200,7 @@ def test_a_posterior_is_rebuilt_from_its_config(name):
         (lambda: InverseAutoregressivePosterior(2, 0), ValueError, "num_steps"),
         (lambda: InverseAutoregressivePosterior(2, context_dim=0), ValueError, "context_dim"),
         (lambda: DiagonalPosterior(0), ValueError, "latent_dim"),
-        (lambda: Posterior(2), TypeError, "abstract"),
+        (lambda: cast(Any, Posterior)(2), TypeError, "abstract"),
     ],
 )
 def test_refusals(make, error, message):
@@ -217,4 +212,4 @@ def test_one_more_output_is_not_taken():
     posterior, output = build("full")
     with pytest.raises(RuntimeError):
         posterior.distribution(output[:, 1:])
-    assert math.isclose(posterior.num_parameters, 2 * 4 + 6)
+    assert posterior.num_parameters == 4 + 4 + 6

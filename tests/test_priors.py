@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any, cast
 
 import numpy as np
 import pyro.distributions as dist
@@ -22,7 +23,7 @@ from pyro_vae.models import (
 LATENT_DIM, DATA_DIM = 2, 5
 LIKE = torch.zeros((), dtype=torch.float64)
 FAILURE_RATE = 2e-5
-SPECS = {
+SPECS: dict[str, dict[str, Any]] = {
     "normal": {"name": "normal"},
     "mixture": {"name": "mixture", "num_components": 3},
     "vamp": {"name": "vamp", "num_pseudo_inputs": 4},
@@ -37,11 +38,12 @@ def encode(u):
 
 
 def build(name, latent_dim=LATENT_DIM):
-    """A prior that is away from its start."""
+    """A prior that is away from its start; a flow less, since its tails soon leave any grid."""
     prior = make_prior(SPECS[name], latent_dim, data_dim=DATA_DIM)
     with torch.no_grad():
         for parameter in prior.parameters():
-            parameter.add_(0.4 * torch.randn_like(parameter))
+            size = 0.15 if isinstance(prior, FlowPrior) else 0.4
+            parameter.add_(size * torch.randn_like(parameter))
     return prior
 
 
@@ -57,9 +59,7 @@ def test_priors_are_normalised(name):
     with torch.no_grad():
         density = distribution(build(name)).log_prob(grid).exp()
     total = float(density.sum() * (axis[1] - axis[0]) ** 2)
-    # A flow has kinks in no derivative but steep places: its sum converges more slowly.
-    assert total == pytest.approx(1, abs=1e-9 if name in ("normal", "mixture", "vamp") else 1e-3)
-    assert not density.mul(1.01).sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=1e-3)
+    assert total == pytest.approx(1, abs=1e-5)  # a flow has kinks where its activation has them
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -114,6 +114,7 @@ def test_the_vamp_prior_is_the_mean_of_the_models_posteriors(posterior):
     prior = {"name": "vamp", "num_pseudo_inputs": 3}
     vae = VAE(DATA_DIM, LATENT_DIM, (4,), prior=prior, posterior=posterior)
     z = torch.randn(6, LATENT_DIM)
+    assert isinstance(vae.prior, VampPrior)
     mixed = vae.prior.distribution(vae.encode, LIKE).log_prob(z)
     terms = []
     for pseudo in vae.prior.pseudo_inputs:  # each on its own, at a copy: nothing is remembered
@@ -124,11 +125,13 @@ def test_the_vamp_prior_is_the_mean_of_the_models_posteriors(posterior):
 
 def test_pseudo_inputs_lie_where_data_lie_and_start_from_them():
     prior = make_prior(SPECS["vamp"], LATENT_DIM, data_dim=DATA_DIM)
+    assert isinstance(prior, VampPrior)
     assert ((prior.pseudo_inputs > 0) & (prior.pseudo_inputs < 1)).all()
     x = torch.rand(4, DATA_DIM).round()
     prior.initialize(x)
     torch.testing.assert_close(prior.pseudo_inputs.detach(), x.clamp(0.01, 0.99))
     real = VAE(DATA_DIM, LATENT_DIM, (4,), "gaussian", prior=SPECS["vamp"]).prior
+    assert isinstance(real, VampPrior)
     real.initialize(10 * x)
     torch.testing.assert_close(real.pseudo_inputs.detach(), 10 * x)
     with pytest.raises(ValueError, match="4 pseudo-inputs"):
@@ -190,7 +193,7 @@ def test_a_prior_is_rebuilt_from_its_config(name):
         (lambda: MixturePrior(2, 0), ValueError, "num_components"),
         (lambda: VampPrior(2, 5, 0), ValueError, "num_pseudo_inputs"),
         (lambda: StandardNormal(0), ValueError, "latent_dim"),
-        (lambda: Prior(2), TypeError, "abstract"),
+        (lambda: cast(Any, Prior)(2), TypeError, "abstract"),
     ],
 )
 def test_refusals(make, error, message):

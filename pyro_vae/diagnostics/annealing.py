@@ -33,11 +33,19 @@ from pyro_vae.inference.programs import (
     weighted_sites,
 )
 
-__all__ = ["Annealing", "Simulation", "annealed_weights", "simulate", "temperatures"]
+__all__ = [
+    "Annealing",
+    "Simulation",
+    "annealed_weights",
+    "reduce_forward",
+    "reduce_reverse",
+    "simulate",
+    "temperatures",
+]
 
-_PILOT_STRIDE = 4  # the pilot chains visit every fourth temperature
+_PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
 _SETTLE = 30  # steps in which the pilot finds a step size before it moves on
-_GAIN = 0.3  # change of the log step size for each unit of acceptance missed
+_GAIN = 0.4  # change of the log step size for each unit of acceptance missed
 _SCALE_DRAWS = 100  # draws of the start from which the mass matrix is taken
 _STEEPNESS = 4.0  # delta of the sigmoid schedule in Wu et al.
 
@@ -152,9 +160,11 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
     u = potential.draw(max(2, settings.num_chains // 4), settings.start)
     log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
     learnt = []
-    visited = list(range(1, settings.num_temperatures, _PILOT_STRIDE))
-    for position, t in enumerate(visited):
-        for _ in range(_SETTLE if position == 0 else 1):
+    stride = max(1, settings.num_temperatures // _PILOT_STEPS)
+    visited = range(1, settings.num_temperatures, stride)
+    stay = max(1, _PILOT_STEPS // max(len(visited), 1))
+    for t in visited:
+        for _ in range(stay + _SETTLE * (t == 1)):
             point = target(u, betas[t])
             moved = hmc_step(
                 lambda at, beta=betas[t]: target(at, beta),
@@ -171,7 +181,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
     if not learnt:
         steps = torch.empty(0, len(log_step))
     else:
-        steps = torch.stack(learnt).repeat_interleave(_PILOT_STRIDE, 0)
+        steps = torch.stack(learnt).repeat_interleave(stride, 0)
     return _Path(target, betas, steps, inverse_mass, settings.num_leapfrog)
 
 
@@ -221,6 +231,15 @@ def reduce_forward(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tens
         "log_evidence_se": error if chains > 1 else torch.full_like(error, math.nan),
         "ess": ess,
     }
+
+
+def reduce_reverse(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tensor]:
+    """The upper bound of each datum with its error, from the log weights of reverse chains.
+
+    The chains of a datum share their exact draw, whose part in the error the error leaves out.
+    """
+    found = reduce_forward(-log_weights)
+    return {**found, "log_evidence": -found["log_evidence"]}
 
 
 # --- data from the model --------------------------------------------------------------------------

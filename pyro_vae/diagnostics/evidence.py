@@ -1,31 +1,58 @@
 r"""The log evidence log p(x) of each datum, with what each number bounds and how surely."""
 
 import math
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from pyro_vae.diagnostics.annealing import (
+    Annealing,
+    annealed_weights,
+    reduce_forward,
+    reduce_reverse,
+    simulate,
+)
+from pyro_vae.diagnostics.bridge import Bridging, bridge_columns
+from pyro_vae.diagnostics.chunks import Columns, ChunkPlan, identity_of, plan_chunks, run_chunks
 from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
-from pyro_vae.inference.inspection import inspect_programs
+from pyro_vae.diagnostics.proper import check_proper
+from pyro_vae.diagnostics.quadrature import Quadrature, quadrature_columns
 from pyro_vae.inference.log_weights import effective_sample_size, elbo, importance_bound
+from pyro_vae.inference.potential import inspected_guide, latent_potential
 from pyro_vae.inference.programs import (
     Program,
+    ProgramError,
     ProgramStructure,
     as_arguments,
-    bytes_of_run,
-    map_batch,
     program_scope,
     run_programs,
 )
 from pyro_vae.results import Result, label, make_result, sha256_of
 
-__all__ = ["log_evidence"]
+__all__ = ["METHODS", "log_evidence"]
+
+_CHUNK = 100  # data at once in the methods that run chains
+
+
+@dataclass(frozen=True)
+class _Importance:
+    """Settings of importance sampling.
+
+    Attributes:
+        num_particles: Draws from the guide for each datum.
+    """
+
+    num_particles: int = 1000
+
+    def __post_init__(self) -> None:
+        value = self.num_particles
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"num_particles must be a positive integer, not {value!r}")
 
 
 def log_evidence(
@@ -34,45 +61,70 @@ def log_evidence(
     x: Any,
     *,
     method: str = "importance",
-    num_particles: int = 1000,
     joint: bool = False,
     seed: int = 0,
     max_memory: float = 0.5,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Result:
-    r"""Estimates log p(x) of each datum, with the ELBO and the gap from the same draws.
+    r"""Estimates log p(x) of each datum, and says what each number bounds and how surely.
+
+    ==================  ===================  =====================================================
+    method              log_evidence is      settings (defaults in the class named)
+    ==================  ===================  =====================================================
+    `"importance"`      lower, in expect.    `num_particles`: 1000 draws from the guide
+    `"annealed"`        lower, in expect.    `annealing.Annealing`: `num_chains`, `schedule`, ...
+    `"bidirectional"`   lower, in expect.    the same; an interval for its error besides
+    `"bridge"`          consistent           `bridge.Bridging`: `proposal`, `num_samples`, ...
+    `"quadrature"`      exact                `quadrature.Quadrature`: `tolerance`, `max_points`
+    `"exact"`           exact                none; where the model has a method `log_evidence(x)`
+    ==================  ===================  =====================================================
+
+    Importance sampling gives the ELBO and the gap from the same draws:
 
     .. math:: \log \hat p(x_n) = \log \frac1K \sum_k w_{kn}, \qquad
               w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}
 
-    In expectation this is below log p(x) and rises to it with K. The standard error is that of the
-    delta method,
-    sqrt(1/ESS - 1/K); where k-hat is bad it is unreliable, and the result says for how many data.
+    In expectation this is below log p(x) and rises to it with K; the mean of w itself is unbiased.
+    Annealing carries K chains along a path to the posterior, and its weights obey the same. The
+    standard error is that of the delta method, sqrt(1/ESS - 1/K); where k-hat or ESS is bad it is
+    unreliable, and the result says for how many data.
 
     Args:
         model: The generative program.
-        guide: The program of the approximate posterior; not needed for `"exact"`.
+        guide: The program of the approximate posterior; None where the method can do without one
+            (the prior then takes its place; bridge sampling fits a normal).
         x: The data; a tuple for several arguments, a dict for keywords.
-        method: `"importance"`, or `"exact"` where the model's module has a method
-            `log_evidence(x)`.
-        num_particles: Draws from the guide for each datum, K.
+        method: One of those above.
         joint: True for models with global latents: one number for the full data, a total.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that one chunk of data and particles may take, in GiB.
+        checkpoint: A file that keeps the finished chunks of data; a second call with it goes on
+            where the first stopped, and gives what one call gives.
         progress: Shows a bar on stderr where that is a terminal.
+        **settings: Of the method.
 
     Returns:
-        Variables over `datum`: `log_evidence`, `elbo` and `gap` (log evidence - ELBO, so in
-        expectation at most the true gap), in nats
-        with standard errors `*_se`; `ess` (particles) and `khat`. With `joint` there is no
-        dimension.
+        Variables over `datum`: `log_evidence` in nats with `log_evidence_se`, and the method's
+        diagnostics: `ess` (particles), `khat`, `acceptance`, `rhat`, `quadrature_error`.
+        `"importance"` adds `elbo` and `gap` (log evidence - ELBO, in expectation at most the true
+        gap). `"bidirectional"` adds, for as many data drawn from the model (dimension
+        `simulation`), `simulated_lower` and `simulated_upper`, between which their log evidence
+        lies in expectation, and the mean distance `error_bound`. With `joint` there is no `datum`.
 
     Raises:
-        ProgramError: If the pair has no log weights; see `log_weights`.
+        ProgramError: If the pair has no log weights (see `log_weights`), a latent's prior is
+            improper (names it), or the method cannot do with this pair; says which can.
+        CheckpointError: If `checkpoint` belongs to another run.
         ValueError: If an argument is out of its range, or the model offers no exact evidence.
 
+    Note: the interval of `"bidirectional"` holds for data from the model; real data may be harder.
+
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8; Wu, Burda,
+        Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based generative
+        models, section 3; Meng & Wong (1996), Simulating ratios of normalizing constants.
 
     Example:
         >>> import torch
@@ -83,35 +135,94 @@ def log_evidence(
         >>> exact = log_evidence(model.model, None, x, method="exact")
         >>> bool(abs(found.log_evidence - exact.log_evidence).max() < 1e-4)
         True
+        >>> by_grid = log_evidence(model.model, None, x, method="quadrature")
+        >>> bool(abs(by_grid.log_evidence - exact.log_evidence).max() < 1e-4)
+        True
     """
     if method == "exact":
         return _exact(model, x)
-    if method != "importance":
-        raise ValueError(f"method is {method!r}, but must be 'importance' or 'exact'")
-    if guide is None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, but must be one of {', '.join(_NAMES)}")
+    chosen = METHODS[method]
+    own = _settings_of(chosen.settings, method, settings)
+    if guide is None and method == "importance":
         raise ValueError("importance sampling draws from the guide; pass one")
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-        raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
+    if guide is None and method == "bridge" and own.proposal == "guide":
+        own = Bridging(**{**asdict(own), "proposal": "normal"})
     if not max_memory > 0:
         raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    shown = inspected_guide(model, guide)
+    config = {"method": method, **asdict(own), "joint": joint}
     with torch.no_grad(), program_scope(seed):
-        plan = _plan(model, guide, x, joint, num_particles, max_memory)
-        shown = tqdm(
-            total=plan.num_data, unit="datum", leave=False, disable=None if progress else True
+        check_proper(model, shown, as_arguments(x))
+        plan = plan_chunks(
+            model,
+            shown,
+            x,
+            joint=joint,
+            num_particles=chosen.at_once(own),
+            max_memory=max_memory,
+            max_data=None if method == "importance" else _CHUNK,
         )
-        columns: list[dict[str, Tensor]] = []
-        with shown:
-            for part in plan.parts():
-                weights = torch.cat(
-                    [
-                        _log_weights(model, guide, part, plan.structure, k)
-                        for k in plan.particles(num_particles)
-                    ]
-                )
-                columns.append(_reduce(weights.double()))
-                shown.update(weights.shape[1])
-    found = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    return _result(found, plan.structure, x, num_particles, joint, seed)
+        found = run_chunks(
+            plan,
+            lambda part: chosen.columns(_Task(model, guide, part, joint, seed, plan), own),
+            seed=seed,
+            identity=identity_of(model, shown, x, config, seed) if checkpoint is not None else {},
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    config["subsample_factor"] = plan.structure.scale
+    count = chosen.at_once(own) if chosen.counts else None
+    notes = chosen.notes(found, own)
+    return _result(found, plan.structure, x, config, count, seed, notes)
+
+
+def _settings_of(kind: type, method: str, given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {method!r} has no setting {unknown[0]!r}; it has {', '.join(known)}"
+        )
+    return kind(**given)
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One chunk of data and what is needed to work on it."""
+
+    model: Program
+    guide: Program | None
+    x: Any
+    joint: bool
+    seed: int
+    plan: ChunkPlan
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A way to the evidence."""
+
+    settings: type
+    columns: Callable[[_Task, Any], Columns]
+    notes: Callable[[Columns, Any], list[str]]
+    at_once: Callable[[Any], int]  # draws of a datum that are in memory together
+    counts: bool  # whether that is also the number of particles behind a value
+
+
+def _importance_columns(task: _Task, settings: _Importance) -> Columns:
+    assert task.guide is not None
+    weights = torch.cat(
+        [
+            _log_weights(task.model, task.guide, task.x, task.plan.structure, k)
+            for k in task.plan.particles(settings.num_particles)
+        ]
+    )
+    return _reduce(weights.double())
 
 
 def _log_weights(
@@ -119,7 +230,6 @@ def _log_weights(
 ) -> Float[Tensor, "particles batch"]:
     log_p, log_q, _ = run_programs(model, guide, as_arguments(x), structure, num_particles)
     return log_p - log_q
-
 
 def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Tensor, " batch"]]:
     """Every number of the result from the weights of a chunk of data."""
@@ -144,68 +254,43 @@ def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Te
     }
 
 
-def _result(
-    found: Mapping[str, Tensor],
-    structure: ProgramStructure,
-    x: Any,
-    num_particles: int,
-    joint: bool,
-    seed: int,
-) -> Result:
-    texts = {
-        "log_evidence": ("nats", "lower", "importance-weighted estimate of log p(x)"),
-        "elbo": ("nats", "lower", "evidence lower bound of the guide"),
-        "gap": ("nats", "lower", "log evidence - ELBO, estimates KL(q(z|x) || p(z|x)) from below"),
-        "ess": ("particles", "none", "effective sample size of the importance weights"),
-        "khat": ("none", "none", "Pareto k-hat of the importance weights"),
-    }
-    variables: dict[str, Any] = {}
-    for name, values in found.items():
-        unit, bound, description = texts[name.removesuffix("_se")]
-        attrs = label(
-            unit=unit,
-            bound=bound,
-            reduction=("total" if joint else "per datum")
-            if unit == "nats"
-            else "none"
-            if joint
-            else "per datum",
-            measure=structure.measure if unit == "nats" else None,
-            num_particles=num_particles,
-            description=description,
+def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
+    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
+    found = annealed_weights(potential, settings)
+    return {**reduce_forward(found["forward"]), "acceptance": found["acceptance"].double()}
+
+
+def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
+    columns = _annealed_columns(task, settings)
+    drawn = simulate(task.model, task.x)
+    if settings.start == "guide" and not drawn.replaced:
+        raise ProgramError(
+            "the model's observed data are not among its arguments as they are, so the guide "
+            "cannot be run on simulated data; use start='prior'"
         )
-        variables[name] = ((), values[0], attrs) if joint else ("datum", values, attrs)
-    args, kwargs = as_arguments(x)
-    return make_result(
-        variables,
-        function="log_evidence",
-        config={
-            "method": "importance",
-            "num_particles": num_particles,
-            "joint": joint,
-            "subsample_factor": structure.scale,
-        },
-        seed=seed,
-        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
-        notes=_notes(found["khat"], num_particles),
+    args, kwargs = drawn.arguments
+    potential = latent_potential(
+        drawn.model, task.guide, kwargs if kwargs and not args else args, joint=task.joint
+    )
+    found = annealed_weights(potential, settings, potential.unconstrain(drawn.latents))
+    lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
+    columns["simulated_lower"] = lower["log_evidence"]
+    columns["simulated_lower_se"] = lower["log_evidence_se"]
+    columns["simulated_upper"] = upper["log_evidence"]
+    columns["simulated_upper_se"] = upper["log_evidence_se"]
+    return columns
+
+
+def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
+    seed = int(torch.randint(2**31, ()))
+    return bridge_columns(
+        task.model, task.guide, task.x, settings, joint=task.joint, seed=seed
     )
 
 
-def _notes(khat: Tensor, num_particles: int) -> list[str]:
-    """What must not be parted from the numbers."""
-    threshold = khat_threshold(num_particles)
-    bad = int((~(khat <= threshold)).sum())
-    notes = [
-        "k-hat, ESS and every importance estimate are blind to a mode that the guide never visits."
-    ]
-    if bad:
-        notes.insert(
-            0,
-            f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {len(khat)} data: there "
-            "the log evidence is a lower bound "
-            "whose error is unreliable, not an estimate. More particles or a better guide mend it.",
-        )
-    return notes
+def _quadrature_columns(task: _Task, settings: Quadrature) -> Columns:
+    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
+    return quadrature_columns(potential, settings)
 
 
 def _exact(model: Program, x: Any) -> Result:
@@ -227,58 +312,184 @@ def _exact(model: Program, x: Any) -> Result:
     )
 
 
-# --- chunks ---------------------------------------------------------------------------------------
+# --- what must not be parted from the numbers -----------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How data and particles are cut so that a chunk fits in memory."""
-
-    x: Any
-    structure: ProgramStructure
-    num_data: int
-    data_chunk: int
-    particle_chunk: int
-
-    def parts(self) -> Iterator[Any]:
-        if self.data_chunk == self.num_data:
-            yield self.x
-            return
-        for start in range(0, self.num_data, self.data_chunk):
-            part = slice(start, start + self.data_chunk)
-            yield map_batch(self.x, operator.itemgetter(part))
-
-    def particles(self, num_particles: int) -> list[int]:
-        full, rest = divmod(num_particles, self.particle_chunk)
-        return [self.particle_chunk] * full + [rest] * (rest > 0)
+def _importance_notes(found: Columns, settings: _Importance) -> list[str]:
+    threshold = khat_threshold(settings.num_particles)
+    khat = found["khat"]
+    bad = int((~(khat <= threshold)).sum())
+    notes = [
+        "k-hat, ESS and every importance estimate are blind to a mode that the guide never visits."
+    ]
+    if bad:
+        notes.insert(
+            0,
+            f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {len(khat)} data: there "
+            "the log evidence is a lower bound "
+            "whose error is unreliable, not an estimate. More particles or a better guide mend it.",
+        )
+    return notes
 
 
-def _plan(
-    model: Program, guide: Program, x: Any, joint: bool, num_particles: int, max_memory: float
-) -> _Plan:
-    arguments = as_arguments(x)
-    structure = inspect_programs(
-        model, guide, arguments, joint=joint, num_particles=min(num_particles, 2)
+def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
+    least = max(settings.num_chains / 4, 2.0)
+    bad = int((~(found["ess"] >= least)).sum())
+    notes = []
+    if bad:
+        notes.append(
+            f"fewer than {least:g} of {settings.num_chains} chains are effective for {bad} of "
+            f"{len(found['ess'])} data: there the log evidence is a lower bound whose error is "
+            "unreliable, not an estimate. More temperatures mend it."
+        )
+    slow = int((found["acceptance"] < 0.1).sum())
+    if slow:
+        notes.append(
+            f"fewer than a tenth of the moves were accepted for {slow} of {len(found['ess'])} "
+            "data: there the chains hardly moved. A smaller step_size mends it."
+        )
+    if settings.start == "guide":
+        notes.append("Chains that start from the guide may never reach a mode that it misses.")
+    return notes
+
+
+def _bidirectional_notes(found: Columns, settings: Annealing) -> list[str]:
+    return [
+        *_annealed_notes(found, settings),
+        "error_bound is the mean distance of upper and lower bound on data simulated from the "
+        "model; annealing on real data may err by more.",
+    ]
+
+
+def _bridge_notes(found: Columns, settings: Bridging) -> list[str]:
+    rhat = found["rhat"]
+    bad = int((~(rhat <= 1.05)).sum())
+    notes = [
+        "bridge sampling is consistent and no bound; chains and proposal may both miss a mode."
+    ]
+    if bad:
+        notes.insert(
+            0,
+            f"R-hat is above 1.05 for {bad} of {len(rhat)} data (largest "
+            f"{float(rhat.max()):.3g}): there the estimate and its error are unreliable. Longer "
+            "chains mend it.",
+        )
+    return notes
+
+
+def _quadrature_notes(found: Columns, settings: Quadrature) -> list[str]:
+    bad = int((found["quadrature_error"] > settings.tolerance).sum())
+    if not bad:
+        return []
+    return [
+        f"the quadrature error is above {settings.tolerance:g} nats for {bad} of "
+        f"{len(found['quadrature_error'])} data (largest "
+        f"{float(found['quadrature_error'].max()):.2g}); raise max_points."
+    ]
+
+
+def _no_particles(_settings: Any) -> int:
+    return 500  # grid points or draws that are evaluated together
+
+
+METHODS = {
+    "importance": _Method(
+        _Importance, _importance_columns, _importance_notes, lambda s: s.num_particles, True
+    ),
+    "annealed": _Method(Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True),
+    "bidirectional": _Method(
+        Annealing, _bidirectional_columns, _bidirectional_notes, lambda s: s.num_chains, True
+    ),
+    "bridge": _Method(Bridging, _bridge_columns, _bridge_notes, _no_particles, False),
+    "quadrature": _Method(Quadrature, _quadrature_columns, _quadrature_notes, _no_particles, False),
+}
+"""The sampled and computed methods of `log_evidence`, beside `"exact"`."""
+
+_NAMES = [*(repr(name) for name in METHODS), "'exact'"]
+
+# --- the result -----------------------------------------------------------------------------------
+
+_TEXTS = {
+    "elbo": ("nats", "lower", "evidence lower bound of the guide"),
+    "gap": ("nats", "lower", "log evidence - ELBO, estimates KL(q(z|x) || p(z|x)) from below"),
+    "ess": ("particles", "none", "effective sample size"),
+    "khat": ("none", "none", "Pareto k-hat of the importance weights"),
+    "acceptance": ("none", "none", "mean acceptance probability of the chains"),
+    "rhat": ("none", "none", "largest split R-hat of the posterior chains"),
+    "quadrature_error": ("nats", "none", "estimated error of the quadrature"),
+    "simulated_lower": ("nats", "lower", "log p(x) of data simulated from the model, from below"),
+    "simulated_upper": ("nats", "upper", "log p(x) of data simulated from the model, from above"),
+}
+_OF_EVIDENCE = {
+    "importance": ("nats", "lower", "importance-weighted estimate of log p(x)"),
+    "annealed": ("nats", "lower", "annealed importance sampling; unbiased on the natural scale"),
+    "bidirectional": (
+        "nats",
+        "lower",
+        "annealed importance sampling; unbiased on the natural scale",
+    ),
+    "bridge": ("nats", "none", "bridge sampling; consistent, neither bound"),
+    "quadrature": ("nats", "exact", "log p(x) by quadrature, to the error stated"),
+}
+
+
+def _result(
+    found: Mapping[str, Tensor],
+    structure: ProgramStructure,
+    x: Any,
+    config: Mapping[str, Any],
+    num_particles: int | None,
+    seed: int,
+    notes: list[str],
+) -> Result:
+    joint, method = config["joint"], config["method"]
+    texts = {**_TEXTS, "log_evidence": _OF_EVIDENCE[method]}
+    if method == "quadrature" and bool((found["quadrature_error"] > 1e-6).any()):
+        texts["log_evidence"] = ("nats", "none", "log p(x) by quadrature that has not converged")
+    variables: dict[str, Any] = {}
+    for name, values in found.items():
+        unit, bound, description = texts[name.removesuffix("_se")]
+        attrs = label(
+            unit=unit,
+            bound=bound,
+            reduction=("total" if joint else "per datum")
+            if unit == "nats"
+            else "none"
+            if joint
+            else "per datum",
+            measure=structure.measure if unit == "nats" else None,
+            num_particles=num_particles,
+            description=description,
+        )
+        dims = "simulation" if name.startswith("simulated_") else () if joint else "datum"
+        variables[name] = (dims, values if dims else values[0], attrs)
+    if "simulated_upper" in found:
+        variables |= _error_bound(found, joint, num_particles)
+    args, kwargs = as_arguments(x)
+    return make_result(
+        variables,
+        function="log_evidence",
+        config=config,
+        seed=seed,
+        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        notes=notes,
     )
-    num_data = 1 if joint else structure.batch_size
-    per_particle = max(bytes_of_run(model, guide, arguments) / num_data, 64.0)
-    room = max_memory * 2**30 / per_particle  # particles times data
-    particles = int(min(num_particles, max(room, 1)))
-    data = int(min(num_data, max(room // particles, 1)))
-    part = map_batch(x, lambda a: a[:data])
-    if data < num_data and not _can_slice(model, guide, part, structure, data):
-        data, particles = num_data, int(min(num_particles, max(room / num_data, 1)))
-    return _Plan(x, structure, num_data, data, particles)
 
 
-def _can_slice(
-    model: Program, guide: Program, part: Any, structure: ProgramStructure, length: int
-) -> bool:
-    """Whether the programs take a part of the data as they take all of them."""
-    if structure.scale != 1.0 or structure.batch_dim is None:
-        return False
-    try:
-        found = inspect_programs(model, guide, as_arguments(part), num_particles=1)
-    except (RuntimeError, ValueError, IndexError):  # plates or parameters of a fixed size
-        return False
-    return found.batch_size == length
+def _error_bound(
+    found: Mapping[str, Tensor], joint: bool, num_particles: int | None
+) -> dict[str, Any]:
+    """The mean distance of upper and lower bound over the simulated data."""
+    distance = found["simulated_upper"] - found["simulated_lower"]
+    attrs = label(
+        bound="upper",
+        reduction="total" if joint else "per datum",
+        num_particles=num_particles,
+        description="error of the annealed estimate, bounded on simulated data",
+    )
+    few = len(distance) < 2
+    error = torch.tensor(math.nan) if few else distance.std() / math.sqrt(len(distance))
+    return {
+        "error_bound": ((), distance.mean(), attrs),
+        "error_bound_se": ((), error, attrs),
+    }

@@ -757,68 +757,81 @@ def _generalized(
 
 
 def _fit_generalized(model: Any, x: Any, settings: _Settings) -> EMFit:
-    """Generalised EM on any program; a mixture's is its `model`."""
-    owner = model if isinstance(model, StatisticsModel) else None
-    guide: Program = no_guide
-    starts = 1
-    if owner is not None:
-        model, guide = owner.model, owner.guide
-        starts = settings.num_restarts
-        problem = owner.prepare(x)
-    elif not callable(model):
-        raise ValueError(f"the model is called as model(x), but {type(model).__name__} cannot be")
-    best: tuple[float, dict[str, Any], Any] | None = None
-    ends = []
-    start, model, guide = unwrap_programs(model, guide)
-    for attempt in range(starts):
-        if owner is not None and settings.initialization != "given":
+    """Generalised EM on any program; a mixture's is its `model`, from any number of starts."""
+    if not isinstance(model, StatisticsModel):
+        if not callable(model):
+            raise ValueError(
+                f"the model is called as model(x), but {type(model).__name__} cannot be"
+            )
+        reached, state, values, measure = _climb_once(model, no_guide, x, settings)
+        return _generalized_fit(
+            (model, no_guide), reached, state, values, measure, _config(model, settings, x)
+        )
+    problem = model.prepare(x)
+    ends: list[float] = []
+    best: tuple[Any, Any, Any] | None = None
+    for attempt in range(settings.num_restarts):
+        if settings.initialization != "given":
             generator = _stream(settings.seed, attempt)
             problem.write(problem.initialize(settings.initialization, generator))
-        with program_scope(settings.seed), torch.enable_grad():
-            store = pyro.get_param_store()
-            given = store.get_state()
-            own = {n: v.detach().clone().requires_grad_() for n, v in given["params"].items()}
-            store.set_state({"params": own, "constraints": given["constraints"]})
-            store.set_state(start)
-            program = EnumeratedProgram(model, x)
-            record = HalfSteps(float(program.length))
-            with deferred_interrupt() as interrupted:
-                reached = _drive(
-                    _generalized(program, record, settings),
-                    settings,
-                    record.total_weight,
-                    interrupted,
-                )
-            if owner is not None:
-                with torch.no_grad(), keep_random_state():
-                    guide(*program.arguments[0], **program.arguments[1])
-            state = {
-                part: {n: v for n, v in values.items() if n not in program.foreign}
-                for part, values in store.get_state().items()
-            }
-            values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
-            measure = problem.measure if owner is not None else measure_of(program.elbo.trace)
-        ends.append(reached.objective / program.length)
-        kept = problem.read() if owner is not None else None
-        if best is None or reached.objective > best[0]:
-            best = reached.objective, {"state": state, "values": values, "reached": reached}, kept
+        reached, state, _, _ = _climb_once(model.model, model.guide, x, settings)
+        ends.append(reached.objective / problem.total_weight)
+        if best is None or reached.objective > best[0].objective:
+            best = reached, state, problem.read()
+        if reached.status == "interrupted":
+            break
     assert best is not None
-    _, found, kept = best
-    if owner is not None:
-        problem.write(kept)
-        found["values"] = {n: v.detach().clone() for n, v in owner.fitted_values().items()}
-    reached = found["reached"]
-    config = _config(owner or model, settings, x)
-    config["fit_em"] |= {
-        "converged": reached.converged,
-        "final_bounds": ends,
-        "gap": "difference",
-    }
+    reached, state, parameters = best
+    problem.write(parameters)
+    values = {name: v.detach().clone() for name, v in model.fitted_values().items()}
+    config = _config(model, settings, x)
+    config["fit_em"]["final_bounds"] = ends
+    return _generalized_fit(
+        (model.model, model.guide), reached, state, values, problem.measure, config
+    )
+
+
+def _climb_once(
+    model: Program, guide: Program, x: Any, settings: _Settings
+) -> tuple[_Reached, dict[str, Any], dict[str, Tensor], str]:
+    """One start: where it ended, the parameter store there, its values, what the data are."""
+    start, model, guide = unwrap_programs(model, guide)
+    with program_scope(settings.seed), torch.enable_grad():
+        store = pyro.get_param_store()
+        given = store.get_state()
+        own = {n: v.detach().clone().requires_grad_() for n, v in given["params"].items()}
+        store.set_state({"params": own, "constraints": given["constraints"]})
+        store.set_state(start)
+        program = EnumeratedProgram(model, x)
+        record = HalfSteps(float(program.length))
+        algorithm = _generalized(program, record, settings)
+        with deferred_interrupt() as interrupted:
+            reached = _drive(algorithm, settings, record.total_weight, interrupted)
+        with torch.no_grad(), keep_random_state():  # registers what the guide has of its own
+            guide(*program.arguments[0], **program.arguments[1])
+        state = {
+            part: {n: v for n, v in values.items() if n not in program.foreign}
+            for part, values in store.get_state().items()
+        }
+        values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
+    return reached, state, values, measure_of(program.elbo.trace)
+
+
+def _generalized_fit(
+    programs: tuple[Program, Program],
+    reached: _Reached,
+    state: dict[str, Any],
+    values: dict[str, Tensor],
+    measure: str,
+    config: dict[str, Any],
+) -> EMFit:
+    config["fit_em"] |= {"converged": reached.converged, "gap": "difference"}
+    _, model, guide = unwrap_programs(*programs)
     return EMFit(
-        model=FittedProgram(model, found["state"]),
-        guide=FittedProgram(guide, found["state"]),
+        model=FittedProgram(model, state),
+        guide=FittedProgram(guide, state),
         history=reached.record.result(config, measure),
         config=config,
-        parameters=found["values"],
+        parameters=values,
         status=reached.status,
     )

@@ -21,7 +21,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.inference.inspection import inspect_programs, is_delta
@@ -50,6 +50,7 @@ __all__ = [
     "inspected_guide",
     "latent_potential",
     "prior_guide",
+    "support_of",
 ]
 
 
@@ -254,12 +255,24 @@ class Potential:
         padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
         return shaped.reshape(chains, *padding, *shaped.shape[1:])
 
+    def unconstrain(self, latents: dict[str, Tensor]) -> Float[Tensor, "1 batch dim"]:
+        """One draw of the latents, by site as a run of the model has them, as a flat vector."""
+        args, kwargs = self._arguments
+        given = self._fixed.copy()
+        for name in self.structure.latents:
+            given.add_node(
+                name, type="sample", value=latents[name], infer={}, is_observed=False
+            )
+        with torch.no_grad(), pyro.validation_enabled(False):
+            program = poutine.replay(self._plain_model, trace=given)
+            return self.flatten(poutine.trace(program).get_trace(*args, **kwargs), 1)
+
     def flatten(self, trace: Trace, chains: int) -> Tensor:
         """Unconstrained latents of a run, `[chains, batch, dim]`."""
         columns = []
         for layout in self._layouts:
             site = trace.nodes[layout.name]
-            free = _finite(biject_to(site["fn"].support).inv(site["value"]))
+            free = _finite(biject_to(support_of(site["fn"])).inv(site["value"]))
             shape = (*layout.plates, *layout.free_event)
             if chains > 1:
                 padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
@@ -387,12 +400,26 @@ class _AtUnconstrained(Messenger):
         if msg["name"] not in self.values:
             return
         free = self.values[msg["name"]]
-        transform = biject_to(msg["fn"].support)
+        transform = biject_to(support_of(msg["fn"]))
         value = transform(free)
         log_jacobian = transform.log_abs_det_jacobian(free, value)
         extra = log_jacobian.dim() - value.dim() + len(msg["fn"].event_shape)
         self.log_jacobians[msg["name"]] = sum_rightmost(log_jacobian, extra)
         msg["value"], msg["done"] = value, True
+
+
+def support_of(fn: Any) -> Any:
+    """A distribution's support; of a mixture it is that of its components."""
+
+    def unwrapped(support: Any) -> Any:
+        if isinstance(support, constraints.independent):
+            base = unwrapped(support.base_constraint)
+            return constraints.independent(base, support.reinterpreted_batch_ndims)
+        if isinstance(support, constraints.MixtureSameFamilyConstraint):
+            return unwrapped(support.base_constraint)
+        return support
+
+    return unwrapped(fn.support)
 
 
 def _innermost(fn: Any) -> Any:
@@ -432,7 +459,7 @@ def _transform_of(name: str, fn: Any) -> Any:
             "pyro.deterministic, or condition the model on it"
         )
     try:
-        support = fn.support
+        support = support_of(fn)
         if support.is_discrete:
             raise ProgramError(
                 f"the model's latent site '{name}' is discrete ({type(fn).__name__}), so its log "
@@ -513,7 +540,7 @@ class Tempered:
         """Evaluates the target at `u`; never gives a nan."""
         self.evaluations += 1
         weight = torch.as_tensor(beta, dtype=u.dtype, device=u.device)
-        u = u.detach()
+        u = u.detach().contiguous()  # a captured graph knows the strides it was captured with
         if self._capture and len(u) not in self._captured:
             self._captured[len(u)] = self._try_capture(u, weight)
         run = self._captured.get(len(u)) or self._evaluate

@@ -66,7 +66,7 @@ _NOISE_SITE = "_refitted_noise"
 # Steps: particles in each, steps in a window, windows without a rise before the rate falls, by how
 # much it falls, and how often before a datum counts as converged.
 _DRAWS, _WINDOW, _PATIENCE, _DECAY, _STAGES = 16, 20, 3, 0.2, 3
-_SELECTION_DRAWS = 128  # fresh draws that choose among the start, the last and the mean iterate
+_SELECTION_DRAWS = 256  # fresh draws that choose among the start, the last and the mean iterate
 _COUPLINGS, _COUPLING_UNITS = 4, 16
 _BINS, _SPLINE_BOUND = 8, 4.0
 
@@ -847,7 +847,7 @@ def _choose(
     candidates: Sequence[dict[str, Tensor]],
     max_memory: float,
 ) -> tuple[dict[str, Tensor], Float[Tensor, " batch"]]:
-    """The best candidate for each datum, by its ELBO on the same draws."""
+    """The best candidate for each datum, by its ELBO on draws in common."""
     trials = [replace(guide, values={**guide.values, **values}) for values in candidates]
     weights = paired_log_weights(model, trials, arguments, structure, _SELECTION_DRAWS, max_memory)
     means = torch.stack([w.mean(0).nan_to_num(-math.inf, math.inf, -math.inf) for w in weights])

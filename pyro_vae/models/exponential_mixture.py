@@ -177,6 +177,9 @@ class ExponentialMixture(nn.Module, ABC):
     def guide(self, x: Float[Tensor, "batch features"]) -> None:
         """The posterior of the component, exact or amortised, as a program.
 
+        `TraceEnum_ELBO` sums over it; `Trace_ELBO` samples it, and warns of the mark for
+        enumeration unless the mixture was built with `enumerate=False`.
+
         Raises:
             ValueError: As `model`.
         """

@@ -7,7 +7,7 @@ probability of binary pixels and a density of grey ones are different things.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, final
 
@@ -585,7 +585,7 @@ class _Levels(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         return _GreyGrid(self.log_probs.shape[-1])
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_Levels":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_Levels":
         new = self._get_checked_instance(_Levels, _instance)
         new.log_probs = self.log_probs.expand((*batch_shape, -1))
         super(_Levels, new).__init__(torch.Size(batch_shape), validate_args=False)
@@ -629,7 +629,7 @@ class _Logistics(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         return _GreyGrid(self.levels)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_Logistics":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_Logistics":
         new = self._get_checked_instance(_Logistics, _instance)
         for name in ("locs", "scales", "log_weights"):
             setattr(new, name, getattr(self, name).expand((*batch_shape, -1)))

@@ -30,9 +30,7 @@ __all__ = [
     "weighted_sum",
 ]
 
-_CHUNK_NUMBERS = (
-    1 << 17
-)  # float64 numbers of a chunk's largest array: 1 MiB stays in a core's cache
+_CHUNK_NUMBERS = 1 << 18  # float64 numbers of a chunk's largest array: 2 MiB, a cache's size
 _MIN_CHUNK, _MAX_CHUNK = 512, 8192  # data in a chunk: products of fewer are slow
 _KEEP_NUMBERS = 1 << 25  # standardised data of up to 256 MiB are kept; larger ones made chunkwise
 _STARVED = 1e-8  # data; a component with fewer has no location
@@ -352,15 +350,15 @@ class MixtureProblem(ABC):
     @torch.no_grad()
     def statistics(
         self,
-        q: Float[Tensor, "rows components"],
+        q: Float[Tensor, "rows components"] | Int[Tensor, " rows"],
         rows: Int[Tensor, " rows"] | None = None,
         *,
         about: Float[Tensor, "components features"] | None = None,
     ) -> Statistics:
-        """Sufficient statistics under any q."""
+        """Sufficient statistics under any q, or with each datum in the one component given."""
         values: Tensor | None = None
         for place, chunk in self._chunks(rows):
-            part = q[place].mT
+            part = self._columns(q[place])
             part = part if chunk.weights is None else part * chunk.weights
             sums = self._sums(chunk, part, about)
             values = sums if values is None else values.add_(sums)
@@ -429,20 +427,25 @@ class MixtureProblem(ABC):
             return self._kept[:, index]
         return self._standardise(self._x[index])
 
-    def _nearest(self, centres: Tensor) -> Float[Tensor, "batch components"]:
-        """One for the nearest centre of each datum, zero for the others."""
+    def _columns(self, q: Tensor) -> Float[Tensor, "components rows"]:
+        """A q, or labels, with a column a datum."""
+        return (q if q.dim() == 2 else one_hot(q, self.num_components)).mT
+
+    def _nearest(self, centres: Tensor) -> Int[Tensor, " batch"]:
+        """The nearest centre of each datum."""
         parts = []
         for _, chunk in self._chunks(None, width=max(self.mixture.dim, len(centres))):
             scores = torch.addmm(-0.5 * centres.square().sum(1, keepdim=True), centres, chunk.x)
             parts.append(scores.argmax(0))
-        return one_hot(torch.cat(parts), len(centres))
+        return torch.cat(parts)
 
     def _lloyd_step(self, centres: Tensor) -> Tensor:
         """Each centre in the mean of its data; where it has none, it stays."""
-        q = self._nearest(centres)
+        labels = self._nearest(centres)
         total, count = torch.zeros_like(centres), centres.new_zeros(len(centres))
         for place, chunk in self._chunks(None):
-            part = q[place].mT if chunk.weights is None else q[place].mT * chunk.weights
+            part = self._columns(labels[place])
+            part = part if chunk.weights is None else part * chunk.weights
             total += part @ chunk.x.mT
             count += part.sum(1)
         return torch.where(count[:, None] > 0, total / count.clamp(min=_STARVED)[:, None], centres)

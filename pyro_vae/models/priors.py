@@ -288,7 +288,7 @@ class _Mixture(dist.TorchDistribution):
         self.log_weights, self.components = log_weights, components
         super().__init__(batch_shape, components.event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_Mixture":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_Mixture":
         new = self._get_checked_instance(_Mixture, _instance)
         _Mixture.__init__(
             new, self.log_weights, self.components, torch.Size(batch_shape), validate_args=False
