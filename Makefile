@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo lock clean
+.PHONY: help venv test lint demo elbo_estimators lock clean
 
 PYTHON ?=
 ARGS ?=
@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 UV_VERSION := uv>=0.8,<1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z_]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Build .venv with the exact versions of requirements.lock
 
@@ -65,6 +65,9 @@ lint: $(STAMP) ## Check style, format and types
 
 demo: $(STAMP) ## Run the demonstration
 	$(BIN)/pyro-vae demo
+
+elbo_estimators: $(STAMP) ## Measure which ELBO estimator to train with (ARGS=--full for the long run)
+	$(BIN)/python -m analyses.elbo_estimators $(ARGS)
 
 # What conda installs is Python itself; the rest goes through pip with the very requirements of pyproject.toml,
 # because conda's names and builds of torch differ and tests could not compare them.

@@ -22,15 +22,14 @@ from matplotlib.figure import Figure
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
+from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.enumeration import enumerated_bound
 from pyro_vae.diagnostics.equal_time import train_at_equal_time, training_rows
 from pyro_vae.diagnostics.recommendations import estimator_rows, recommend_estimators, slope_rows
-from pyro_vae.files import atomic_path
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.models.toys import BinaryLatents, RainforthToy
-from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
 from pyro_vae.plots import plot_estimator_cost, plot_evidence_by_estimator, plot_signal_to_noise
 from pyro_vae.results import Result
 from pyro_vae.runs import load_training_data
@@ -68,40 +67,22 @@ THEORY = {  # Rainforth et al. (2018), theorem 1; Tucker et al. (2019), section 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; the defaults take under five minutes on two cores.
+    """How much is measured; the defaults take under five minutes on two cores."""
 
-    Attributes:
-        repeats: Gradients of each estimator on the small models and the toy.
-        vae_repeats: Gradients of each estimator on the VAE.
-        toy_copies: Independent copies of the toy's datum in a gradient.
-        toy_particles: The numbers of particles on the toy.
-        particles: The numbers of particles elsewhere.
-        hidden: Hidden units of the VAE.
-        latent_dim: Latents of the VAE.
-        epochs: Epochs that the VAE is trained before its gradients are measured.
-        trained: The estimators and numbers of particles to train with.
-        train_seconds: Processor time of each training at equal time.
-        timing_rounds: How often an epoch of each is timed; the least time counts.
-        train_seeds: Trainings of each estimator.
-        evidence_particles: Particles of the test evidence.
-        test_data: At most so many test data.
-        seed: Seeds everything.
-    """
-
-    repeats: int = 200
+    repeats: int = 200  # gradients of each estimator on the small models and the toy
     vae_repeats: int = 100
-    toy_copies: int = 400
+    toy_copies: int = 400  # of the toy's datum in a gradient
     toy_particles: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    particles: tuple[int, ...] = (2, 8, 32)
+    particles: tuple[int, ...] = (2, 8, 32)  # elsewhere
     hidden: tuple[int, ...] = (100,)
     latent_dim: int = 8
-    epochs: int = 30
+    epochs: int = 30  # of the VAE before its gradients are measured
     trained: tuple[tuple[str, int], ...] = TRAINED
-    train_seconds: float = 3.0
-    timing_rounds: int = 3
+    train_seconds: float = 3.0  # processor time of each training at equal time
+    timing_rounds: int = 3  # an epoch of each is timed so often; the least time counts
     train_seeds: int = 2
     evidence_particles: int = 1000
-    test_data: int = 360
+    test_data: int = 360  # at most so many
     seed: int = 0
 
 
@@ -283,17 +264,7 @@ def recommendation_rows(parts: Mapping[str, Result]) -> list[dict[str, str]]:
     return rows
 
 
-def as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as an aligned table."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-# --- figures and page -----------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------
 
 
 def snr_figure(result: Result, title: str) -> Figure:
@@ -314,32 +285,6 @@ def cost_figure(parts: Mapping[str, Result]) -> Figure:
         plot_estimator_cost(result, ax)
         ax.set_title(title)
     return figure
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page."""
-
-    name: str
-    title: str
-    text: str
-    tables: tuple[list[dict[str, str]], ...] = ()
-    figure: Figure | None = None
-    notes: tuple[str, ...] = ()
-
-
-def write_page(path: Path, sections: Sequence[Section], made: str) -> None:
-    """One HTML file that needs no network."""
-    page = Page("Which ELBO estimator to train with")
-    for section in sections:
-        page.add(Heading(section.title), Paragraph(section.text))
-        if section.figure is not None:
-            page.add(Picture(section.figure, section.title))
-        page.add(*(Table(list(t[0]), [list(row.values()) for row in t]) for t in section.tables))
-        page.add(*(Paragraph(note) for note in section.notes))
-    page.add(Heading("How it was made"), Paragraph(made))
-    page.add(Verbatim("python -m analyses.elbo_estimators"))
-    page.save(path)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -367,22 +312,19 @@ def run(
     trained.save(out / "training.nc")
     sections = describe(measured, trained, data)
     for section in sections:
-        if section.figure is not None:
-            with atomic_path(out / f"{section.name}.png") as temporary:
-                temporary.write_bytes(figure_png(section.figure))
         say(f"\n## {section.title}\n{section.text}\n")
         for rows in section.tables:
             say(f"{as_text(rows)}\n")
-    page = out / "report.html"
     made = trained.provenance
-    write_page(
-        page,
+    return save_sections(
+        out,
+        "Which ELBO estimator to train with",
         sections,
         f"pyro_vae {made['version']}, torch {made['torch']}, {made['created']}, seed "
         f"{settings.seed}, one thread; {settings.repeats} gradients of each estimator "
         f"({settings.vae_repeats} on the VAE).",
+        "python -m analyses.elbo_estimators",
     )
-    return page
 
 
 def describe(measured: Mapping[str, Result], trained: Result, data: Dataset) -> list[Section]:

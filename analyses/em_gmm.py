@@ -71,7 +71,7 @@ class Settings:
     snapshots: tuple[int, ...] = (1, 2, 5, 20)
     max_iterations: int = 500
     num_starts: int = 30
-    start_iterations: int = 150
+    start_iterations: int = 400
     max_components: int = 7
     num_restarts: int = 10
     agreement_iterations: int = 20
@@ -328,13 +328,13 @@ def staircase_figure(history: xr.Dataset) -> Figure:
     """The staircase, and the parts of log p(x) in its first half steps."""
     figure = Figure(figsize=(13.0, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    plot_half_steps(history, left)
-    first = history.isel(step=slice(0, 7))
+    plot_half_steps(history, left, first=FIRST_SHOWN)
+    shown = history.isel(step=slice(FIRST_SHOWN, FIRST_SHOWN + 7))
     names = [
-        f"{phase} step {n}" if n else "E step at the start"
-        for phase, n in zip(first["phase"].values, first["iteration"].values, strict=True)
+        f"{phase} step {n}"
+        for phase, n in zip(shown["phase"].values, shown["iteration"].values, strict=True)
     ]
-    plot_evidence_parts(first, names, right, title="log p(x) = ELBO + KL, half step by half step")
+    plot_evidence_parts(shown, names, right, title="log p(x) = ELBO + KL, half step by half step")
     return figure
 
 
@@ -366,12 +366,12 @@ def parameter_rows(mixture: GaussianMixture) -> list[list[str]]:
     return [
         [
             str(k + 1),
-            f"{float(weight):.4f}",
+            f"{weight:.4f}",
             ", ".join(f"{v:.3f}" for v in loc.tolist()),
             ", ".join(f"{v:.3f}" for v in deviation.tolist()),
         ]
         for k, (weight, loc, deviation) in enumerate(
-            zip(mixture.weights, mixture.locs, deviations, strict=True)
+            zip(mixture.weights.tolist(), mixture.locs, deviations, strict=True)
         )
     ]
 
@@ -408,6 +408,7 @@ def choice_rows(choice: Result, count: int = 5) -> list[list[str]]:
     return rows
 
 
+FIRST_SHOWN = 2  # the half step where the staircase begins: the first iteration dwarfs the others
 AGREEMENT = ("covariance", "ours, nats", "scikit-learn, nats", "difference")
 CHOICE = ("covariance", "K", "BIC", "above the lowest", "log p(x), total")
 
@@ -504,7 +505,8 @@ def page_parts(
             f"find the same one. With {sample.crowded} components they do not: {len(ends)} random "
             f"starts ended between {ends.min():.4f} and {ends.max():.4f} nats per datum, and "
             f"{near} of them within 0.001 of the best. The bound never fell in any of them; that "
-            "alone says nothing about which hill it is. Hence num_restarts in fit_em, which keeps the best."
+            "alone says nothing about which hill it is. Hence num_restarts in fit_em, which keeps "
+            "the best."
         ),
         Picture(figures["optima"], "Left: paths of all starts. Right: two ends."),
         Heading("How many components?"),

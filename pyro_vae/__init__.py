@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyro_vae.data import load_dataset
     from pyro_vae.diagnostics.evidence import log_evidence
+    from pyro_vae.diagnostics.gap import elbo_gap
     from pyro_vae.diagnostics.gradients import compare_estimators
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
@@ -27,6 +28,7 @@ __all__ = [
     "GaussianMixture",
     "LinearGaussian",
     "compare_estimators",
+    "elbo_gap",
     "fit",
     "fit_em",
     "load_dataset",
@@ -41,6 +43,7 @@ _HOME = {
     "GaussianMixture": "pyro_vae.models",
     "LinearGaussian": "pyro_vae.models",
     "compare_estimators": "pyro_vae.diagnostics.gradients",
+    "elbo_gap": "pyro_vae.diagnostics.gap",
     "fit": "pyro_vae.inference.svi",
     "fit_em": "pyro_vae.inference.em",
     "load_dataset": "pyro_vae.data",

@@ -679,6 +679,7 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
         Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, figure 1.
     """
     named = {"": ledgers} if isinstance(ledgers, Result) else ledgers
+    alone = ax is None
     ax = _axes(ax, (7.4, 0.5 * len(named) + 1.9))
     places = np.arange(len(named))
     left = np.zeros(len(named))
@@ -709,14 +710,23 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
                 label=f"closed up to here by {text}",
             )
     for place, end, ledger in zip(places, left, named.values(), strict=True):
-        ax.text(float(end), float(place), f"  ELBO {ledger.quantity('elbo').value:.2f}", va="center", zorder=4)
+        ax.text(
+            float(end),
+            float(place),
+            f"  ELBO {ledger.quantity('elbo').value:.2f}",
+            va="center",
+            zorder=4,
+        )
     ax.set_yticks(places, list(named))
     ax.invert_yaxis()
     ax.set_xlim(min(0.0, *left), 1.28 * max(*left, 1e-9))
     ax.set_xlabel("log evidence - ELBO, nats per datum")
     ax.set_title("Where the ELBO falls short")
     ax.grid(alpha=0.25, lw=0.6, axis="x")
-    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2)
+    if alone:
+        ax.figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+    else:
+        ax.legend(fontsize="small")
     return ax
 
 
@@ -736,8 +746,8 @@ def plot_widest_gaps(
         num_images: How many, from the widest on.
 
     Returns:
-        A figure with a panel for each image: above it the gap, below it the parts of
-        amortisation (a) and approximation (f, of the family).
+        A figure with a panel for each image: above it the gap, below it its parts, the
+        encoder's (amortisation) and the family's (approximation).
 
     Raises:
         ValueError: If ledger and data differ in length, or rows are no such images.
@@ -750,7 +760,7 @@ def plot_widest_gaps(
     order = np.argsort(-ledger["gap"].values)[:num_images]
     columns = min(6, len(order))
     rows = math.ceil(len(order) / columns)
-    figure = Figure(figsize=(1.35 * columns, 1.75 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.35 * columns, 1.9 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for panel in panels[len(order) :]:
         panel.axis("off")
@@ -760,6 +770,6 @@ def plot_widest_gaps(
         ax.imshow(images[i].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         parts = [float(ledger[name][i]) for name in ("amortization_gap", "approximation_gap")]
         ax.set_title(f"{float(ledger['gap'][i]):.1f}", fontsize="medium")
-        ax.set_xlabel(f"a {parts[0]:.1f}, f {parts[1]:.1f}", fontsize="small")
+        ax.set_xlabel("encoder {:.1f}\nfamily {:.1f}".format(*parts), fontsize="small")
     figure.suptitle("The widest gaps, nats", fontsize="medium")
     return figure

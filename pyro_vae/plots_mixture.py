@@ -188,7 +188,9 @@ def _name_features(ax: Axes, features: tuple[int, int], names: Sequence[str]) ->
 # --- the bound ------------------------------------------------------------------------------------
 
 
-def plot_half_steps(history: xr.Dataset, ax: Axes | None = None, *, num_steps: int = 13) -> Axes:
+def plot_half_steps(
+    history: xr.Dataset, ax: Axes | None = None, *, first: int = 0, num_steps: int = 13
+) -> Axes:
     """Plots the staircase of E and M steps under the log-likelihood.
 
     M steps raise log p(x) (the upper line) and, by less, the bound; what opens between them is the
@@ -197,16 +199,17 @@ def plot_half_steps(history: xr.Dataset, ax: Axes | None = None, *, num_steps: i
     Args:
         history: Of `fit_em`, dimension `step`.
         ax: Where to draw; a new figure if None.
-        num_steps: The first so many rows are shown.
+        first: The half step to begin with.
+        num_steps: So many rows are shown.
 
     Returns:
         The axes, with a line for log p(x) and one for each half step of the bound.
     """
     ax = _axes(ax, (7.2, 4.6))
-    chosen = history.isel(step=slice(0, num_steps))
+    chosen = history.isel(step=slice(first, first + num_steps))
     step, evidence = chosen["step"].values, chosen["log_evidence"].values
     bound, phase = chosen["bound"].values, chosen["phase"].values
-    ax.plot(step, evidence, color=_GREY, lw=1.2, marker="_", ms=14, mew=2, label="log p(x)")
+    ax.plot(step, evidence, color=_GREY, lw=1.6, label="log p(x)")
     ax.fill_between(step, bound, evidence, color=_GREY, alpha=0.2, lw=0, label="KL")
     named = set()
     for i in range(1, len(step)):
@@ -385,12 +388,22 @@ def plot_restarts(
     ends = paths[:, -1]
     room = max(float(ends.max() - np.median(paths[:, min(2, len(iteration) - 1)])), 1e-3)
     ax.set_ylim(float(ends.max()) - 1.3 * room, float(ends.max()) + 0.1 * room)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(left=1)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("iteration of EM")
     ax.set_ylabel("log p(x), nats per datum")
     ax.set_title(title)
     ax.grid(alpha=0.25, lw=0.6)
-    ax.legend(fontsize="small", title="where starts ended", title_fontsize="small")
+    ax.legend(
+        fontsize="small",
+        title="where how many starts ended",
+        title_fontsize="small",
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        frameon=False,
+    )
     return ax
 
 

@@ -1,6 +1,8 @@
 """Annealed importance sampling, forward and back, against closed forms."""
 
 import math
+from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +21,7 @@ from pyro_vae.diagnostics.annealing import (
 )
 from pyro_vae.inference.hmc import Transition
 from pyro_vae.inference.log_weights import importance_bound
-from pyro_vae.inference.potential import latent_potential
+from pyro_vae.inference.potential import Potential, Tempered, latent_potential
 from pyro_vae.inference.programs import ProgramError, program_scope
 from pyro_vae.models import VAE, LinearGaussian
 
@@ -98,7 +100,7 @@ def test_result_is_within_its_errors_and_labelled(linear, x):
     assert ((found.acceptance > 0.4) & (found.acceptance < 0.9)).all()
 
 
-def test_beats_importance_sampling_at_equal_budget_where_the_guide_is_poor():
+def test_beats_importance_sampling_at_equal_budget_where_the_guide_is_poor(monkeypatch):
     """A peaked posterior and a guide that sits beside it; model evaluations are counted."""
     latent_dim = 16
     weight = torch.randn(20, latent_dim, generator=torch.Generator().manual_seed(3)) / 4
@@ -114,28 +116,24 @@ def test_beats_importance_sampling_at_equal_budget_where_the_guide_is_poor():
     settings = Annealing(num_chains=chains, num_temperatures=200, num_leapfrog=4)
     evaluations = 0
 
+    plain = Potential.log_densities
+
+    def counting(self, u, start="prior"):
+        nonlocal evaluations
+        evaluations += len(u)
+        return plain(self, u, start)
+
+    monkeypatch.setattr(Potential, "log_densities", counting)
+    monkeypatch.setattr(annealing, "Tempered", partial(Tempered, capture=False))
     with torch.no_grad(), program_scope(0):
         potential = latent_potential(linear.model, poor, x)
-        plain = potential.log_densities
-
-        def counting(u, start="prior"):
-            nonlocal evaluations
-            evaluations += len(u)
-            return plain(u, start)
-
-        potential.log_densities = counting
-        annealing_target = annealing.Tempered
-        try:
-            annealing.Tempered = lambda p, start: annealing_target(p, start, capture=False)
-            annealed = reduce_forward(annealed_weights(potential, settings)["forward"])
-        finally:
-            annealing.Tempered = annealing_target
+        annealed = reduce_forward(annealed_weights(potential, settings)["forward"])
     with torch.no_grad():
         bound = importance_bound(log_weights(linear.model, poor, x, evaluations, seed=0))
     exact = linear.log_evidence(x).detach()
     assert evaluations > 200 * chains
     assert (annealed["log_evidence"].mean() - bound.mean()) > 0.5
-    assert (exact - annealed["log_evidence"]).mean().abs() < 0.5
+    assert (exact - annealed["log_evidence"]).mean() < (exact - bound).mean() / 2
 
 
 def bidirectional(linear, x, **settings):
@@ -152,7 +150,7 @@ def bidirectional(linear, x, **settings):
 
 def test_the_interval_covers_the_truth_and_catches_chains_that_do_not_move(linear, monkeypatch):
     x = torch.zeros(40, D)
-    settings = {"num_chains": 8, "num_temperatures": 60, "num_leapfrog": 4}
+    settings: dict[str, Any] = {"num_chains": 8, "num_temperatures": 60, "num_leapfrog": 4}
     lower, upper, exact = bidirectional(linear, x, **settings)
     low_error, high_error = ((exact - t).std() / math.sqrt(len(x)) for t in (lower, upper))
     assert lower.mean() < exact.mean() + STANDARD_ERRORS * low_error
@@ -170,7 +168,7 @@ def test_the_interval_covers_the_truth_and_catches_chains_that_do_not_move(linea
 
 
 def test_bidirectional_result(linear, x):
-    settings = {"num_chains": 4, "num_temperatures": 30, "num_leapfrog": 3}
+    settings: dict[str, Any] = {"num_chains": 4, "num_temperatures": 30, "num_leapfrog": 3}
     found = log_evidence(linear.model, None, x, method="bidirectional", **settings)
     assert found.simulated_upper.sizes == {"simulation": N}
     gap = found.quantity("error_bound")
@@ -198,7 +196,7 @@ def test_simulated_data_follow_the_model(linear):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("score", -((x - z) ** 2))
 
-    with pytest.raises(ProgramError, match="'score' is a pyro.factor"):
+    with pytest.raises(ProgramError, match=r"'score' is a pyro\.factor"):
         log_evidence(with_factor, None, torch.zeros(3), method="bidirectional", num_temperatures=2)
 
 
@@ -219,7 +217,7 @@ def test_one_chain_one_temperature_one_datum_and_an_impossible_one():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("x", torch.where(x > 100, 0.0 * z, 1.0).log())
 
-    small = {"method": "annealed", "num_chains": 1, "num_temperatures": 1}
+    small: dict[str, Any] = {"method": "annealed", "num_chains": 1, "num_temperatures": 1}
     one = log_evidence(model, None, torch.tensor([1.0]), **small)
     assert one.log_evidence.values.tolist() == [0.0]
     assert math.isnan(one.log_evidence_se[0])

@@ -1,7 +1,8 @@
-"""Log evidence by importance sampling against the closed form of the linear-Gaussian model."""
+"""Log evidence: importance sampling against closed forms, and what all methods share."""
 
 import itertools
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.diagnostics.evidence_table import evidence_table
+from pyro_vae.inference.checkpoint import CheckpointError, save_tensors
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.models import VAE, LinearGaussian
 
@@ -112,7 +115,7 @@ def test_bound_rises_with_particles_and_stays_below_in_expectation(linear, x):
 
 
 def test_chunks_only_change_the_draws(linear, x):
-    run = {"num_particles": 3000, "progress": False}
+    run: dict[str, Any] = {"num_particles": 3000, "progress": False}
     whole = log_evidence(linear.model, linear.best_diagonal_guide, x, **run)
     for tiny in (1e-4, 1e-6):  # data in parts; then particles as well
         parts = log_evidence(linear.model, linear.best_diagonal_guide, x, max_memory=tiny, **run)
@@ -235,3 +238,182 @@ def test_one_datum_one_particle_and_an_impossible_datum():
 def test_bad_arguments(linear, x, options, message):
     with pytest.raises(Exception, match=message):
         log_evidence(linear.model, linear.guide, x, **options)
+
+
+# --- all methods beside each other ----------------------------------------------------------------
+
+
+@pytest.fixture
+def digits_like():
+    """A VAE with two latents, its encoder a little trained, and binary pictures drawn from it."""
+    generator = torch.Generator().manual_seed(4)
+    vae = VAE(16, 2, hidden=(12,)).double()
+    with torch.no_grad():
+        for p in vae.decoder.parameters():
+            p.copy_(0.8 * torch.randn(p.shape, generator=generator))
+    data = vae.sample(200, mean=False, generator=generator)
+    optimizer = torch.optim.Adam(vae.encoder.parameters(), 1e-2)
+    for _ in range(300):
+        q = vae.encode(data)
+        z = q.rsample()
+        expected = vae.likelihood.distribution(vae.decoder(z)).log_prob(data)
+        prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        loss = (q.log_prob(z) - expected - prior).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return vae, data[:8]
+
+
+def by_hand(vae, data, half_width=8.0, size=601):
+    """Log p(x) of each picture as a sum over a fine fixed grid."""
+    ticks = torch.linspace(-half_width, half_width, size)
+    total = []
+    with torch.no_grad():
+        for part in torch.cartesian_prod(ticks, ticks).split(100_000):
+            prior = torch.distributions.Normal(0.0, 1.0).log_prob(part).sum(-1)
+            pixels = vae.likelihood.distribution(vae.decoder(part)[:, None]).log_prob(data)
+            total.append((pixels + prior[:, None]).logsumexp(0))
+    return torch.stack(total).logsumexp(0) + 2 * (ticks[1] - ticks[0]).log()
+
+
+def test_quadrature_is_the_truth_that_the_other_methods_find(digits_like):
+    vae, data = digits_like
+    truth = log_evidence(vae.model, vae.guide, data, method="quadrature").log_evidence.values
+    assert truth == pytest.approx(by_hand(vae, data).numpy(), abs=1e-7)
+    short: dict[str, Any] = {"num_temperatures": 40, "num_leapfrog": 5}
+    results = {
+        "importance": log_evidence(vae.model, vae.guide, data, num_particles=5000),
+        "prior": log_evidence(vae.model, vae.guide, data, method="annealed", **short),
+        "guide": log_evidence(
+            vae.model, vae.guide, data, method="annealed", start="guide", **short
+        ),
+        "bridge": log_evidence(
+            vae.model, None, data, method="bridge", num_warmup=150, num_samples=150, num_leapfrog=6
+        ),
+    }
+    for name, found in results.items():
+        room = STANDARD_ERRORS * found.log_evidence_se + 1e-6
+        assert (found.log_evidence < truth + room).all(), name
+        if name == "bridge":
+            assert (found.log_evidence > truth - room).all()
+        # The bounds are within 4.5 standard errors where their weights can be trusted.
+        trusted = {"importance": found.get("khat", 1) < 0.7}.get(name, found.ess > 6)
+        assert (abs(found.log_evidence - truth) < room)[trusted].all(), name
+        assert trusted.sum() >= 3, name
+        assert found.quantity("log_evidence").measure == "binary"
+        wrong = truth - 1.0
+        assert not (found.log_evidence < wrong + room).all(), name
+    exact = log_evidence(vae.model, None, data, method="quadrature")
+    assert "contradiction" not in evidence_table(exact, **results).summary()
+
+
+@pytest.mark.parametrize("method", ["importance", "annealed", "bidirectional", "bridge"])
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
+    linear, x, tmp_path, monkeypatch, method
+):
+    settings = {
+        "importance": {"num_particles": 50},
+        "bridge": {"num_warmup": 5, "num_samples": 8, "num_chains": 2, "num_leapfrog": 2},
+    }.get(method, {"num_temperatures": 4, "num_chains": 2, "num_leapfrog": 2})
+    run = {"method": method, "max_memory": 1e-5, "seed": 3, "progress": False, **settings}
+    arguments = (linear.model, linear.guide, x[:5])
+    monkeypatch.setattr("pyro_vae.diagnostics.evidence._CHUNK", 3)
+    if method == "importance":
+        run["max_memory"] = 50 * 3 * 200 / 2**30
+    whole = log_evidence(*arguments, **run)
+    path = tmp_path / "chunks.safetensors"
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return save_tensors(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae.diagnostics.chunks.save_tensors", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            log_evidence(*arguments, checkpoint=path, **run)
+    assert path.exists()
+    resumed = log_evidence(*arguments, checkpoint=path, **run)
+    for name in whole.data_vars:
+        assert whole[name].equals(resumed[name]), name
+    content = path.read_bytes()
+    again = log_evidence(*arguments, checkpoint=path, **run)  # nothing is left to do
+    assert again.log_evidence.equals(whole.log_evidence)
+    assert path.read_bytes() == content
+    for change, key in (
+        ({"seed": 4}, "seed"),
+        ({"num_leapfrog" if method != "importance" else "num_particles": 3}, "config"),
+    ):
+        with pytest.raises(CheckpointError, match=f"another run .*{key}"):
+            log_evidence(*arguments, checkpoint=path, **{**run, **change})
+    with torch.no_grad():
+        linear.recognition.affine.bias += 1
+    with pytest.raises(CheckpointError, match="parameters_sha256"):
+        log_evidence(*arguments, checkpoint=path, **run)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.ImproperUniform(dist.constraints.real, (), ()),
+        dist.Normal(0.0, 1.0).mask(False),
+        pytest.param("mask", id="poutine.mask"),
+        pytest.param("flat", id="a density that is one constant"),
+    ],
+)
+def test_an_improper_prior_has_no_evidence(prior):
+    class Flat(dist.Normal):
+        def log_prob(self, value):
+            return torch.zeros_like(value + self.loc)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            if isinstance(prior, str):
+                with pyro.poutine.mask(mask=prior != "mask"):
+                    fn = dist.Normal(0.0, 1.0) if prior == "mask" else Flat(0.0, 1.0)
+                    shift = pyro.sample("shift", fn)
+            else:
+                shift = pyro.sample("shift", prior)
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("shift", dist.Normal(x, 1.0))
+
+    for method in ("importance", "annealed", "quadrature", "bridge"):
+        with pytest.raises(ProgramError, match="prior of the model's latent site 'shift'"):
+            log_evidence(model, guide, torch.zeros(3), method=method)
+
+
+def test_proper_priors_with_a_constant_density_have_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 2.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.3, 5.0])
+    found = log_evidence(model, None, x, method="quadrature", progress=False)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    # By symmetry the upper tails are taken, where the cdf does not cancel.
+    exact = (normal.cdf(2.0 - x) - normal.cdf(-x)).log() - math.log(2)
+    assert found.log_evidence.values == pytest.approx(exact.numpy(), abs=1e-7)
+
+
+def test_a_delta_guide_is_refused_by_every_method(linear, x):
+    def point(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.zeros(len(x), H)).to_event(1))
+
+    for method in ("importance", "annealed", "bidirectional", "bridge"):
+        with pytest.raises(ProgramError, match="is a Delta"):
+            log_evidence(linear.model, point, x, method=method)
+
+
+def test_settings_of_another_method_are_refused(linear, x):
+    with pytest.raises(ValueError, match="'importance' has no setting 'num_chains'"):
+        log_evidence(linear.model, linear.guide, x, num_chains=3)
+    with pytest.raises(ValueError, match="draws from the guide"):
+        log_evidence(linear.model, None, x)

@@ -12,20 +12,16 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_vae.diagnostics import gradients
+from pyro_vae.diagnostics import gradient_bench
 from pyro_vae.diagnostics.enumeration import enumerated_bound
-from pyro_vae.diagnostics.gradients import (
-    compare_estimators,
-    estimator_rows,
-    peak_bytes,
-    recommend_estimators,
-    snr_slopes,
-)
+from pyro_vae.diagnostics.gradient_statistics import cross_fitted
+from pyro_vae.diagnostics.gradients import compare_estimators
+from pyro_vae.diagnostics.recommendations import estimator_rows, recommend_estimators, snr_slopes
 from pyro_vae.inference.estimators import Coefficients, Estimator, LeaveOneOut, Renyi
 from pyro_vae.inference.log_weights import elbo
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.svi import fit
-from pyro_vae.results import label, load_result, make_result
+from pyro_vae.results import load_result
 
 N = 5
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
@@ -197,10 +193,10 @@ def test_scores_without_a_bias_are_no_larger_than_normal_ones():
             draws[:, 0] *= 10
             pooled = torch.randn(30, entries, generator=generator)
             pooled[:, 0] *= 10
-            scores.append(gradients._cross_fitted(draws, pooled))
+            scores.append(cross_fitted(draws, pooled))
         # P(z > 2) is 0.023 one-sided and 0.046 two-sided; 4.5 binomial sds above the latter.
         assert np.mean(np.array(scores) > 2) < 0.046 + STANDARD_ERRORS * (0.046 / 500) ** 0.5
-        shifted = gradients._cross_fitted(draws + 1.5, pooled)
+        shifted = cross_fitted(draws + 1.5, pooled)
         assert shifted > 2 or entries == 1
 
 
@@ -414,7 +410,7 @@ def test_a_large_group_is_represented_by_some_of_its_entries(monkeypatch):
 
     pair, x = Wide(), torch.zeros(3, 40)
     whole = compare(pair, x, ["PathwiseELBO"], [1], repeats=40, reference="none")
-    monkeypatch.setattr(gradients, "_MAX_ENTRIES", 10)
+    monkeypatch.setattr(gradient_bench, "_MAX_ENTRIES", 10)
     part = compare(pair, x, ["PathwiseELBO"], [1], repeats=40, reference="none")
     assert any("10 of the 40 entries of 'guide'" in n for n in part.provenance["notes"])
     # Every entry has the variance 4 / 3, so the total scaled up from ten is that of all.
@@ -501,6 +497,7 @@ def test_labels_and_round_trip(x, tmp_path):
     assert value.standard_error == pytest.approx(float(chosen.value_se))
     assert found.variance.attrs["unit"] == "nats squared"
     assert found.seconds.attrs["unit"] == "seconds"
+    assert found.bytes.attrs["unit"] == "bytes"
     assert found.snr.attrs["noise_floor"] == pytest.approx(8**-0.5)
     assert (found.snr_is_noise == (found.snr < 8**-0.5)).all()
     assert load_result(found.save(tmp_path / "gradients.nc")).identical(found)
@@ -588,61 +585,10 @@ def test_gradients_that_are_not_finite_are_told(x):
     assert any("8 of 8 gradients of 'guide' are not finite" in n for n in found.provenance["notes"])
 
 
-def synthetic(slope, *, repeats=10_000, relative=0.02):
-    """A result whose SNR follows a power of K, apart from noise of known size."""
-    particles = np.array([1, 4, 16, 64, 256])
-    noise = np.random.default_rng(0).normal(size=5) * relative
-    snr = 0.2 * particles**slope * np.exp(noise)
-    pure = label(unit="none", reduction="none", bound="none")
-    dims = ("estimator", "num_particles", "parameter")
-    return make_result(
-        {
-            "snr": (dims, snr[None, :, None], pure | {"noise_floor": repeats**-0.5}),
-            "snr_se": (dims, relative * snr[None, :, None], {}),
-        },
-        function="synthetic",
-        config={},
-        seed=0,
-        data_sha256=None,
-        coords={"estimator": ["one"], "num_particles": particles, "parameter": ["guide"]},
-    )
-
-
-@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
-def test_slopes_are_found_with_their_errors(slope):
-    found = snr_slopes(synthetic(slope)).squeeze()
-    assert abs(found.slope - slope) < STANDARD_ERRORS * found.slope_se
-    assert abs(found.slope - slope - 0.3) > STANDARD_ERRORS * found.slope_se
-    assert found.slope_se < 0.02
-
-
-def test_points_in_the_noise_are_left_out_of_slopes():
-    result = synthetic(-0.5)
-    result["snr"].values[0, -2:, 0] = 0.01  # at the noise floor
-    found = snr_slopes(result)
-    assert found.num_points.item() == 3
-    assert abs(found.slope + 0.5).item() < STANDARD_ERRORS * found.slope_se.item()
-    assert found.provenance["notes"] == ["2 points below twice the noise floor are left out."]
-    none = snr_slopes(synthetic(-0.5, repeats=10))
-    assert np.isnan(none.slope.item())
-
-
 def test_averaging_over_particles_gives_a_slope_of_one_half(x):
     found = compare(Normal(), x, ["PathwiseELBO"], [1, 4, 16], repeats=60, reference="none")
     slopes = snr_slopes(found).sel(estimator="PathwiseELBO")
     assert (abs(slopes.slope - 0.5) < STANDARD_ERRORS * slopes.slope_se).all()
-
-
-def test_peak_bytes_count_what_is_kept_for_the_backward_pass():
-    a, b = (torch.ones(100, requires_grad=True) for _ in range(2))
-    assert peak_bytes(lambda: (a * b).sum().backward()) == 1600
-    assert peak_bytes(lambda: (a + b).sum().backward()) == 0
-
-    def twice():
-        for _ in range(2):  # freed in between, so the peak is that of one
-            (a * b).sum().backward()
-
-    assert peak_bytes(twice) == 1600
 
 
 def test_memory_grows_with_the_particles(x):

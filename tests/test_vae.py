@@ -1,16 +1,24 @@
 """The VAE's programs against their formulas written out in plain torch, at float64."""
 
+import copy
+import itertools
 import json
 import math
+from typing import Any, cast
 
 import jaxtyping
+import numpy as np
 import pyro
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
-from pyro_vae.models import VAE, Gaussian
+from pyro_vae import fit, load_run, log_evidence
+from pyro_vae.inference.checkpoint import load_tensors
+from pyro_vae.inference.estimators import DReG, StickingTheLanding
+from pyro_vae.inference.inspection import inspect_programs
+from pyro_vae.models import VAE, FullPosterior, Gaussian, TwoLayerVAE
 
 NUM_DATA, DATA_DIM, LATENT_DIM, HIDDEN = 4, 6, 3, (7, 5)
 LIKELIHOODS = [
@@ -215,3 +223,231 @@ def test_unknown_parts_are_refused():
         build("poisson")
     with pytest.raises(ValueError, match="activation"):
         VAE(DATA_DIM, LATENT_DIM, activation="step")
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+IMAGE_DIM = 9
+PRIORS: dict[str, dict[str, Any]] = {
+    "normal": {"name": "normal"},
+    "mixture": {"name": "mixture", "num_components": 2},
+    "vamp": {"name": "vamp", "num_pseudo_inputs": 3},
+    "coupling": {"name": "flow", "num_steps": 2, "hidden": [4]},
+    "autoregressive": {"name": "flow", "kind": "autoregressive", "num_steps": 1, "hidden": [4]},
+}
+POSTERIORS: dict[str, dict[str, Any]] = {
+    "diagonal": {"name": "diagonal"},
+    "full": {"name": "full"},
+    "low_rank": {"name": "low_rank", "rank": 1},
+    "iaf": {"name": "iaf", "num_steps": 2, "hidden": [4], "context_dim": 2},
+}
+NETWORKS: list[Any] = ["mlp", {"name": "conv", "channels": [2], "image_shape": [3, 3]}, "residual"]
+PIXELS: list[Any] = [
+    "bernoulli",
+    "continuous_bernoulli",
+    "gaussian",
+    {"name": "gaussian", "scale": "pixel"},
+    {"name": "categorical", "levels": 3},
+    {"name": "discretized_logistic", "levels": 3},
+    {"name": "discretized_logistic", "levels": 3, "components": 2, "scale": "shared"},
+]
+MEASURES = ["binary", "grey", "real", "real", "counts", "counts", "counts"]
+
+
+def pixels(measure, num=7):
+    levels = torch.randint(2 if measure == "binary" else 3, (num, IMAGE_DIM))
+    return levels.double() / (1 if measure == "binary" else 2)
+
+
+def walk(vae, x, measure, folder):
+    """Trains, saves, loads, evaluates and samples; returns the evaluation of what was loaded."""
+    found = fit(vae.model, vae.guide, x, epochs=2, batch_size=4, checkpoint=folder, progress=False)
+    assert found.history.bound.attrs["bound"] == "lower"
+    assert found.history.bound.attrs["measure"] == measure
+    described = json.loads((folder / "config.json").read_text())["model"]
+    assert described["class"] == type(vae).__name__
+    with torch.device("meta"):  # as `load_run` does
+        again = type(vae)(**described["arguments"])
+    weights, _ = load_tensors(folder / "model.safetensors")
+    again.load_state_dict(weights, assign=True)
+    assert all(value.is_floating_point() for value in weights.values())
+    results = [
+        log_evidence(m.model, m.guide, x, num_particles=6, progress=False) for m in (vae, again)
+    ]
+    assert results[0].log_evidence.equals(results[1].log_evidence)
+    assert results[1].log_evidence.attrs["measure"] == measure
+    assert bool(np.isfinite(results[1].log_evidence).all())
+    copy.deepcopy(vae)  # nothing of a run stays in the module
+    for mean in (True, False):
+        assert again.sample(5, mean=mean).shape == (5, IMAGE_DIM)
+    again.likelihood.check(again.sample(5, mean=False))
+    assert again.reconstruct(x).shape == x.shape
+    return results[1]
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_every_prior_goes_with_every_posterior(prior, posterior, tmp_path):
+    """And every likelihood with every network: they take turns."""
+    turn = list(PRIORS).index(prior) * len(POSTERIORS) + list(POSTERIORS).index(posterior)
+    vae = VAE(
+        IMAGE_DIM,
+        2,
+        (4,),
+        PIXELS[turn % len(PIXELS)],
+        prior=PRIORS[prior],
+        posterior=POSTERIORS[posterior],
+        network=NETWORKS[turn % len(NETWORKS)],
+    )
+    measure = MEASURES[turn % len(PIXELS)]
+    evaluated = walk(vae, pixels(measure), measure, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    again = log_evidence(run.model, run.guide, pixels(measure), num_particles=2, progress=False)
+    assert again.log_evidence.attrs["measure"] == evaluated.log_evidence.attrs["measure"]
+
+
+def test_the_turns_meet_every_likelihood_with_every_network(tmp_path):
+    met = {(turn % len(PIXELS), turn % len(NETWORKS)) for turn in range(20)}
+    missing = set(itertools.product(range(len(PIXELS)), range(len(NETWORKS)))) - met
+    assert len(missing) == 1
+    ((likelihood, network),) = missing
+    vae = VAE(IMAGE_DIM, 2, (4,), PIXELS[likelihood], network=NETWORKS[network])
+    walk(vae, pixels(MEASURES[likelihood]), MEASURES[likelihood], tmp_path / "run")
+
+
+@pytest.mark.parametrize("prior", [name for name in PRIORS if name != "vamp"])
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_two_layers_go_with_every_prior_and_posterior(prior, posterior, tmp_path):
+    turn = list(PRIORS).index(prior) + list(POSTERIORS).index(posterior)
+    vae = TwoLayerVAE(
+        IMAGE_DIM,
+        (3, 2),
+        ((5,), (4,)),
+        PIXELS[turn % len(PIXELS)],
+        prior=PRIORS[prior],
+        posterior=POSTERIORS[posterior],
+        network=NETWORKS[turn % len(NETWORKS)],
+    )
+    measure = MEASURES[turn % len(PIXELS)]
+    walk(vae, pixels(measure), measure, tmp_path / "run")
+
+
+@pytest.mark.parametrize("posterior", ["diagonal", "iaf"])
+@pytest.mark.parametrize("prior", ["normal", "vamp", "coupling"])
+def test_particles_run_in_one_tensor_program_and_scores_can_be_had(prior, posterior):
+    for network in NETWORKS:
+        vae = VAE(
+            IMAGE_DIM,
+            2,
+            (4,),
+            prior=PRIORS[prior],
+            posterior=POSTERIORS[posterior],
+            network=network,
+        )
+        x = pixels("binary")
+        structure = inspect_programs(vae.model, vae.guide, ((x,), {}))
+        assert structure.vectorizable
+        assert structure.replayable
+        for estimator in (DReG(3), StickingTheLanding(3)):  # need log q at given latents
+            loss = estimator.differentiable_loss(vae.model, vae.guide, x)
+            gradients = torch.autograd.grad(loss, list(vae.parameters()), allow_unused=True)
+            assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+def test_svi_moves_every_parameter_of_the_parts():
+    vae = VAE(
+        IMAGE_DIM,
+        2,
+        (4,),
+        PIXELS[-1],
+        prior=PRIORS["mixture"],
+        posterior=POSTERIORS["iaf"],
+        network=NETWORKS[1],
+    )
+    deep = TwoLayerVAE(IMAGE_DIM, (3, 2), ((5,), (4,)), prior=PRIORS["mixture"])
+    for model, x in ((vae, pixels("counts")), (deep, pixels("binary"))):
+        pyro.clear_param_store()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        svi = SVI(
+            model.model, model.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(max_plate_nesting=1)
+        )
+        for _ in range(2):
+            svi.step(x)
+        still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+        assert not still
+
+
+def test_the_vamp_prior_trains_the_encoder_from_the_model():
+    """So that a model with another guide has its parameters registered, too."""
+    vae, x = VAE(IMAGE_DIM, 2, (4,), prior=PRIORS["vamp"]), pixels("binary")
+    trace = poutine.trace(poutine.condition(vae.model, {"z": torch.zeros(7, 2)})).get_trace(x)
+    names = {name.split("$$$")[0] for name in trace.param_nodes}
+    assert {"encoder", "prior"} <= names
+
+
+def test_log_weights_of_two_layers_by_hand():
+    deep = TwoLayerVAE(DATA_DIM, (3, 2), ((7,), (5,)))
+    x = data()
+    guide_trace = poutine.trace(deep.guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(deep.model, guide_trace)).get_trace(x)
+    z1, z2 = (guide_trace.nodes[name]["value"].detach() for name in ("z1", "z2"))
+    assert z1.shape == (NUM_DATA, 3)
+    assert z2.shape == (NUM_DATA, 2)
+
+    def conditional(layers, inputs, value):
+        loc, raw_scale = network(layers, inputs).chunk(2, dim=-1)
+        return log_normal(value, loc, 1e-6 + torch.log1p(raw_scale.exp()))
+
+    log_q = conditional(deep.encoder, x, z1) + conditional(deep.upper_encoder, z1, z2)
+    log_p = log_normal(z2, torch.zeros_like(z2), torch.ones_like(z2))
+    log_p = log_p + conditional(deep.upper_decoder, z2, z1)
+    output = network(deep.decoder, z1)
+    log_p = log_p + (x * output - torch.log1p(output.exp())).sum(-1)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    found_q = sum(guide_trace.nodes[name]["log_prob"] for name in ("z1", "z2"))
+    found_p = sum(model_trace.nodes[name]["log_prob"] for name in ("z2", "z1", "x"))
+    torch.testing.assert_close((found_p - found_q).detach(), (log_p - log_q).detach())
+    upside_down = conditional(deep.upper_decoder, z2, z1.roll(1, 0))
+    assert not torch.allclose(conditional(deep.upper_decoder, z2, z1), upside_down)
+
+
+def test_the_two_layer_model_of_the_iwae_paper():
+    deep = TwoLayerVAE(784)
+    layers = [(784, 200), (200, 200), (200, 200), (100, 100), (100, 100), (100, 100)]  # q
+    layers += [(50, 100), (100, 100), (100, 200), (100, 200), (200, 200), (200, 784)]  # p
+    assert sum(p.numel() for p in deep.parameters()) == sum(a * b + b for a, b in layers)
+    again = TwoLayerVAE(**json.loads(json.dumps(deep.config)))
+    assert again.config == deep.config
+
+
+def test_samples_of_two_layers_come_from_the_top():
+    deep = TwoLayerVAE(DATA_DIM, (3, 2), ((7,), (5,)))
+    draws = deep.sample(9, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(draws, deep.sample(9, generator=torch.Generator().manual_seed(2)))
+    with torch.no_grad():
+        for parameter in deep.upper_decoder.parameters():
+            parameter.zero_()
+        cast(Any, deep.upper_decoder)[-1].bias[3:] = -1e4  # p(z1 | z2) is a point at 0
+    torch.testing.assert_close(
+        deep.sample(4), deep.decode(torch.zeros(4, 3)).detach(), rtol=0, atol=1e-4
+    )
+
+
+def test_parts_that_cannot_stand_together_say_why(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # ours, as users meet it
+    with pytest.raises(ValueError, match="'mixture' or 'flow'"):
+        TwoLayerVAE(DATA_DIM, (3, 2), ((7,), (5,)), prior="vamp")
+    with pytest.raises(ValueError, match="posterior of its own"):
+        TwoLayerVAE(DATA_DIM, (3, 2), posterior=cast(Any, FullPosterior(3)))
+    with pytest.raises(ValueError, match="two entries"):
+        TwoLayerVAE(DATA_DIM, (3, 2, 1))
+    with pytest.raises(ValueError, match="posterior='diagonal'"):
+        VAE(DATA_DIM, 1, posterior="iaf")
+    with pytest.raises(ValueError, match="latent_dim=3"):
+        VAE(DATA_DIM, LATENT_DIM, posterior=FullPosterior(2))
+    with pytest.raises(ValueError, match="no square picture"):
+        VAE(DATA_DIM, LATENT_DIM, network="conv")
+    for part in ("prior", "posterior", "network"):
+        with pytest.raises(ValueError, match="choose one of"):
+            VAE(DATA_DIM, LATENT_DIM, **cast(Any, {part: "unknown"}))

@@ -14,6 +14,7 @@ that adapt themselves would bias the weights and could not be reversed.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -167,7 +168,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
         for _ in range(stay + _SETTLE * (t == 1)):
             point = target(u, betas[t])
             moved = hmc_step(
-                lambda at, beta=betas[t]: target(at, beta),
+                partial(target, beta=betas[t]),
                 point,
                 jittered(log_step.exp(), point),
                 num_leapfrog=settings.num_leapfrog,
@@ -179,7 +180,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
             log_step = (log_step + _GAIN * missed).clamp(-30.0, 3.0)
         learnt.append(log_step.exp())
     if not learnt:
-        steps = torch.empty(0, len(log_step))
+        steps = log_step.new_empty(0, len(log_step))
     else:
         steps = torch.stack(learnt).repeat_interleave(stride, 0)
     return _Path(target, betas, steps, inverse_mass, settings.num_leapfrog)
@@ -203,7 +204,7 @@ def _anneal(
         if not 1 <= moves_at < last:
             continue
         moved = hmc_step(
-            lambda at, beta=betas[moves_at]: path.target(at, beta),
+            partial(path.target, beta=betas[moves_at]),
             point,
             jittered(path.step_sizes[moves_at - 1], point),
             num_leapfrog=path.num_leapfrog,

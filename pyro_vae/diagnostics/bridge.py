@@ -20,7 +20,7 @@ from pyro_vae.inference.hmc import PosteriorSample, sample_posterior
 from pyro_vae.inference.potential import Potential
 from pyro_vae.inference.programs import Program
 
-__all__ = ["Bridging", "bridge_evidence", "bridge_columns"]
+__all__ = ["Bridging", "bridge_columns", "bridge_evidence"]
 
 _ITERATIONS = 200
 _PARTICLES = 500  # evaluated at once
@@ -186,7 +186,7 @@ def _log_prob(
 
 
 def _draw(fitted: list[MultivariateNormal], count: int, potential: Potential) -> Tensor:
-    drawn = torch.zeros(count, *potential.active.shape, dtype=torch.float64)
+    drawn = potential.like.new_zeros(count, *potential.active.shape, dtype=torch.float64)
     for n, q in enumerate(fitted):
         drawn[:, n, potential.active[n]] = q.sample(torch.Size((count,)))
-    return drawn.to(potential.draw(1))
+    return drawn.to(potential.like)

@@ -147,9 +147,7 @@ def run_chunks(
     """
     own = {**identity, "chunk": plan.data_chunk}
     finished = _read(checkpoint, own)
-    shown = tqdm(
-        total=plan.num_data, unit="datum", leave=False, disable=None if progress else True
-    )
+    shown = tqdm(total=plan.num_data, unit="datum", leave=False, disable=None if progress else True)
     with shown:
         for start, part in plan.parts():
             if start not in finished:

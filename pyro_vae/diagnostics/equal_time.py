@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.estimators import make_estimator
@@ -15,12 +16,12 @@ from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["train_at_equal_time", "training_rows"]
 
-_TIMED_EPOCHS = 6
+_TIMED_EPOCHS = 5
 _LEAST_SECONDS = 1e-3  # of an epoch, should the clock not resolve it
 
 
 def train_at_equal_time(
-    make: Callable[[int], nn.Module],
+    make: Callable[[int], Any],
     x: Float[Tensor, "batch features"],
     test: Float[Tensor, "tests features"],
     estimators: Sequence[tuple[str, int]],
@@ -64,33 +65,8 @@ def train_at_equal_time(
 
     Note: Standard errors are of the draws; the spread over training seeds is larger.
     """
-
-    def train(name: str, k: int, start: int, epochs: int, bar: bool) -> tuple[nn.Module, float]:
-        module = make(start)
-        started = time.thread_time()
-        fit(
-            module.model,
-            module.guide,
-            x,
-            loss=make_estimator(name, k),
-            learning_rate=learning_rate,
-            epochs=epochs,
-            evaluate_every=epochs,
-            transform=transform,
-            seed=start,
-            progress=bar,
-        )
-        return module, time.thread_time() - started
-
-    def seconds_of(name: str, k: int, epochs: int) -> float:
-        return train(name, k, 0, epochs, False)[1]
-
-    times = dict.fromkeys(estimators, float("inf"))
-    for _ in range(timing_rounds):  # in turns, so that a busy moment hits all
-        for pair in estimators:
-            setup = seconds_of(*pair, 1)
-            once = (seconds_of(*pair, _TIMED_EPOCHS) - setup) / (_TIMED_EPOCHS - 1)
-            times[pair] = min(times[pair], max(once, _LEAST_SECONDS))
+    trainer = _Trainer(make, x, learning_rate, transform)
+    times = _time_epochs(trainer, estimators, timing_rounds)
     names = [f"{name} K={k}" for name, k in estimators]
     columns = {
         name: np.full((len(names), num_seeds), np.nan)
@@ -100,7 +76,7 @@ def train_at_equal_time(
     for i, pair in enumerate(estimators):
         epochs = max(1, round(seconds / times[pair]))
         for start in range(num_seeds):
-            module, took = train(*pair, start, epochs, progress)
+            module, took = trainer.train(pair, epochs, start, progress)
             found = log_evidence(
                 module.model,
                 module.guide,
@@ -117,17 +93,7 @@ def train_at_equal_time(
             columns["epochs"][i, start], columns["seconds"][i, start] = epochs, took
         if say is not None:
             say(f"{names[i]}: {columns['log_evidence'][i].mean():.2f} after {epochs} epochs")
-    attrs = {
-        "log_evidence": label(
-            bound="lower",
-            measure=measure,
-            num_particles=evidence_particles,
-            description="mean over test data, importance-weighted",
-        ),
-        "elbo": label(bound="lower", measure=measure, description="mean over test data"),
-        "epochs": label(unit="none", reduction="none", bound="none"),
-        "seconds": label(unit="seconds", reduction="none", bound="none"),
-    }
+    attrs = _labels(measure, evidence_particles)
     return make_result(
         {
             name: (("estimator", "training_seed"), column, attrs.get(name, {}))
@@ -145,9 +111,65 @@ def train_at_equal_time(
         coords={"estimator": names, "training_seed": np.arange(num_seeds)},
         notes=[
             "Standard errors are those of the Monte-Carlo draws; the spread over training seeds is "
-            "larger.",
+            "larger."
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What all trainings have in common."""
+
+    make: Callable[[int], Any]
+    x: Tensor
+    learning_rate: float
+    transform: Callable[..., Tensor] | None
+
+    def train(
+        self, pair: tuple[str, int], epochs: int, seed: int, progress: bool
+    ) -> tuple[Any, float]:
+        """A trained module, and the processor seconds that its training took."""
+        module = self.make(seed)
+        started = time.thread_time()
+        fit(
+            module.model,
+            module.guide,
+            self.x,
+            loss=make_estimator(*pair),
+            learning_rate=self.learning_rate,
+            epochs=epochs,
+            evaluate_every=epochs,
+            transform=self.transform,
+            seed=seed,
+            progress=progress,
+        )
+        return module, time.thread_time() - started
+
+
+def _time_epochs(
+    trainer: _Trainer, estimators: Sequence[tuple[str, int]], rounds: int
+) -> dict[tuple[str, int], float]:
+    """Processor seconds of an epoch, without those that a training takes before its first."""
+    times = dict.fromkeys(estimators, float("inf"))
+    for _ in range(rounds):  # in turns, so that a busy moment hits all
+        for pair in estimators:
+            few, many = (trainer.train(pair, n, 0, False)[1] for n in (1, 1 + _TIMED_EPOCHS))
+            times[pair] = min(times[pair], max((many - few) / _TIMED_EPOCHS, _LEAST_SECONDS))
+    return times
+
+
+def _labels(measure: str | None, num_particles: int) -> dict[str, dict[str, Any]]:
+    return {
+        "log_evidence": label(
+            bound="lower",
+            measure=measure,
+            num_particles=num_particles,
+            description="mean over test data, importance-weighted",
+        ),
+        "elbo": label(bound="lower", measure=measure, description="mean over test data"),
+        "epochs": label(unit="none", reduction="none", bound="none"),
+        "seconds": label(unit="seconds", reduction="none", bound="none"),
+    }
 
 
 def training_rows(trained: Result) -> list[dict[str, str]]:

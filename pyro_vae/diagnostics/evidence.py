@@ -18,7 +18,7 @@ from pyro_vae.diagnostics.annealing import (
     simulate,
 )
 from pyro_vae.diagnostics.bridge import Bridging, bridge_columns
-from pyro_vae.diagnostics.chunks import Columns, ChunkPlan, identity_of, plan_chunks, run_chunks
+from pyro_vae.diagnostics.chunks import ChunkPlan, Columns, identity_of, plan_chunks, run_chunks
 from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
 from pyro_vae.diagnostics.proper import check_proper
 from pyro_vae.diagnostics.quadrature import Quadrature, quadrature_columns
@@ -231,6 +231,7 @@ def _log_weights(
     log_p, log_q, _ = run_programs(model, guide, as_arguments(x), structure, num_particles)
     return log_p - log_q
 
+
 def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Tensor, " batch"]]:
     """Every number of the result from the weights of a chunk of data."""
     particles = len(log_weights)
@@ -283,9 +284,7 @@ def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
 
 def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
     seed = int(torch.randint(2**31, ()))
-    return bridge_columns(
-        task.model, task.guide, task.x, settings, joint=task.joint, seed=seed
-    )
+    return bridge_columns(task.model, task.guide, task.x, settings, joint=task.joint, seed=seed)
 
 
 def _quadrature_columns(task: _Task, settings: Quadrature) -> Columns:
@@ -396,7 +395,9 @@ METHODS = {
     "importance": _Method(
         _Importance, _importance_columns, _importance_notes, lambda s: s.num_particles, True
     ),
-    "annealed": _Method(Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True),
+    "annealed": _Method(
+        Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True
+    ),
     "bidirectional": _Method(
         Annealing, _bidirectional_columns, _bidirectional_notes, lambda s: s.num_chains, True
     ),

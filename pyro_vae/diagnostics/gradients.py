@@ -162,7 +162,7 @@ _NEITHER: dict[str, Any] = {"reduction": "none", "bound": "none"}
 _OF_AN_ESTIMATOR = {
     "seconds": label(unit="seconds", **_NEITHER, description="time of one gradient, median"),
     "bytes": label(
-        unit="bytes", **_NEITHER, description="peak kept for the backward pass of one gradient"
+        unit="bytes", **_NEITHER, description="peak of what a gradient keeps for its backward pass"
     ),
 }
 _OF_A_GROUP = {  # unit and description

@@ -137,7 +137,9 @@ def _place(potential: Potential) -> _Frame:
         # Where the edge is not yet negligible the grid grows; else it closes in to one cell.
         reach = frame.high - frame.low
         down = torch.where(low <= frame.low + 0.5 * cell, frame.low - 0.5 * reach, low - 1.5 * cell)
-        up = torch.where(high >= frame.high - 0.5 * cell, frame.high + 0.5 * reach, high + 1.5 * cell)
+        up = torch.where(
+            high >= frame.high - 0.5 * cell, frame.high + 0.5 * reach, high + 1.5 * cell
+        )
         frame.low = torch.where(empty, frame.low, down)
         frame.high = torch.where(empty, frame.high, up)
     return frame

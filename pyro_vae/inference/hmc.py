@@ -136,7 +136,9 @@ class DualAveraging:
         """Takes in what the last step's proposals were accepted with."""
         self._count += 1
         weight = 1 / (self._count + 10)
-        self._error = (1 - weight) * self._error + weight * (self.target_accept - acceptance.mean(0))
+        self._error = (1 - weight) * self._error + weight * (
+            self.target_accept - acceptance.mean(0)
+        )
         log_step = self._towards - math.sqrt(self._count) / 0.05 * self._error
         log_step = log_step.clamp(-30.0, 10.0)
         forget = self._count**-0.75
@@ -447,8 +449,6 @@ def _regularised_variance(u: Float[Tensor, "draws batch dim"]) -> Float[Tensor, 
     return (count * u.var(0) + 5 * 1e-3) / (count + 5)
 
 
-def jittered(
-    step_size: Float[Tensor, " batch"], point: Point
-) -> Float[Tensor, "chains batch"]:
+def jittered(step_size: Float[Tensor, " batch"], point: Point) -> Float[Tensor, "chains batch"]:
     """Step sizes within 20% of the given ones, another for each chain."""
     return step_size * (0.8 + 0.4 * torch.rand_like(point.log_density))

@@ -260,9 +260,7 @@ class Potential:
         args, kwargs = self._arguments
         given = self._fixed.copy()
         for name in self.structure.latents:
-            given.add_node(
-                name, type="sample", value=latents[name], infer={}, is_observed=False
-            )
+            given.add_node(name, type="sample", value=latents[name], infer={}, is_observed=False)
         with torch.no_grad(), pyro.validation_enabled(False):
             program = poutine.replay(self._plain_model, trace=given)
             return self.flatten(poutine.trace(program).get_trace(*args, **kwargs), 1)

@@ -1,0 +1,51 @@
+"""What an analysis tells, section by section: as text, as figures and as one HTML page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pyro_vae.files import atomic_path
+from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
+
+__all__ = ["Section", "as_text", "save_sections"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; `name` is that of the figure's file."""
+
+    name: str
+    title: str
+    text: str
+    tables: tuple[list[dict[str, str]], ...] = ()
+    figure: Figure | None = None
+    notes: tuple[str, ...] = ()
+
+
+def save_sections(
+    folder: Path, title: str, sections: Sequence[Section], made: str, command: str
+) -> Path:
+    """Writes the figures and one page that needs no network; returns the page's path."""
+    page = Page(title)
+    for section in sections:
+        page.add(Heading(section.title), Paragraph(section.text))
+        if section.figure is not None:
+            page.add(Picture(section.figure, section.title))
+            with atomic_path(folder / f"{section.name}.png") as temporary:
+                temporary.write_bytes(figure_png(section.figure))
+        page.add(*(Table(list(t[0]), [list(row.values()) for row in t]) for t in section.tables))
+        page.add(*(Paragraph(note) for note in section.notes))
+    page.add(Heading("How it was made"), Paragraph(made), Verbatim(command))
+    return page.save(folder / "report.html")
+
+
+def as_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as an aligned table."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

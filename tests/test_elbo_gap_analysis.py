@@ -1,0 +1,95 @@
+"""The analysis of the ELBO gap runs from its command line and writes what it says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses.elbo_gap import PUBLISHED, main
+from pyro_vae import LinearGaussian, elbo_gap
+from pyro_vae.plots import plot_ledger, plot_widest_gaps
+from pyro_vae.results import Result, load_result
+
+
+@pytest.mark.float32
+def test_main_writes_ledgers_figures_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gap"
+    assert main(["--tiny", "--no-progress", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "## What moves it" in said
+    assert "90 % sure" in said
+    names = {path.name for path in out.iterdir()}
+    titles = ("base", "encoder_3", "guide_full")
+    assert names == {
+        *(f"{title}_{split}.nc" for title in titles for split in ("training", "test")),
+        *(f"{name}.png" for name in ("ledger", "movement", "widest")),
+        "surgery.nc",
+        "report.html",
+    }
+    ledger = load_result(out / "base_test.nc")
+    assert {"gain_full", "gain_flow"} <= set(ledger.data_vars)
+    assert "gain_full" not in load_result(out / "encoder_3_test.nc")
+    page = (out / "report.html").read_text()
+    assert page.count("<img") == 3
+    assert "-92.57" in page
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--data {digits,mnist,fashion_mnist}" in said
+    assert "asks for a larger encoder" in said
+
+
+def test_the_published_gaps_are_differences_of_the_published_levels() -> None:
+    """Approximation is that of the family each model was trained with."""
+    log_p, flow, normal, encoder, approximation, amortisation, gap = (
+        np.array([float(cell) for cell in row[1:]]) for row in PUBLISHED
+    )
+    best = np.array([normal[0], flow[1], normal[2], flow[3]])
+    assert abs(log_p - best - approximation).max() < 0.011  # two roundings of 0.005
+    assert abs(best - encoder - amortisation).max() < 0.011
+    assert abs(log_p - encoder - gap).max() < 0.011
+
+
+@pytest.fixture
+def ledger() -> Result:
+    pair = LinearGaussian(data_dim=6, latent_dim=2)
+    x = pair.sample(5)
+    return elbo_gap(
+        pair.model,
+        pair.guide,
+        x,
+        evidence="exact",
+        richer=("full",),
+        max_steps=20,
+        num_particles=50,
+        progress=False,
+    )
+
+
+def test_bars_are_the_parts_of_the_gap(ledger: Result) -> None:
+    ax = plot_ledger({"first": ledger, "second": ledger})
+    assert isinstance(ax, Axes)
+    widths = [bar.get_width() for bar in ax.patches]
+    parts = [ledger.quantity(f"{n}_gap").value for n in ("amortization", "approximation")]
+    assert widths == pytest.approx([parts[0], parts[0], parts[1], parts[1]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["first", "second"]
+    own = Figure().add_subplot()
+    assert plot_ledger(ledger, own) is own
+
+
+def test_pictures_are_ordered_by_gap(ledger: Result) -> None:
+    figure = plot_widest_gaps(ledger, torch.rand(5, 6), (2, 3), num_images=4)
+    shown = [float(ax.get_title()) for ax in figure.axes if ax.get_title()]
+    widest = np.sort(ledger["gap"].values)[::-1][:4]
+    assert shown == pytest.approx(widest, abs=0.051)
+    with pytest.raises(ValueError, match="5 data and x 4"):
+        plot_widest_gaps(ledger, torch.rand(4, 6), (2, 3))
