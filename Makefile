@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo elbo_estimators lock clean
+.PHONY: help venv test lint demo elbo_estimators em_gmm em_to_vae benchmark_em lock clean
 
 PYTHON ?=
 ARGS ?=
@@ -68,6 +68,15 @@ demo: $(STAMP) ## Run the demonstration
 
 elbo_estimators: $(STAMP) ## Measure which ELBO estimator to train with (ARGS=--full for the long run)
 	$(BIN)/python -m analyses.elbo_estimators $(ARGS)
+
+em_gmm: $(STAMP) ## Fit a Gaussian mixture by EM and look at its bound (ARGS="..." goes to the script)
+	$(BIN)/python -m analyses.em_gmm $(ARGS)
+
+em_to_vae: $(STAMP) ## Climb one bound from EM to the VAE (ARGS="..." goes to the script)
+	$(BIN)/python -m analyses.em_to_vae $(ARGS)
+
+benchmark_em: $(STAMP) ## Time EM beside scikit-learn's on a small grid (ARGS="--sizes 100000" for another)
+	$(BIN)/python -m benchmarks.em $(or $(ARGS),--quick)
 
 # What conda installs is Python itself; the rest goes through pip with the very requirements of pyproject.toml,
 # because conda's names and builds of torch differ and tests could not compare them.

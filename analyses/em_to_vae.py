@@ -26,6 +26,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from analyses.em_gmm import Sample, add_common_arguments, how_it_was_made, load, save_figures
+from analyses.sections import as_text
 from pyro_vae import VAE, GaussianMixture, fit, fit_em, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap
 from pyro_vae.inference.estimators import make_estimator
@@ -48,12 +49,14 @@ class Settings:
     Attributes:
         iterations: Of exact, generalised and Monte-Carlo EM; passes of online EM.
         epochs: When methods trained by `fit` are measured; the last is where they end.
-        learning_rate: Of Adam for the mixture with full batches.
+        learning_rate: Of Adam for the mixture with all data at once.
+        batch_learning_rate: Of Adam for the mixture with mini-batches.
         num_samples: Draws for each datum in a Monte-Carlo E step.
         batch_size: Mini-batches of online EM and of amortised guides.
         hidden: Hidden units of encoder and decoder.
         vae_epochs: As `epochs`, for the VAE.
-        vae_learning_rate: Of Adam for the VAE.
+        vae_learning_rate: Of Adam for the VAE with all data at once.
+        vae_batch_learning_rate: Of Adam for the VAE with mini-batches.
         vae_particles: Of the VAE's ELBO.
         importance_particles: Of the importance bound that is climbed.
         path_particles: Of the evidence along the way.
@@ -64,13 +67,15 @@ class Settings:
     iterations: int = 60
     epochs: tuple[int, ...] = (1, 2, 3, 5, 8, 13, 20, 30, 50, 80, 130, 200, 300, 500)
     learning_rate: float = 0.05
+    batch_learning_rate: float = 0.01
     num_samples: int = 10
     batch_size: int = 64
     hidden: tuple[int, ...] = (16,)
     vae_epochs: tuple[int, ...] = (1, 3, 6, 10, 20, 40, 80, 150, 300, 600, 1000)
-    vae_learning_rate: float = 5e-3
+    vae_learning_rate: float = 0.03
+    vae_batch_learning_rate: float = 5e-3
     vae_particles: int = 4
-    importance_particles: int = 50
+    importance_particles: int = 5
     path_particles: int = 500
     evidence_particles: int = 5000
     seed: int = 0
@@ -201,9 +206,8 @@ def climb_mixture(
         ONLINE: climb_by_em(copied(), x, "online", batch_size=settings.batch_size, **of_em),
     }
     say("  EM and its approximations done; now by gradients")
-    gradient = common | {"learning_rate": settings.learning_rate}
     loss = partial(TraceEnum_ELBO, max_plate_nesting=1)
-    full = gradient | {"batch_size": len(x)}
+    full = common | {"learning_rate": settings.learning_rate, "batch_size": len(x)}
     mixture = copied()
     rows[ENUMERATED] = climb_by_gradient(
         mixture.model,
@@ -234,8 +238,9 @@ def climb_mixture(
         partial(measure_mixture, mixture, x, lambda: network(x).softmax(1)),
         settings.epochs,
         loss=loss(),
+        learning_rate=settings.batch_learning_rate,
         batch_size=settings.batch_size,
-        **gradient,
+        **common,
     )
     return rows, exact
 
@@ -266,7 +271,9 @@ def climb_vae(
             partial(measure_vae, vae.model, guide, x, settings.path_particles, settings.seed),
             settings.vae_epochs,
             loss=loss,
-            learning_rate=settings.vae_learning_rate,
+            learning_rate=settings.vae_learning_rate
+            if per_datum
+            else settings.vae_batch_learning_rate,
             batch_size=len(x) if per_datum else settings.batch_size,
             seed=settings.seed,
             progress=progress,
@@ -280,7 +287,7 @@ def climb_vae(
     say(f"  {PER_DATUM} done")
     found[AMORTISED] = climb(elbo())
     say(f"  {AMORTISED} done")
-    importance = make_estimator("ImportanceWeighted", settings.importance_particles)
+    importance = make_estimator("DReG", settings.importance_particles)
     found[IMPORTANCE] = climb(importance)
     say(f"  {IMPORTANCE} done")
     return found
@@ -375,21 +382,13 @@ def ends_of(ledgers: Mapping[str, Result], x: Tensor, seed: int) -> Result:
 
 def climb_figure(climb: Result, best: float | None) -> Figure:
     """The bound against passes and seconds; with `best`, its distance from there as well."""
-    rows = 1 if best is None else 2
-    figure = Figure(figsize=(12.0, 4.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2, squeeze=False, sharex="col")
-    for (across, ax), shows in zip(
-        (
-            (a, ax)
-            for line in panels
-            for a, ax in zip(("data_passes", "seconds"), line, strict=True)
-        ),
-        (None, None, best, best)[: 2 * rows],
-        strict=True,
-    ):
-        last = ax is panels[-1, 0]
-        plot_climb(climb, ax, against=across, best=shows, legend=last)
-        ax.label_outer()
+    shown = (None,) if best is None else (None, best)
+    figure = Figure(figsize=(12.0, 4.4 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False, sharex="col", sharey="row")
+    for line, below in zip(panels, shown, strict=True):
+        for ax, across in zip(line, ("data_passes", "seconds"), strict=True):
+            plot_climb(climb, ax, against=across, best=below, legend=ax is panels[-1, 0])
+            ax.label_outer()
     panels[0, 0].set_title("by passes over the data")
     panels[0, 1].set_title("by time")
     return figure
@@ -462,7 +461,7 @@ def page_parts(
     """The page from top to bottom."""
     best = float(mixture_ends["log_evidence"].max())
     at = {str(n): mixture_ends.isel(row=i) for i, n in enumerate(mixture_ends["method"].values)}
-    amortised = vae_ends.sel(method=AMORTISED)
+    amortised = vae_ends.sel({"method": AMORTISED})  # xarray has a keyword of that name
     reached = float(vae_ends["log_evidence"].max())
     k = sample.num_components
     last = settings.epochs[-1]
@@ -477,7 +476,8 @@ def page_parts(
             "are theta. For any distribution q over z, the log-likelihood splits into two parts:"
         ),
         Formula(
-            r"\log p_\theta(x) = F(q, \theta) + \mathrm{KL}(q(z) \,\|\, p_\theta(z \mid x)), \qquad "
+            r"\log p_\theta(x) = F(q, \theta) + "
+            r"\mathrm{KL}(q(z) \,\|\, p_\theta(z \mid x)), \qquad "
             r"F(q, \theta) = \mathrm{E}_q[\log p_\theta(x, z) - \log q(z)]"
         ),
         Paragraph(
@@ -634,7 +634,7 @@ def page_parts(
         Heading("Every stage in one chart"),
         Picture(
             figures["parts"],
-            "log p(x) = ELBO + KL at the end of every method. The dotted line is the best log p(x).",
+            "log p(x) = ELBO + KL at the end of every method. Dotted: the best log p(x).",
         ),
         Table(
             ("", "mixture", "VAE"),
@@ -683,9 +683,8 @@ def run(
         "parts": parts_figure(ends, vae_ends),
     }
     save_figures(figures, out)
-    say("\n" + " | ".join(MIXTURE_HEADER))
-    for row in (*mixture_rows(ends), VAE_HEADER, *vae_rows(vae_ends)):
-        say(" | ".join(row))
+    for header, rows in ((MIXTURE_HEADER, mixture_rows(ends)), (VAE_HEADER, vae_rows(vae_ends))):
+        say("\n" + as_text([dict(zip(header, row, strict=True)) for row in rows]))
     page = Page("From EM to the VAE on one bound")
     page.add(*page_parts(sample, settings, ends, vae_ends, figures))
     page.add(*how_it_was_made(climb, settings, "python -m analyses.em_to_vae"))

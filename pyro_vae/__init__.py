@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.svi import fit
-    from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
+    from pyro_vae.models import VAE, Autoencoder, GaussianMixture, LinearGaussian, TwoLayerVAE
     from pyro_vae.results import load_result
     from pyro_vae.runs import load_run
 
@@ -25,8 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Autoencoder",
     "GaussianMixture",
     "LinearGaussian",
+    "TwoLayerVAE",
     "compare_estimators",
     "elbo_gap",
     "fit",
@@ -40,8 +42,10 @@ __all__ = [
 
 _HOME = {
     "VAE": "pyro_vae.models",
+    "Autoencoder": "pyro_vae.models",
     "GaussianMixture": "pyro_vae.models",
     "LinearGaussian": "pyro_vae.models",
+    "TwoLayerVAE": "pyro_vae.models",
     "compare_estimators": "pyro_vae.diagnostics.gradients",
     "elbo_gap": "pyro_vae.diagnostics.gap",
     "fit": "pyro_vae.inference.svi",

@@ -35,7 +35,7 @@ from pyro_vae.inference.checkpoint import (
 from pyro_vae.inference.history import history_result
 from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi import Fit, fit
-from pyro_vae.models import VAE, Likelihood, LinearGaussian, make_likelihood
+from pyro_vae.models import VAE, Autoencoder, LinearGaussian, TwoLayerVAE
 from pyro_vae.results import Result, load_result
 
 __all__ = [
@@ -70,7 +70,12 @@ _DERIVED_FILES = (
 )
 _HELD_OUT_EVERY = 10
 _MODELS: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {"VAE": VAE, "LinearGaussian": LinearGaussian}
+    {
+        "VAE": VAE,
+        "TwoLayerVAE": TwoLayerVAE,
+        "Autoencoder": Autoencoder,
+        "LinearGaussian": LinearGaussian,
+    }
 )
 _LIKELIHOODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {  # by measure; the first is the default

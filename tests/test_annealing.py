@@ -21,8 +21,9 @@ from pyro_vae.diagnostics.annealing import (
 )
 from pyro_vae.inference.hmc import Transition
 from pyro_vae.inference.log_weights import importance_bound
-from pyro_vae.inference.potential import Potential, Tempered, latent_potential
+from pyro_vae.inference.potential import Potential, latent_potential
 from pyro_vae.inference.programs import ProgramError, program_scope
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 6, 5, 3

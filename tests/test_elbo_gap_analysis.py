@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from analyses.elbo_gap import PUBLISHED, main
 from pyro_vae import LinearGaussian, elbo_gap
@@ -14,6 +15,8 @@ from pyro_vae.plots import plot_ledger, plot_widest_gaps
 from pyro_vae.results import Result, load_result
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.float32
 def test_main_writes_ledgers_figures_and_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -78,7 +81,7 @@ def ledger() -> Result:
 def test_bars_are_the_parts_of_the_gap(ledger: Result) -> None:
     ax = plot_ledger({"first": ledger, "second": ledger})
     assert isinstance(ax, Axes)
-    widths = [bar.get_width() for bar in ax.patches]
+    widths = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
     parts = [ledger.quantity(f"{n}_gap").value for n in ("amortization", "approximation")]
     assert widths == pytest.approx([parts[0], parts[0], parts[1], parts[1]])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["first", "second"]

@@ -10,8 +10,9 @@ import torch
 from pyro.infer import MCMC, NUTS, config_enumerate
 
 from pyro_vae.inference.hmc import hmc_step, sample_posterior
-from pyro_vae.inference.potential import Tempered, latent_potential
+from pyro_vae.inference.potential import latent_potential
 from pyro_vae.inference.programs import ProgramError, program_scope
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 7, 5, 3

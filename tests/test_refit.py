@@ -53,7 +53,7 @@ def test_a_datum_that_ran_out_of_steps_says_so(pair: LinearGaussian) -> None:
     found = quiet_refit(pair.model, pair.guide, x, max_steps=20)
     assert not found.converged.any()
     assert found.steps.tolist() == [20] * 4
-    assert quiet_refit(pair.model, pair.best_diagonal_guide, x).converged.all()
+    assert quiet_refit(pair.model, pair.best_diagonal_guide, x, max_steps=1000).converged.all()
 
 
 def test_an_exact_guide_stays_exact(pair: LinearGaussian) -> None:
@@ -251,8 +251,8 @@ def test_a_flow_bends_a_single_latent() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.1 * x, 1.0))
 
-    normal = bound(model, quiet_refit(model, guide, x, family="full"), x)
-    bent = bound(model, quiet_refit(model, guide, x, family="flow"), x)
+    normal = bound(model, quiet_refit(model, guide, x, family="full", max_steps=150), x)
+    bent = bound(model, quiet_refit(model, guide, x, family="flow", max_steps=150), x)
     assert (bent - normal > 0.1).all()
 
 
@@ -364,8 +364,10 @@ def test_programs_that_run_one_particle_at_a_time(pair: LinearGaussian) -> None:
             z = z.reshape(len(x), 3)  # breaks with a particle dim
             pyro.sample("x", pair.generative(z), obs=x)
 
-    found = quiet_refit(model, pair.guide, x, max_steps=120)
-    assert (kl_of(pair, found, x) - pair.diagonal_gap() < 0.5).all()
+    start = pair.best_diagonal_guide
+    found = quiet_refit(model, start, x, max_steps=20)
+    assert found.steps.tolist() == [20] * 3
+    assert (kl_of(pair, found, x) - pair.diagonal_gap() < 0.05).all()
 
 
 def test_one_datum_that_breaks_stops_no_other() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae.inference.hmc import hmc_step, jittered
 from pyro_vae.inference.log_weights import effective_sample_size, importance_bound
-from pyro_vae.inference.potential import Potential, Tempered
+from pyro_vae.inference.potential import Potential
 from pyro_vae.inference.programs import (
     Arguments,
     Program,
@@ -33,6 +33,7 @@ from pyro_vae.inference.programs import (
     as_arguments,
     weighted_sites,
 )
+from pyro_vae.inference.tempered import Tempered
 
 __all__ = [
     "Annealing",

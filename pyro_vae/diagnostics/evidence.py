@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from pyro_vae.diagnostics.annealing import (
@@ -19,10 +18,9 @@ from pyro_vae.diagnostics.annealing import (
 )
 from pyro_vae.diagnostics.bridge import Bridging, bridge_columns
 from pyro_vae.diagnostics.chunks import ChunkPlan, Columns, identity_of, plan_chunks, run_chunks
-from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
+from pyro_vae.diagnostics.importance import Importance, importance_columns, importance_notes
 from pyro_vae.diagnostics.proper import check_proper
 from pyro_vae.diagnostics.quadrature import Quadrature, quadrature_columns
-from pyro_vae.inference.log_weights import effective_sample_size, elbo, importance_bound
 from pyro_vae.inference.potential import inspected_guide, latent_potential
 from pyro_vae.inference.programs import (
     Program,
@@ -30,29 +28,12 @@ from pyro_vae.inference.programs import (
     ProgramStructure,
     as_arguments,
     program_scope,
-    run_programs,
 )
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["METHODS", "log_evidence"]
 
 _CHUNK = 100  # data at once in the methods that run chains
-
-
-@dataclass(frozen=True)
-class _Importance:
-    """Settings of importance sampling.
-
-    Attributes:
-        num_particles: Draws from the guide for each datum.
-    """
-
-    num_particles: int = 1000
-
-    def __post_init__(self) -> None:
-        value = self.num_particles
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"num_particles must be a positive integer, not {value!r}")
 
 
 def log_evidence(
@@ -214,45 +195,9 @@ class _Method:
     counts: bool  # whether that is also the number of particles behind a value
 
 
-def _importance_columns(task: _Task, settings: _Importance) -> Columns:
+def _importance_columns(task: _Task, settings: Importance) -> Columns:
     assert task.guide is not None
-    weights = torch.cat(
-        [
-            _log_weights(task.model, task.guide, task.x, task.plan.structure, k)
-            for k in task.plan.particles(settings.num_particles)
-        ]
-    )
-    return _reduce(weights.double())
-
-
-def _log_weights(
-    model: Program, guide: Program, x: Any, structure: ProgramStructure, num_particles: int
-) -> Float[Tensor, "particles batch"]:
-    log_p, log_q, _ = run_programs(model, guide, as_arguments(x), structure, num_particles)
-    return log_p - log_q
-
-
-def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Tensor, " batch"]]:
-    """Every number of the result from the weights of a chunk of data."""
-    particles = len(log_weights)
-    ess = effective_sample_size(log_weights)
-    bound, mean = importance_bound(log_weights), elbo(log_weights)
-    relative = (log_weights - bound).exp() - 1  # the influence of each draw on the importance bound
-    unknown = torch.full_like(mean, math.nan)
-    return {
-        "log_evidence": bound,
-        "log_evidence_se": (1 / ess - 1 / particles).clamp_min(0).sqrt()
-        if particles > 1
-        else unknown,
-        "elbo": mean,
-        "elbo_se": log_weights.std(0) / math.sqrt(particles) if particles > 1 else unknown,
-        "gap": bound - mean,
-        "gap_se": (relative - log_weights + mean).std(0) / math.sqrt(particles)
-        if particles > 1
-        else unknown,
-        "ess": ess,
-        "khat": pareto_khat(log_weights),
-    }
+    return importance_columns(task.model, task.guide, task.x, task.plan, settings.num_particles)
 
 
 def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
@@ -312,23 +257,6 @@ def _exact(model: Program, x: Any) -> Result:
 
 
 # --- what must not be parted from the numbers -----------------------------------------------------
-
-
-def _importance_notes(found: Columns, settings: _Importance) -> list[str]:
-    threshold = khat_threshold(settings.num_particles)
-    khat = found["khat"]
-    bad = int((~(khat <= threshold)).sum())
-    notes = [
-        "k-hat, ESS and every importance estimate are blind to a mode that the guide never visits."
-    ]
-    if bad:
-        notes.insert(
-            0,
-            f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {len(khat)} data: there "
-            "the log evidence is a lower bound "
-            "whose error is unreliable, not an estimate. More particles or a better guide mend it.",
-        )
-    return notes
 
 
 def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
@@ -393,7 +321,7 @@ def _no_particles(_settings: Any) -> int:
 
 METHODS = {
     "importance": _Method(
-        _Importance, _importance_columns, _importance_notes, lambda s: s.num_particles, True
+        Importance, _importance_columns, importance_notes, lambda s: s.num_particles, True
     ),
     "annealed": _Method(
         Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True

@@ -310,7 +310,7 @@ def _result(
         "elbo": ("lower", "evidence lower bound of the guide"),
         "gap": (_BOUND_OF_GAP.get(kind, "none"), "log evidence - ELBO: KL(q || p(z | x))"),
         "approximation_gap": (
-            "none" if kind == "lower" else "upper",
+            "upper" if kind in ("exact", "unbiased", "upper") else "none",
             "log evidence - ELBO of the best of the guide's family",
         ),
         "amortization_gap": ("lower", "ELBO of the best of the guide's family - ELBO of the guide"),

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.inference.convergence import bulk_ess, split_rhat
-from pyro_vae.inference.potential import Point, Potential, Tempered, latent_potential
+from pyro_vae.inference.potential import Potential, latent_potential
 from pyro_vae.inference.programs import Program, ProgramError, as_arguments, program_scope
+from pyro_vae.inference.tempered import Point, Tempered
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = [
