@@ -35,7 +35,14 @@ from pyro_vae.inference.checkpoint import (
 from pyro_vae.inference.history import history_result
 from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi import Fit, fit
-from pyro_vae.models import VAE, Autoencoder, LinearGaussian, TwoLayerVAE
+from pyro_vae.models import (
+    VAE,
+    Autoencoder,
+    Likelihood,
+    LinearGaussian,
+    TwoLayerVAE,
+    make_likelihood,
+)
 from pyro_vae.results import Result, load_result
 
 __all__ = [
