@@ -100,6 +100,7 @@ class Sample:
         names: Of the features.
         features: The two that are shown.
         num_components: Of the mixture that is shown.
+        start: How the mixture of the second analysis is started, see `GaussianMixture.initialize`.
         crowded: Components of the mixture whose local optima are shown.
     """
 
@@ -108,6 +109,7 @@ class Sample:
     names: tuple[str, ...]
     features: tuple[int, int]
     num_components: int
+    start: str
     crowded: int
 
 
@@ -122,13 +124,13 @@ def load(name: str, root: str | None, say: Callable[[str], None]) -> Sample:
                 "scikit-learn (pyro-vae data --help says how to get the file)."
             )
         else:
-            names = ("eruption time (standardised)", "time to the next (standardised)")
-            return Sample("Old Faithful", _standardised(x), names, (0, 1), 2, 4)
+            clock = ("eruption time (standardised)", "time to the next (standardised)")
+            return Sample("Old Faithful", _standardised(x), clock, (0, 1), 2, "random", 4)
     iris = load_dataset("iris")
     x = torch.cat([iris.train, iris.test])
     parts = ("sepal length", "sepal width", "petal length", "petal width")
     names = tuple(f"{part} (standardised)" for part in parts)
-    return Sample("iris", _standardised(x), names, (1, 2), 3, 4)
+    return Sample("iris", _standardised(x), names, (1, 2), 3, "k-means++", 4)
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -140,11 +142,12 @@ def _standardised(x: Tensor) -> Tensor:
 
 
 def poor_start(sample: Sample) -> GaussianMixture:
-    """Round components of half the data's spread, at random data: far from any fit."""
+    """Round components of half the data's spread, where there are no data: far from any fit."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randperm(len(sample.x), generator=generator)[: sample.num_components]
     dim, k = sample.x.shape[1], sample.num_components
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
+    # Data with features exchanged and every second one mirrored.
     locs = sample.x[rows].flip(1) * torch.tensor([1.0, -1.0]).repeat(dim)[:dim]
     return GaussianMixture.from_parameters(
         weights, locs, 0.25 * torch.eye(dim, dtype=torch.float64).repeat(k, 1, 1)
@@ -344,7 +347,10 @@ def optima_figure(sample: Sample, restarts: Result, fits: Sequence[EMFit]) -> Fi
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     plot_restarts(restarts, left, title=f"{len(fits)} random starts, K = {sample.crowded}")
     ends = restarts["log_evidence"].values[:, -1]
-    for ax, which, name in ((middle, ends.argmax(), "best"), (right, ends.argmin(), "worst")):
+    for ax, which, name in (
+        (middle, int(ends.argmax()), "best"),
+        (right, int(ends.argmin()), "worst"),
+    ):
         mixture = fits[which].model.__self__
         plot_mixture(
             mixture,

@@ -6,6 +6,7 @@ draw on, and returns the `Axes`.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _SAME_END = 1e-3  # nats per datum: ends closer than this are one optimum
+_MAX_ENDS = 6  # optima with a colour of their own
 _STYLES = ("-", "--", "-.", ":")
 _COMPONENTS = (_BLUE, _ORANGE, *_CLASSES)
 _LEAST = 1e-10  # nats per datum: below, distances to the maximum are rounding
@@ -273,10 +275,11 @@ def plot_evidence_parts(
         label="KL" if sure else "KL, estimated from below",
     )
     for at, low, kl in zip(place, bound, gap, strict=True):
-        text = dict(va="center", fontsize="small")
+        text: dict[str, Any] = {"va": "center", "fontsize": "small", "zorder": 4}
         ax.text(floor + 0.02 * spread, at, f"{low:.4f}", color="white", **text)
         sign = "" if sure else "≥ "
-        ax.text(low + kl + 0.02 * spread, at, f"KL {sign}{_small(kl)}", **text)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # covers the dotted line
+        ax.text(low + kl + 0.02 * spread, at, f"KL {sign}{_small(kl)}", bbox=behind, **text)
     ax.axvline(top, color=_GREY, lw=1, ls=":", zorder=0)
     ax.set_xlim(floor, top + 0.45 * spread)
     ax.set_yticks(place, list(names))
@@ -322,9 +325,9 @@ def plot_climb(
         across = rows[against].values
         colour, marker = _sign(i)
         bound = rows["bound"].values
-        look = {"color": colour, "ls": _STYLES[i % len(_STYLES)], "lw": 1.6}
+        look: dict[str, Any] = {"color": colour, "ls": _STYLES[i % len(_STYLES)], "lw": 1.6}
         thin = max(1, len(across) // 8)
-        marks = {"marker": marker, "ms": 5, "markevery": (i % thin, thin)}
+        marks: dict[str, Any] = {"marker": marker, "ms": 5, "markevery": (i % thin, thin)}
         if best is None:
             ax.plot(across, bound, label=name, zorder=3, **look, **marks)
             ax.plot(across, rows["log_evidence"].values, color=colour, lw=0.7, alpha=0.8)
@@ -360,7 +363,8 @@ def plot_restarts(
 
     Returns:
         The axes, with a line for each start; starts that ended within 0.001 nats per datum of each
-        other have one colour and one entry in the legend, the best first.
+        other have one colour and one entry in the legend, the best first; after six such
+        groups the rest are grey.
     """
     ax = _axes(ax, _WIDE)
     paths = restarts["log_evidence"].transpose("start", "iteration").values
@@ -373,17 +377,21 @@ def plot_restarts(
             group, reached = group + 1, paths[i, -1]
         members.setdefault(group, []).append(i)
     for which, starts in members.items():
-        colour, _ = _sign(which)
+        colour = _sign(which)[0] if which < _MAX_ENDS else _GREY
+        text = f"{paths[starts[0], -1]:.4f}: {len(starts)} of {len(paths)}"
+        if which == _MAX_ENDS:
+            rest = sum(len(members[other]) for other in members if other >= which)
+            text = f"lower: {rest} of {len(paths)}"
         for n, i in enumerate(starts):
             ax.plot(
                 iteration,
                 paths[i],
-                _STYLES[which % len(_STYLES)],
+                _STYLES[which % len(_STYLES)] if which < _MAX_ENDS else "-",
                 color=colour,
-                lw=1.1,
+                lw=1.1 if which < _MAX_ENDS else 0.7,
                 alpha=0.85,
                 zorder=3 if which == 0 else 2,
-                label=f"{paths[i, -1]:.4f}: {len(starts)} of {len(paths)}" if n == 0 else None,
+                label=text if n == 0 and which <= _MAX_ENDS else None,
             )
     ends = paths[:, -1]
     room = max(float(ends.max() - np.median(paths[:, min(2, len(iteration) - 1)])), 1e-3)

@@ -17,32 +17,6 @@ from pyro_vae.inference.step import deferred_interrupt
 __all__ = ["fit_generalized"]
 
 
-def _generalized(
-    program: EnumeratedProgram, record: HalfSteps, settings: EMSettings
-) -> Iterator[Reached]:
-    """Exact E steps, and M steps that go some way up and never down."""
-    optimizer = None if settings.optimizer is None else settings.optimizer(program.parameters)
-    waiting: dict[str, Any] | None = None
-    for iteration in range(settings.max_iterations + 1):
-        evidence, marginals = program.e_step()
-        record.passes += 1
-        stamp = record.stamp("E", iteration)
-        if waiting is not None:
-            record.add(
-                log_likelihood=evidence, divergence=max(evidence - waiting["elbo"], 0.0), **waiting
-            )
-        with torch.no_grad():
-            joint = float(program.expected_log_joint(marginals))
-        entropy = evidence - joint
-        record.add(stamp, evidence, joint + entropy, 0.0)
-        yield Reached(None, evidence, record)
-        if iteration < settings.max_iterations:
-            steps = settings.num_gradient_steps
-            joint, passes = climb(program, marginals, joint, optimizer, steps)
-            record.passes += passes
-            waiting = {"stamp": record.stamp("M", iteration + 1), "elbo": joint + entropy}
-
-
 def fit_generalized(model: StatisticsModel | Program, x: Any, settings: EMSettings) -> Ending:
     """Generalised EM on any program; a mixture's is its `model`, from any number of starts."""
     if isinstance(model, StatisticsModel):
@@ -100,3 +74,29 @@ def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) ->
         values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
     facts = {"converged": reached.converged, "gap": "difference"}
     return Ending(model, guide, state, values, measure_of(program.elbo.trace), reached, facts)
+
+
+def _generalized(
+    program: EnumeratedProgram, record: HalfSteps, settings: EMSettings
+) -> Iterator[Reached]:
+    """Exact E steps, and M steps that go some way up and never down."""
+    optimizer = None if settings.optimizer is None else settings.optimizer(program.parameters)
+    waiting: dict[str, Any] | None = None
+    for iteration in range(settings.max_iterations + 1):
+        evidence, marginals = program.e_step()
+        record.passes += 1
+        stamp = record.stamp("E", iteration)
+        if waiting is not None:
+            record.add(
+                log_likelihood=evidence, divergence=max(evidence - waiting["elbo"], 0.0), **waiting
+            )
+        with torch.no_grad():
+            joint = float(program.expected_log_joint(marginals))
+        entropy = evidence - joint
+        record.add(stamp, evidence, joint + entropy, 0.0)
+        yield Reached(None, evidence, record)
+        if iteration < settings.max_iterations:
+            steps = settings.num_gradient_steps
+            joint, passes = climb(program, marginals, joint, optimizer, steps)
+            record.passes += passes
+            waiting = {"stamp": record.stamp("M", iteration + 1), "elbo": joint + entropy}
