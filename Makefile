@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo elbo_estimators em_gmm em_to_vae benchmark_em lock clean
+.PHONY: help venv test lint demo elbo_estimators elbo_gap em_gmm em_to_vae benchmark_em lock clean
 
 PYTHON ?=
 ARGS ?=
@@ -68,6 +68,9 @@ demo: $(STAMP) ## Run the demonstration
 
 elbo_estimators: $(STAMP) ## Measure which ELBO estimator to train with (ARGS=--full for the long run)
 	$(BIN)/python -m analyses.elbo_estimators $(ARGS)
+
+elbo_gap: $(STAMP) ## Split the ELBO gap of VAEs into approximation and amortisation (ARGS=--full for long)
+	$(BIN)/python -m analyses.elbo_gap $(ARGS)
 
 em_gmm: $(STAMP) ## Fit a Gaussian mixture by EM and look at its bound (ARGS="..." goes to the script)
 	$(BIN)/python -m analyses.em_gmm $(ARGS)

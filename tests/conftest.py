@@ -8,11 +8,14 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 
 def pytest_configure() -> None:
     # Neither results nor times then depend on how many cores the machine has free.
     torch.set_num_threads(1)
+    # NumPy's and SciPy's own threads wait on one another when the cores are busy.
+    threadpool_limits(1, user_api="blas")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

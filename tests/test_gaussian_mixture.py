@@ -14,7 +14,6 @@ from pyro.infer import TraceEnum_ELBO
 from scipy import special, stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pyro_vae.data import load_dataset
 from pyro_vae.inference.em import fit_em
@@ -25,13 +24,6 @@ from pyro_vae.models import gaussian_mixture as module
 COVARIANCES = ["full", "tied", "diag", "spherical"]
 NUM_DATA, DIM, NUM_COMPONENTS = 211, 4, 3
 STANDARD_ERRORS = 5  # a two-sided failure rate of 6e-7 a number
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The peers' many small products spend most of their time waiting for threads otherwise."""
-    with threadpool_limits(1, user_api="blas"):
-        yield
 
 
 def parameters(covariance, dim=DIM, num_components=NUM_COMPONENTS):
