@@ -433,6 +433,7 @@ def page_parts(
     last = history.isel(step=-1)
     m_steps = history.isel(step=history["phase"].values == "M")
     ends = restarts["log_evidence"].values[:, -1]
+    fall = max(-float(np.diff(restarts["log_evidence"].values, axis=1).min()), 0.0)
     near = int((ends.max() - ends < 1e-3).sum())
     best, second = choice_rows(choice, 2)
     apart = float(np.abs(agreement["ours"].values - agreement["scikit_learn"].values).max())
@@ -455,14 +456,14 @@ def page_parts(
             "computes the responsibilities:"
         ),
         Formula(
-            r"r_{nk} = p(z_n = k \mid x_n) = \frac{\pi_k \, \mathcal{N}(x_n \mid \mu_k, \Sigma_k)}"
+            r"r_{nk} = p(z_n = k \mid x_n) = \dfrac{\pi_k \, \mathcal{N}(x_n \mid \mu_k, \Sigma_k)}"
             r"{\sum_j \pi_j \, \mathcal{N}(x_n \mid \mu_j, \Sigma_j)}"
         ),
         Paragraph("The M step takes weighted counts, means and covariances:"),
         Formula(
-            r"N_k = \sum_n r_{nk}, \quad \pi_k = \frac{N_k}{N}, \quad "
-            r"\mu_k = \frac{1}{N_k} \sum_n r_{nk} x_n, \quad "
-            r"\Sigma_k = \frac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top"
+            r"N_k = \sum_n r_{nk}, \quad \pi_k = \dfrac{N_k}{N}, \quad "
+            r"\mu_k = \dfrac{1}{N_k} \sum_n r_{nk} x_n, \quad "
+            r"\Sigma_k = \dfrac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top"
         ),
         Heading("The fit, iteration by iteration"),
         Paragraph(
@@ -494,7 +495,8 @@ def page_parts(
             "0 and the ELBO touches log p(x). The M step leaves q alone and raises the ELBO; log "
             "p(x) must rise by at least as much, and because q is now the posterior of an older "
             "model, the KL opens again. So log p(x) can never fall. The left picture shows the "
-            "staircase, the right one the same numbers as bars."
+            "staircase, the right one the same numbers as bars, both from the end of "
+            "the first iteration."
         ),
         Picture(figures["staircase"], "Half steps of EM: E steps close the gap, M steps open it."),
         Paragraph(
@@ -510,9 +512,11 @@ def page_parts(
             "EM climbs the nearest hill. With as many components as the data show, most starts "
             f"find the same one. With {sample.crowded} components they do not: {len(ends)} random "
             f"starts ended between {ends.min():.4f} and {ends.max():.4f} nats per datum, and "
-            f"{near} of them within 0.001 of the best. The bound never fell in any of them; that "
-            "alone says nothing about which hill it is. Hence num_restarts in fit_em, which keeps "
-            "the best."
+            f"{near} of them within 0.001 of the best. "
+            f"The most that log p(x) fell in one iteration of any of them is {fall:.0e} (not "
+            "exactly 0, because the floor under the variances, see below, makes the M step "
+            "inexact). To climb says nothing about which hill it is. Hence num_restarts in "
+            "fit_em, which keeps the best."
         ),
         Picture(figures["optima"], "Left: paths of all starts. Right: two ends."),
         Heading("How many components?"),
