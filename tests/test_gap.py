@@ -337,3 +337,12 @@ def test_surgery_refuses_what_has_no_aggregated_posterior(pair: LinearGaussian) 
     auto(x)
     with pytest.raises(ProgramError, match="'z' is known at its own draws alone"):
         elbo_surgery(model, auto, x)
+
+
+def test_a_flow_needs_no_full_normal_before_it():
+    model = LinearGaussian(4, 2)
+    x = torch.randn(3, 4)
+    options = {"max_steps": 40, "num_particles": 50, "progress": False}
+    alone = elbo_gap(model.model, model.guide, x, richer=("flow",), **options)
+    assert "elbo_full" not in alone
+    assert bool((alone.elbo_flow > alone.elbo_refitted - 5 * alone.elbo_flow_se).all())

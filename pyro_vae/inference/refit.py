@@ -764,6 +764,8 @@ def refits(
         if family != "same":
             # The sites' own parameters stay where they are: the noise moves in their place.
             started = _noise_start(family, layout)
+            if family == "flow" and "noise.loc" not in now.values:  # it bends the full normal
+                started = _noise_start("full", layout) | started
             axes = {name: free.axis for name, free in started.items()} | (
                 axes if family == "flow" and "noise.loc" in axes else {}
             )
