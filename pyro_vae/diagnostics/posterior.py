@@ -27,7 +27,7 @@ def pareto_khat(log_weights: Float[Tensor, "particles batch"]) -> Float64[Tensor
 
     The tail is the min(S/5, 3 sqrt(S)) largest weights, and the fit is the quasi-Bayesian one of
     Zhang & Stephens
-    with the weak prior of PSIS, as in ArviZ.
+    with the weak prior of PSIS, as in ArviZ 0.23 (ArviZ 1 rounds the tail's size down, not up).
 
     Args:
         log_weights: In nats; a common constant does not matter.
