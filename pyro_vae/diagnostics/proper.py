@@ -58,7 +58,7 @@ def _is_flat(site: Site) -> bool:
     fn, value = site["fn"], site["value"]
     try:
         support = support_of(fn)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # a user's distribution need not state one
         return False
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -67,7 +67,7 @@ def _is_flat(site: Site) -> bool:
         return False
     try:
         transform = biject_to(support_of(fn))
-    except NotImplementedError:
+    except NotImplementedError:  # no line to walk along: such a prior is taken at its word
         return False
     free = transform.inv(value)
     here = fn.log_prob(value)
