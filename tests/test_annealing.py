@@ -16,13 +16,13 @@ from pyro_vae.diagnostics.annealing import (
     annealed_weights,
     reduce_forward,
     reduce_reverse,
-    simulate,
     temperatures,
 )
 from pyro_vae.inference.hmc import Transition
 from pyro_vae.inference.log_weights import importance_bound
 from pyro_vae.inference.potential import Potential, latent_potential
 from pyro_vae.inference.programs import ProgramError, program_scope
+from pyro_vae.inference.simulation import simulate
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
@@ -180,25 +180,6 @@ def test_bidirectional_result(linear, x):
         linear.model, linear.guide, x, method="bidirectional", start="guide", **settings
     )
     assert from_guide.log_evidence.notnull().all()
-
-
-def test_simulated_data_follow_the_model(linear):
-    with program_scope(0):
-        drawn = simulate(linear.model, torch.zeros(3000, D))
-    assert drawn.replaced
-    data, z = drawn.arguments[0][0], drawn.latents["z"]
-    residual = data - z @ linear.weight.T.detach() - linear.bias.detach()
-    # The variance of 15000 draws has a relative standard error of sqrt(2/15000) = 0.0115.
-    assert abs(residual.var() / 0.5 - 1) < STANDARD_ERRORS * 0.0115
-    assert abs(z.var() - 1) < STANDARD_ERRORS * (2 / 9000) ** 0.5
-
-    def with_factor(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.factor("score", -((x - z) ** 2))
-
-    with pytest.raises(ProgramError, match=r"'score' is a pyro\.factor"):
-        log_evidence(with_factor, None, torch.zeros(3), method="bidirectional", num_temperatures=2)
 
 
 def test_schedules():

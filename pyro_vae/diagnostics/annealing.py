@@ -15,33 +15,21 @@ that adapt themselves would bias the weights and could not be reversed.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import pyro
 import torch
 from jaxtyping import Float
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.inference.hmc import hmc_step, jittered
 from pyro_vae.inference.log_weights import effective_sample_size, importance_bound
 from pyro_vae.inference.potential import Potential
-from pyro_vae.inference.programs import (
-    Arguments,
-    Program,
-    ProgramError,
-    as_arguments,
-    weighted_sites,
-)
 from pyro_vae.inference.tempered import Tempered
 
 __all__ = [
     "Annealing",
-    "Simulation",
     "annealed_weights",
     "reduce_forward",
     "reduce_reverse",
-    "simulate",
     "temperatures",
 ]
 
@@ -242,72 +230,3 @@ def reduce_reverse(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tens
     """
     found = reduce_forward(-log_weights)
     return {**found, "log_evidence": -found["log_evidence"]}
-
-
-# --- data from the model --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """Data drawn from a model, with the latents behind them.
-
-    Attributes:
-        model: The model at the simulated data.
-        arguments: Its arguments, the simulated data in place of the given.
-        replaced: Whether every observed site was found among the arguments.
-        latents: The latents by site, as the model drew them.
-    """
-
-    model: Program
-    arguments: Arguments
-    replaced: bool
-    latents: dict[str, Tensor]
-
-
-def simulate(model: Program, x: Any) -> Simulation:
-    """Draws latents and data from a model, in the shapes of the data given.
-
-    Raises:
-        ProgramError: If an observed site cannot be drawn (a `pyro.factor`); names it.
-    """
-    args, kwargs = as_arguments(x)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        observed = {
-            name: site["value"]
-            for name, site in weighted_sites(
-                poutine.trace(model).get_trace(*args, **kwargs)
-            ).items()
-            if site["is_observed"]
-        }
-        try:
-            trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-        except NotImplementedError as error:
-            raise ProgramError(
-                f"the model's observed sites {', '.join(observed)} cannot all be drawn from, so no "
-                "data can be simulated; use method='annealed'"
-            ) from error
-    for name in observed:
-        if type(trace.nodes[name]["fn"]).__name__ == "Unit":
-            raise ProgramError(
-                f"the model's site '{name}' is a pyro.factor, from which no data can be simulated; "
-                "use method='annealed'"
-            )
-    drawn = {name: trace.nodes[name]["value"].detach() for name in observed}
-    replaced = set()
-
-    def replace(argument: Any) -> Any:
-        for name, value in observed.items():
-            same = isinstance(argument, Tensor) and argument.shape == value.shape
-            if same and torch.equal(argument, value):
-                replaced.add(name)
-                return drawn[name].to(argument)
-        return argument
-
-    new = tuple(map(replace, args)), {name: replace(value) for name, value in kwargs.items()}
-    latents = {
-        name: site["value"].detach()
-        for name, site in weighted_sites(trace).items()
-        if name not in observed
-    }
-    fixed = poutine.condition(poutine.uncondition(model), data=drawn)
-    return Simulation(fixed, new, replaced == set(observed), latents)

@@ -14,7 +14,6 @@ from pyro_vae.diagnostics.annealing import (
     annealed_weights,
     reduce_forward,
     reduce_reverse,
-    simulate,
 )
 from pyro_vae.diagnostics.bridge import Bridging, bridge_columns
 from pyro_vae.diagnostics.chunks import ChunkPlan, Columns, identity_of, plan_chunks, run_chunks
@@ -29,6 +28,7 @@ from pyro_vae.inference.programs import (
     as_arguments,
     program_scope,
 )
+from pyro_vae.inference.simulation import simulate
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["METHODS", "log_evidence"]
@@ -135,7 +135,6 @@ def log_evidence(
     shown = inspected_guide(model, guide)
     config = {"method": method, **asdict(own), "joint": joint}
     with torch.no_grad(), program_scope(seed):
-        check_proper(model, shown, as_arguments(x))
         plan = plan_chunks(
             model,
             shown,
@@ -145,6 +144,7 @@ def log_evidence(
             max_memory=max_memory,
             max_data=None if method == "importance" else _CHUNK,
         )
+        check_proper(model, shown, as_arguments(x))  # a point mass has its own sentence, first
         found = run_chunks(
             plan,
             lambda part: chosen.columns(_Task(model, guide, part, joint, seed, plan), own),

@@ -33,6 +33,7 @@ from pyro_vae.inference.programs import (
     draw_traces,
     enumerating,
     site_log_prob,
+    site_values,
     subsamples,
     sum_dims,
     sum_sites,
@@ -68,7 +69,6 @@ class _Layout:
 
     name: str
     plates: tuple[int, ...]  # the site's batch shape
-    declared: tuple[int, ...]  # the dims of it that plates declare, from the right (negative)
     free_event: tuple[int, ...]  # event shape in unconstrained space
     start: int
     stop: int
@@ -146,15 +146,16 @@ class Potential:
 
     def constrain(self, u: Float[Tensor, "chains batch dim"]) -> dict[str, Tensor]:
         """The latents by site, `[chains, batch, inner plates, event]`; without batch if joint."""
-        parts = []
-        with torch.no_grad():
-            for part in self._parts(u):
-                run = self._trace(part)[0]
-                parts.append({n: run.nodes[n]["value"] for n in self.structure.latents})
+        runs = [trace for trace, _ in self.traces(u)]
         return {
-            layout.name: torch.cat([self._outer(p[layout.name], layout) for p in parts])
-            for layout in self._layouts
+            name: torch.cat([site_values(run, name, self.structure) for run in runs])
+            for name in self.structure.latents
         }
+
+    def traces(self, u: Float[Tensor, "chains batch dim"]) -> list[tuple[Trace, int]]:
+        """Runs of the model at given latents, each with the number of chains in it."""
+        with torch.no_grad():
+            return [(self._trace(part)[0], len(part)) for part in self._parts(u)]
 
     # --- draws ------------------------------------------------------------------------------------
 
@@ -276,24 +277,6 @@ class Potential:
                 free = free.movedim(1 + len(layout.plates) + self.structure.batch_dim, 1)
             columns.append(free.reshape(chains, self.num_data, -1))
         return torch.cat(columns, -1)
-
-    def _outer(self, value: Tensor, layout: _Layout) -> Tensor:
-        """A site's value with chains and data first and without the dims that only pad."""
-        nesting, structure = self.structure.max_plate_nesting, self.structure
-        event = len(self._forms[layout.name][0].event_shape)
-        plates = value.shape[: value.dim() - event]
-        if len(plates) <= nesting:  # one chain has no dim of its own
-            value = value.reshape(1, *(1,) * (nesting - len(plates)), *value.shape)
-            plates = value.shape[: value.dim() - event]
-        keep = [d for d in layout.declared if d != structure.batch_dim]
-        drop = [d - event for d in range(-nesting, 0) if d not in (*keep, structure.batch_dim)]
-        dims = value.dim()
-        order = [0] + ([] if structure.batch_dim is None else [dims + structure.batch_dim - event])
-        order += [dims + d - event for d in sorted(keep)]
-        order += list(range(dims - event, dims))
-        rest = [dims + d for d in drop]
-        value = value.permute(*order, *rest)
-        return value.reshape(value.shape[: len(order)])
 
     def _active(self) -> Bool[Tensor, "batch dim"]:
         found = []
@@ -438,10 +421,7 @@ def _lay_out(
         shape = transform.inverse_shape((*plates, *fn.event_shape))
         free_event = tuple(shape[len(plates) :])
         size = math.prod((*plates, *free_event)) // num_data
-        declared = {f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized}
-        layouts.append(
-            _Layout(name, tuple(plates), tuple(declared), free_event, start, start + size)
-        )
+        layouts.append(_Layout(name, tuple(plates), free_event, start, start + size))
         start += size
     return tuple(layouts)
 

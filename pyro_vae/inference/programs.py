@@ -39,6 +39,7 @@ __all__ = [
     "enumerating",
     "evaluation_mode",
     "fixed_draws",
+    "in_particle_plate",
     "keep_random_state",
     "map_batch",
     "modules_of",
@@ -46,6 +47,8 @@ __all__ = [
     "rerun_traces",
     "run_programs",
     "site_log_prob",
+    "site_log_probs",
+    "site_values",
     "subsamples",
     "sum_dims",
     "sum_sites",
@@ -305,8 +308,8 @@ def trace_programs(
     args, kwargs = arguments
     if num_particles > 1:
         dim = -1 - max_plate_nesting
-        model = _in_particle_plate(model, num_particles, dim)
-        guide = _in_particle_plate(guide, num_particles, dim)
+        model = in_particle_plate(model, num_particles, dim)
+        guide = in_particle_plate(guide, num_particles, dim)
     inner = poutine.unwrap(guide)
     if isinstance(inner, Messenger):  # Pyro's guide messengers run the model themselves
         guide(*args, **kwargs)
@@ -334,7 +337,7 @@ def rerun_traces(
         programs = [guide, model]
         if count > 1:
             dim = -1 - structure.max_plate_nesting
-            programs = [_in_particle_plate(program, count, dim) for program in programs]
+            programs = [in_particle_plate(program, count, dim) for program in programs]
         rerun = [
             poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
             for program in programs
@@ -375,7 +378,9 @@ def bytes_of_run(model: Program, guide: Program, arguments: Arguments) -> int:
     return total + sum(value.numel() * value.element_size() for value in values)
 
 
-def _in_particle_plate(program: Program, num_particles: int, dim: int) -> Program:
+def in_particle_plate(program: Program, num_particles: int, dim: int) -> Program:
+    """The program inside the plate of particles, which stands to the left of its own."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         with pyro.plate("_particles", num_particles, dim=dim):
             return program(*args, **kwargs)
@@ -400,6 +405,36 @@ def site_log_prob(site: Site) -> Tensor:
         log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         site["masked_log_prob"] = scale_and_mask(log_prob, 1.0, site["mask"])
     return site["masked_log_prob"]
+
+
+def site_values(trace: Trace, name: str, structure: ProgramStructure) -> Tensor:
+    """A site's value, `[particles, batch, inner plates, event]`; without batch if joint."""
+    site = trace.nodes[name]
+    return _plates_first(site["value"], site, structure, len(site["fn"].event_shape))
+
+
+def site_log_probs(
+    trace: Trace, name: str, structure: ProgramStructure, num_particles: int
+) -> Tensor:
+    """A site's log-probabilities, `[particles, batch, inner plates]`; without batch if joint."""
+    values = _plates_first(site_log_prob(trace.nodes[name]), trace.nodes[name], structure, 0)
+    return values.expand(num_particles, *values.shape[1:])
+
+
+def _plates_first(value: Tensor, site: Site, structure: ProgramStructure, event: int) -> Tensor:
+    """Particles, data and the dims that inner plates declare first; dims that only pad go."""
+    nesting = structure.max_plate_nesting
+    plates = value.dim() - event
+    if plates <= nesting:  # one particle has no dim of its own
+        value = value.reshape(1, *(1,) * (nesting - plates), *value.shape)
+    declared = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    inner = sorted(d for d in declared if -nesting <= d and d != structure.batch_dim)
+    kept = [0] if structure.batch_dim is None else [0, 1 + nesting + structure.batch_dim]
+    kept += [1 + nesting + dim for dim in inner]
+    kept += range(1 + nesting, value.dim())
+    padding = [dim for dim in range(value.dim()) if dim not in kept]
+    value = value.permute(*kept, *padding)
+    return value.reshape(value.shape[: len(kept)])
 
 
 def sum_traces(
