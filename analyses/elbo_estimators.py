@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
+from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
@@ -401,19 +402,14 @@ def describe(measured: Mapping[str, Result], trained: Result, data: Dataset) -> 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analyses.elbo_estimators", description=(__doc__ or "").split("\n\n")[0]
+    parser = make_parser(
+        "elbo_estimators",
+        (__doc__ or "").rsplit("\n\n", 1)[0],
+        data=("digits", "mnist"),
+        full="ten times as much of everything",
     )
-    defaults = Settings()
-    parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
-    parser.add_argument("--root", help="folder of the data files (MNIST)")
-    parser.add_argument("--out", type=Path, default=Path("results/elbo_estimators"))
-    parser.add_argument("--full", action="store_true", help="ten times as much of everything")
     parser.add_argument("--repeats", type=int, help="gradients of each estimator")
     parser.add_argument("--train-seconds", type=float, help="processor time of each training")
-    parser.add_argument("--tiny", action="store_true", help="a few seconds: does it run at all?")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--no-progress", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -429,15 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.train_seconds is not None:
         changes["train_seconds"] = given.train_seconds
     settings = replace(settings, **changes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that times compare, and two cores do not make them worse
-    try:
-        data = load_training_data(given.data, given.root, binarization="dynamic")
-        page = run(data, given.out, settings, partial(print, flush=True), not given.no_progress)
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\n{page}")
-    return 0
+    data = load_training_data(given.data, given.root, binarization="dynamic")
+    say = partial(print, flush=True)
+    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
 
 
 if __name__ == "__main__":

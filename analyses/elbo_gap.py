@@ -20,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from analyses.command import make_parser, run_on_one_thread
+from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, fit
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.gap import GapOnBoth, elbo_surgery, gap_on_both
-from pyro_vae.files import atomic_path
 from pyro_vae.networks import mlp
-from pyro_vae.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim, figure_png
+from pyro_vae.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
 from pyro_vae.plots import plot_ledger, plot_widest_gaps
 from pyro_vae.results import Result
 from pyro_vae.runs import load_training_data
@@ -248,14 +249,6 @@ def generalisation_rows(measured: Mapping[str, GapOnBoth]) -> list[dict[str, str
     ]
 
 
-def as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as an aligned table."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in lines]
-    return "\n".join(line.rstrip() for line in padded)
-
-
 def table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Rows as a table of the page."""
     return Table(list(rows[0]), [list(row.values()) for row in rows])
@@ -297,9 +290,7 @@ def run(
         say(f"{title}: {time.perf_counter() - started:.0f} s")
     assert surgery is not None
     figures = draw(measured, test, data)
-    for name, figure in figures.items():
-        with atomic_path(out / f"{name}.png") as temporary:
-            temporary.write_bytes(figure_png(figure))
+    save_figures(out, figures)
     page = describe(measured, surgery, figures, data, settings)
     for part in page.parts:
         if isinstance(part, Heading):
@@ -393,23 +384,15 @@ def describe(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analyses.elbo_gap",
-        description=(__doc__ or "").rsplit("\n\n", 1)[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "elbo_gap",
+        (__doc__ or "").rsplit("\n\n", 1)[0],
+        data=("digits", "mnist", "fashion_mnist"),
+        full="the published architecture; many CPU hours",
         epilog="A wide amortisation gap asks for a larger encoder, or more training of it; a wide\n"
         "approximation gap for a richer guide family, and the gains say which one is worth it.\n"
         "An amortisation gap that is wide on test data alone is an encoder that overfits.",
     )
-    parser.add_argument("--data", choices=("digits", "mnist", "fashion_mnist"), default="digits")
-    parser.add_argument("--root", help="folder of the data files (MNIST, Fashion-MNIST)")
-    parser.add_argument("--out", type=Path, default=Path("results/elbo_gap"))
-    parser.add_argument(
-        "--full", action="store_true", help="the published architecture; many CPU hours"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a few seconds: does it run at all?")
-    parser.add_argument("--seed", type=int, default=Settings().seed)
-    parser.add_argument("--no-progress", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -417,15 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
     given = parse(arguments)
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        data = load_training_data(given.data, given.root, binarization="static")
-        page = run(data, given.out, settings, partial(print, flush=True), not given.no_progress)
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\n{page}")
-    return 0
+    data = load_training_data(given.data, given.root, binarization="static")
+    say = partial(print, flush=True)
+    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
 
 
 if __name__ == "__main__":

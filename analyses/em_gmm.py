@@ -24,9 +24,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor
 
+from analyses.command import make_parser, run_on_one_thread
+from analyses.sections import save_figures
 from pyro_vae import GaussianMixture, fit_em, load_dataset
 from pyro_vae.data import DatasetError
-from pyro_vae.files import atomic_path
 from pyro_vae.inference.em import EMFit
 from pyro_vae.models.gaussian_mixture import COVARIANCES
 from pyro_vae.pages import (
@@ -39,7 +40,6 @@ from pyro_vae.pages import (
     Picture,
     Table,
     Verbatim,
-    figure_png,
 )
 from pyro_vae.plots_mixture import (
     plot_evidence_parts,
@@ -571,13 +571,6 @@ def say_numbers(
         say(f"  {row[0]}: ours {row[1]}, difference {row[3]}")
 
 
-def save_figures(figures: Mapping[str, Figure], out: Path) -> None:
-    """Writes each as a PNG file, wholly or not at all."""
-    for name, figure in figures.items():
-        with atomic_path(out / f"{name}.png") as temporary:
-            temporary.write_bytes(figure_png(figure))
-
-
 def how_it_was_made(result: Result, settings: object, command: str) -> list[Part]:
     """The end of a page."""
     made = result.provenance
@@ -622,7 +615,7 @@ def run(
         "optima": optima_figure(sample, restarts, fits),
         "choice": chosen,
     }
-    save_figures(figures, out)
+    save_figures(out, figures)
     say_numbers(sample, fitted, restarts, choice, agreement, say)
     page = Page(f"EM on a Gaussian mixture: {sample.name}")
     page.add(*page_parts(sample, settings, fitted, restarts, choice, agreement, figures))
@@ -630,33 +623,23 @@ def run(
     return page.save(out / "report.html")
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """What both analyses of mixtures take."""
-    parser.add_argument(
-        "--data",
-        choices=("faithful", "iris"),
-        default="faithful",
-        help="Old Faithful is read from the data folder (iris instead if it is not there)",
-    )
-    parser.add_argument("--root", help="the data folder; $PYRO_VAE_DATA if left out")
-    parser.add_argument("--out", type=Path, default=Path(out), help="where files go (%(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="a few seconds: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0, help="of starts and draws (%(default)s)")
-    parser.add_argument("--no-progress", action="store_true", help="without bars")
+DATA = ("faithful", "iris")
+DATA_HELP = "Old Faithful is read from the data folder (iris instead if it is not there)"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analyses.em_gmm",
-        description="Fits a Gaussian mixture by EM and shows every half step of it: the fit, the "
-        "staircase of E and M steps under log p(x), where other starts end, the number of "
-        "components by BIC, and agreement with scikit-learn.",
-        epilog="It writes report.html (read this one), the figures as PNG, and the numbers as "
-        "NetCDF: history.nc, restarts.nc, choice.nc and agreement.nc, which "
+    parser = make_parser(
+        "em_gmm",
+        "Fits a Gaussian mixture by EM and shows every half step of it: the fit, the staircase\n"
+        "of E and M steps under log p(x), where other starts end, the number of components by\n"
+        "BIC, and agreement with scikit-learn.",
+        data=DATA,
+        data_help=DATA_HELP,
+        epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
+        "NetCDF: history.nc, restarts.nc, choice.nc and agreement.nc, which\n"
         "pyro_vae.results.load_result reads.",
     )
-    add_common_arguments(parser, "results/em_gmm")
     return parser.parse_args(arguments)
 
 
@@ -665,15 +648,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     say = partial(print, flush=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the data are small: a second thread only waits
-    try:
-        sample = load(given.data, given.root, say)
-        page = run(sample, given.out, settings, say, not given.no_progress)
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\n{page}")
-    return 0
+
+    def analysis() -> Path:
+        return run(
+            load(given.data, given.root, say), given.out, settings, say, not given.no_progress
+        )
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

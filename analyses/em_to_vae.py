@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from analyses.em_gmm import Sample, add_common_arguments, how_it_was_made, load, save_figures
-from analyses.sections import as_text
+from analyses.command import make_parser, run_on_one_thread
+from analyses.em_gmm import DATA, DATA_HELP, Sample, how_it_was_made, load
+from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, GaussianMixture, fit, fit_em, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap
 from pyro_vae.diagnostics.posterior import khat_threshold
@@ -749,7 +750,7 @@ def run(
         "vae_climb": climb_figure(vae_climb, None),
         "parts": parts_figure(ends, vae_ends),
     }
-    save_figures(figures, out)
+    save_figures(out, figures)
     for header, rows in ((MIXTURE_HEADER, mixture_rows(ends)), (VAE_HEADER, vae_rows(vae_ends))):
         say("\n" + as_text([dict(zip(header, row, strict=True)) for row in rows]))
     page = Page("From EM to the VAE on one bound")
@@ -760,15 +761,16 @@ def run(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analyses.em_to_vae",
-        description="Fits the same Gaussian mixture to the same data in seven ways, from exact EM "
-        "to an amortised guide, and draws their bounds on the same axes; then replaces the "
-        "components by a neural decoder, which makes it a VAE, and shows what stays exact.",
-        epilog="It writes report.html (read this one), the figures as PNG, and the numbers as "
+    parser = make_parser(
+        "em_to_vae",
+        "Fits the same Gaussian mixture to the same data in seven ways, from exact EM to an\n"
+        "amortised guide, and draws their bounds on the same axes; then replaces the components\n"
+        "by a neural decoder, which makes it a VAE, and shows what stays exact.",
+        data=DATA,
+        data_help=DATA_HELP,
+        epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
         "NetCDF: climb.nc, vae_climb.nc and vae_ends.nc, which pyro_vae.results.load_result reads.",
     )
-    add_common_arguments(parser, "results/em_to_vae")
     return parser.parse_args(arguments)
 
 
@@ -777,15 +779,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     say = partial(print, flush=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that the times of methods compare
-    try:
-        sample = load(given.data, given.root, say)
-        page = run(sample, given.out, settings, say, not given.no_progress)
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\n{page}")
-    return 0
+
+    def analysis() -> Path:
+        return run(
+            load(given.data, given.root, say), given.out, settings, say, not given.no_progress
+        )
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

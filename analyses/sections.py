@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pyro_vae.files import atomic_path
 from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
 
-__all__ = ["Section", "as_text", "save_sections"]
+__all__ = ["Section", "as_text", "save_figures", "save_sections"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,18 @@ def save_sections(
         page.add(Heading(section.title), Paragraph(section.text))
         if section.figure is not None:
             page.add(Picture(section.figure, section.title))
-            with atomic_path(folder / f"{section.name}.png") as temporary:
-                temporary.write_bytes(figure_png(section.figure))
+            save_figures(folder, {section.name: section.figure})
         page.add(*(Table(list(t[0]), [list(row.values()) for row in t]) for t in section.tables))
         page.add(*(Paragraph(note) for note in section.notes))
     page.add(Heading("How it was made"), Paragraph(made), Verbatim(command))
     return page.save(folder / "report.html")
+
+
+def save_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Writes each figure as a PNG under its name."""
+    for name, figure in figures.items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(figure_png(figure))
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
