@@ -1,20 +1,23 @@
 # Everything runs in .venv, which the first target that needs it builds from requirements.lock.
-# Another interpreter: make venv PYTHON=/path/to/python   More options for pytest: make test ARGS="-k evidence"
+# Another interpreter or folder: make venv PYTHON=/path/to/python VENV=.venv-other   More options for pytest: make test ARGS="-k evidence"
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint demo elbo_estimators elbo_gap em_gmm em_to_vae benchmark_em lock clean
+.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap em_gmm em_to_vae benchmark_em lock clean
 
 PYTHON ?=
+# The oldest and the newest Python supported, which come with the two majors of ArviZ.
+PYTHONS ?= 3.11 3.13
 ARGS ?=
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 UV_VERSION := uv>=0.8,<1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z_]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z_-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Build .venv with the exact versions of requirements.lock
 
@@ -40,8 +43,8 @@ endef
 define ENSURE_UV
 if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	$(FIND_PYTHON); \
-	echo "Building .venv with $$("$$found" --version) ($$found)"; \
-	"$$found" -m venv --clear .venv; \
+	echo "Building $(VENV) with $$("$$found" --version) ($$found)"; \
+	"$$found" -m venv --clear $(VENV); \
 fi; \
 $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(UV_VERSION)'
 endef
@@ -57,6 +60,32 @@ $(STAMP): requirements.lock pyproject.toml
 
 test: $(STAMP) ## Run the tests and the examples in docstrings (ARGS="..." goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Names of the interpreters for PYTHONS in turn: a version is looked for on the path, then where pyenv has its own.
+define FIND_PYTHONS
+interpreters=() ; \
+for wanted in $(PYTHONS); do \
+	found= ; \
+	for candidate in "$$wanted" "python$$wanted" "$${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$wanted".*/bin/python; do \
+		if "$$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "No Python $$wanted that can make virtual environments was found: install one, or name those to test" \
+			"on with 'make test-matrix PYTHONS=\"3.11 /path/to/python3.13\"'." >&2; exit 1; \
+	fi; \
+	interpreters+=("$$found"); \
+done
+endef
+
+test-matrix: ## Run the tests on Python 3.11 and 3.13, each in its .venv-VERSION (PYTHONS="3.12 /a/python" for others)
+	@$(FIND_PYTHONS); \
+	failed= ; \
+	for python in "$${interpreters[@]}"; do \
+		version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "Python $$version ($$python)"; \
+		$(MAKE) --no-print-directory test VENV=".venv-$$version" PYTHON="$$python" || failed="$$failed $$version"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "The tests fail on Python$$failed." >&2; exit 1; fi
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
@@ -103,6 +132,6 @@ lock: ## Write requirements.lock and environment.yml from pyproject.toml (ARGS=-
 		--no-emit-find-links --custom-compile-command "make lock" $(ARGS) -o requirements.lock pyproject.toml
 	$(BIN)/python -c "$$ENVIRONMENT" > environment.yml
 
-clean: ## Delete caches and built files (.venv and results stay)
+clean: ## Delete caches and built files (virtual environments and results stay)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

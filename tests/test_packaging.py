@@ -255,3 +255,31 @@ def test_the_suite_refuses_disorderly_tests(tmp_path: Path) -> None:
         "test_leaves_threads",
         "test_warns",
     }, done.stdout
+
+
+def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs make as a user would, not as a part of the make that may run the tests."""
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
+    listed = re.findall(r"^make (\S+) +\S", make("help").stdout, re.M)
+    assert sorted(listed) == sorted(phony.split())
+
+
+def test_the_matrix_has_the_oldest_and_the_newest_python() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (default,) = re.findall(r"^PYTHONS \?= (.*)$", makefile, re.M)
+    assert default.split() == [PYTHONS[0], PYTHONS[-1]]
+
+
+def test_the_matrix_says_which_python_is_missing() -> None:
+    done = make("test-matrix", "PYTHONS=3.99")
+    assert done.returncode != 0
+    assert "No Python 3.99 that can make virtual environments was found" in done.stderr

@@ -15,7 +15,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_vae import results
+from pyro_vae import files
 from pyro_vae.results import (
     BOUNDS,
     MEASURES,
@@ -27,6 +27,7 @@ from pyro_vae.results import (
     label,
     load_result,
     make_result,
+    provenance,
     sha256_of,
 )
 
@@ -167,22 +168,22 @@ def test_make_result_copies_arrays_takes_tensors_and_numbers_the_data():
 def test_provenance_names_version_commit_seed_config_and_data():
     config = {"lr": 1e-3, "beta": None, "hidden": (400, 20), "flag": True, "n": np.int64(3)}
     result = build({}, config=config, seed=2**63 + 1, notes=["k-hat is bad."])
-    provenance = result.provenance
-    assert provenance["config"] == {
+    recorded = result.provenance
+    assert recorded["config"] == {
         "lr": 1e-3,
         "beta": None,
         "hidden": [400, 20],
         "flag": True,
         "n": 3,
     }
-    assert provenance["config"]["flag"] is True
-    assert provenance["seed"] == 2**63 + 1
-    assert provenance["data_sha256"] == HASH
-    assert provenance["notes"] == ["k-hat is bad."]
-    assert provenance["torch"] == torch.__version__
-    assert provenance["num_threads"] == torch.get_num_threads()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", provenance["created"])
-    assert {"version", "commit", "dirty", "python", "pyro", "function"} <= provenance.keys()
+    assert recorded["config"]["flag"] is True
+    assert recorded["seed"] == 2**63 + 1
+    assert recorded["data_sha256"] == HASH
+    assert recorded["notes"] == ["k-hat is bad."]
+    assert recorded["torch"] == torch.__version__
+    assert recorded["num_threads"] == torch.get_num_threads()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", recorded["created"])
+    assert {"version", "commit", "dirty", "python", "pyro", "function"} <= recorded.keys()
     assert isinstance(result.attrs["provenance"], str)
     assert result.attrs["provenance"].isascii()
 
@@ -191,14 +192,14 @@ def test_provenance_names_version_commit_seed_config_and_data():
 def checkout(tmp_path, monkeypatch):
     """A checkout of its own, with the module in it, whose git state the tests may change."""
     package = tmp_path / "pyro_vae"
-    package.mkdir()
-    module = package / "results.py"
+    module = package / "results" / "provenance.py"
+    module.parent.mkdir(parents=True)
     module.write_text("")
-    monkeypatch.setattr(results, "__file__", str(module))
+    monkeypatch.setattr(provenance, "__file__", str(module))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook: must not mislead
-    results._git_state.cache_clear()
+    provenance.git_state.cache_clear()
     yield tmp_path
-    results._git_state.cache_clear()
+    provenance.git_state.cache_clear()
 
 
 def git(folder, *arguments):
@@ -216,10 +217,10 @@ def git(folder, *arguments):
 
 
 def test_commit_is_none_outside_a_checkout_and_before_the_first_commit(checkout):
-    assert results._git_state() == (None, None)
+    assert provenance.git_state() == (None, None)
     git(checkout, "init", "-q")
-    results._git_state.cache_clear()
-    assert results._git_state() == (None, None)
+    provenance.git_state.cache_clear()
+    assert provenance.git_state() == (None, None)
 
 
 def test_commit_and_dirt_of_a_checkout(checkout):
@@ -228,11 +229,11 @@ def test_commit_and_dirt_of_a_checkout(checkout):
     git(checkout, "commit", "-q", "-m", "first")
     commit = git(checkout, "rev-parse", "HEAD")
     (checkout / "note.txt").write_text("outside the package")
-    assert results._git_state() == (commit, False)
+    assert provenance.git_state() == (commit, False)
     (checkout / "pyro_vae" / "new.py").write_text("")
-    assert results._git_state() == (commit, False)  # asked once
-    results._git_state.cache_clear()
-    assert results._git_state() == (commit, True)
+    assert provenance.git_state() == (commit, False)  # asked once
+    provenance.git_state.cache_clear()
+    assert provenance.git_state() == (commit, True)
 
 
 # ---------------------------------------------------------------- an xarray.Dataset everywhere
@@ -818,7 +819,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, call, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(results.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     with pytest.raises(type(error)):
         bound(VALUES - 1).save(path)
     assert path.read_bytes() == before
@@ -855,8 +856,8 @@ def test_file_and_folder_are_fsynced_around_the_rename(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(results.os, "fsync", spy("fsync", os.fsync))
-    monkeypatch.setattr(results.os, "replace", spy("rename", os.replace))
+    monkeypatch.setattr(files.os, "fsync", spy("fsync", os.fsync))
+    monkeypatch.setattr(files.os, "replace", spy("rename", os.replace))
     bound().save(tmp_path / "r.nc")
     assert calls == ["fsync", "rename", "fsync"]
 

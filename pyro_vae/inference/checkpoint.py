@@ -53,6 +53,7 @@ _FILES = (
 )
 _MUST_AGREE = (  # what a resumed run may not change, as config.json has it
     "loss",
+    "loss_options",
     "num_particles",
     "optimizer",
     "learning_rate",

@@ -1,18 +1,20 @@
 """Draws from the guide, with everything that the diagnostics of a posterior read off them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_vae.inference.inspection import inspect_programs
+from pyro_vae.inference.labelled_sites import LabelledSites, label_sites
+from pyro_vae.inference.log_weights import effective_sample_size
 from pyro_vae.inference.programs import (
     Program,
     ProgramStructure,
@@ -27,8 +29,16 @@ from pyro_vae.inference.programs import (
     sum_traces,
 )
 from pyro_vae.inference.simulation import without_data
+from pyro_vae.results.arviz import ArvizGroups
 
-__all__ = ["PosteriorDraws", "draw_posterior", "flat_latents", "latent_names", "predict"]
+__all__ = [
+    "PosteriorDraws",
+    "draw_posterior",
+    "flat_latents",
+    "labelled_draws",
+    "latent_names",
+    "predict",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,9 @@ class PosteriorDraws:
             `[draws, plates]` if joint. Empty where discrete latents were summed out.
         structure: What `inspect_programs` found.
         seed: The seed of the draws.
+        sites: Names of dims, observed values and masks.
+        weights_ess: Effective sample size of the weights that the draws were resampled with,
+            `[batch]`; None for draws as the guide made them.
     """
 
     latents: dict[str, Tensor]
@@ -51,11 +64,88 @@ class PosteriorDraws:
     log_likelihood: dict[str, Tensor]
     structure: ProgramStructure
     seed: int | None
+    sites: LabelledSites = field(default_factory=LabelledSites)
+    weights_ess: Float[Tensor, " batch"] | None = None
 
     @property
     def log_weights(self) -> Float[Tensor, "draws batch"]:
         """Log importance weights log p(x, z) - log q(z | x), in nats."""
         return self.log_joint - self.log_guide
+
+    @property
+    def sample_dims(self) -> tuple[str, ...]:
+        """Names of the dims of the draws."""
+        return ("sample",)
+
+    def resampled(self, num_draws: int | None = None, *, seed: int = 0) -> "PosteriorDraws":
+        r"""Draws of the posterior: these draws, taken again in proportion to their weights.
+
+        Systematic resampling with the plain weights, each datum by itself, or all together if
+        joint, then shuffled: draw k is taken :math:`M w_k / \sum_j w_j` times in expectation, and
+        never a whole time more or less.
+
+        Args:
+            num_draws: How many to take, M; as many as there are if left out.
+            seed: Of the resampling.
+
+        Raises:
+            ValueError: If the weights of a datum are all zero, or not finite; says of which.
+
+        Note: repeated draws are no new ones: how much they are worth is `weights_ess`, not what
+        diagnostics of chains make of them. Where k-hat is bad the result is no posterior either.
+
+        References:
+            Kitagawa (1996), Monte Carlo filter and smoother for non-Gaussian nonlinear state space
+            models, appendix (stratified resampling, its deterministic variant).
+        """
+        count = len(self.log_joint) if num_draws is None else num_draws
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
+        index = _systematic(self.log_weights.detach().double(), count, seed)
+
+        def taken(values: Tensor) -> Tensor:
+            if self.structure.batch_dim is None:
+                return values[index[:, 0]]
+            return values[index, torch.arange(index.shape[1], device=index.device)]
+
+        return replace(
+            self,
+            latents={name: taken(value) for name, value in self.latents.items()},
+            log_joint=taken(self.log_joint),
+            log_guide=taken(self.log_guide),
+            log_likelihood={name: taken(value) for name, value in self.log_likelihood.items()},
+            seed=seed,
+            weights_ess=effective_sample_size(self.log_weights),
+        )
+
+    def arviz_groups(self) -> ArvizGroups:
+        """What `pyro_vae.results.to_arviz` reads."""
+        joint, sites = self.structure.batch_dim is None, self.sites
+        per_draw = ("sample",) if joint else ("sample", "datum")
+
+        def column(values: Tensor) -> tuple[tuple[str, ...], Tensor]:
+            return per_draw, values[:, 0] if joint else values
+
+        weights_ess = self.weights_ess
+        if weights_ess is None:
+            weights_ess = effective_sample_size(self.log_weights)
+        groups: dict[str, dict[str, Any]] = {
+            "posterior": labelled_draws(self.latents, sites),
+            "sample_stats": {
+                "lp": column(self.log_joint),
+                "log_q": column(self.log_guide),
+                "log_weight": column(self.log_weights),
+            },
+            "log_likelihood": labelled_draws(self.log_likelihood, sites),
+            **sites.arviz_groups(),
+            "fit": {"weights_ess": (per_draw[1:], weights_ess[0] if joint else weights_ess)},
+        }
+        attrs = {
+            "draws_from": "guide" if self.weights_ess is None else "importance resampling",
+            **({} if self.seed is None else {"seed": self.seed}),
+            **_notes(self.structure),
+        }
+        return ArvizGroups({name: group for name, group in groups.items() if group}, attrs)
 
 
 def draw_posterior(
@@ -114,6 +204,7 @@ def draw_posterior(
         _join([part.log_likelihood for part in parts]),
         structure,
         seed,
+        parts[0].sites,
     )
 
 
@@ -170,6 +261,13 @@ def latent_names(latents: dict[str, Tensor], *, joint: bool) -> list[str]:
     return names
 
 
+def labelled_draws(
+    values: dict[str, Tensor], sites: LabelledSites, sample: tuple[str, ...] = ("sample",)
+) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """Draws by site with the names of their first dims, as `ArvizGroups` holds them."""
+    return {name: ((*sample, *sites.dims[name]), value) for name, value in values.items()}
+
+
 def _read(
     traces: list[tuple[Trace, Trace, int]], structure: ProgramStructure, seed: int | None
 ) -> PosteriorDraws:
@@ -188,7 +286,39 @@ def _read(
         )
     log_joint, log_guide = sum_traces(models, structure), sum_traces(guides, structure)
     log_guide = log_guide.to(log_joint).expand_as(log_joint)
-    return PosteriorDraws(latents, log_joint, log_guide, likelihood, structure, seed)
+    sites = label_sites(models[0][0], structure, models[0][1])
+    return PosteriorDraws(latents, log_joint, log_guide, likelihood, structure, seed, sites)
+
+
+def _systematic(
+    log_weights: Float[Tensor, "draws batch"], count: int, seed: int
+) -> Int[Tensor, "count batch"]:
+    """Which draws of each datum to take."""
+    top = log_weights.amax(0)
+    bad = torch.nonzero(~top.isfinite() | log_weights.isnan().any(0))[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"the weights of datum {', '.join(map(str, bad[:5]))}{', ...' * (len(bad) > 5)} are "
+            "all zero or not finite, so there is nothing to resample by: leave these data out"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    batch = log_weights.shape[1]
+    uniform = torch.rand(batch, 1, generator=generator, dtype=torch.float64)
+    shuffle = torch.rand(batch, count, generator=generator, dtype=torch.float64).argsort(1)
+    heights = (log_weights - top).exp().T.cpu().cumsum(1)
+    marks = (torch.arange(count) + uniform) / count * heights[:, -1:]
+    index = torch.searchsorted(heights, marks).clamp_max(len(log_weights) - 1)
+    return index.gather(1, shuffle).T.to(log_weights.device)
+
+
+def _notes(structure: ProgramStructure) -> dict[str, str]:
+    if not structure.enumerated:
+        return {}
+    names = ", ".join(structure.enumerated)
+    return {
+        "notes": f"{names} summed out exactly: lp is log p(x, z) without them, and there is no log "
+        "likelihood given the other latents site by site."
+    }
 
 
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

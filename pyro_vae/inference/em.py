@@ -69,7 +69,7 @@ class EMFit(Fit):
 
     def summary(self) -> str:
         """One sentence: how long it ran, whether it converged and which log p(x) it reached."""
-        settings, count = self.config["fit_em"], sum(v.numel() for v in self.parameters.values())
+        settings = self.config["fit_em"]
         text = f"EM ({settings['method']}) {self.status}"
         if self.history.sizes["step"]:
             last = self.history.isel(step=-1)
@@ -78,7 +78,9 @@ class EMFit(Fit):
                 text += ", converged" if self.converged else ", not converged"
             text += f"; log p(x) {float(last.log_evidence):.6g}, bound {float(last.bound):.6g}"
             text += " nats per datum"
-        return f"{text}; {count:,} parameters"
+        if (free := settings["num_parameters"]) is not None:
+            return f"{text}; {free:,} free parameters"
+        return f"{text}; {sum(v.numel() for v in self.parameters.values()):,} parameters"
 
 
 def fit_em(
@@ -206,6 +208,7 @@ def fit_em(
             "data_sha256": sha256_of(*tensors_of(x) or [torch.empty(0)]),
             "num_threads": torch.get_num_threads(),
             **end.facts,
+            "num_parameters": getattr(model, "num_parameters", None),  # the free ones
         },
     }
     return EMFit(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from pyro_vae.inference.objective_choice import loss_text
 from pyro_vae.results import Result, label, make_result
 
 __all__ = ["best_row", "history_result", "is_bound"]
@@ -78,6 +79,7 @@ def history_result(
             unit=unit,
             reduction="per datum" if nats else "none",
             bound=kind,
+            objective=_objective(base, config) if kind == "objective" else None,
             measure=measure if nats else None,
             num_particles=1 if nats else None,
             seed=seed if nats else None,
@@ -92,3 +94,12 @@ def history_result(
         data_sha256=data_sha256,
         coords={"epoch": [int(row["epoch"]) for row in rows]},
     )
+
+
+def _objective(name: str, config: Mapping[str, Any]) -> str:
+    """Which objective a column is: losses of two trainings are seldom the same number."""
+    trained = config.get("fit", {})
+    loss = loss_text(trained)
+    if (particles := trained.get("num_particles") or 1) > 1:
+        loss += f" with {particles} particles"
+    return {"loss": loss, "bound": f"minus {loss}"}.get(name, name)

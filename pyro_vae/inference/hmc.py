@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.inference.convergence import bulk_ess, split_rhat
+from pyro_vae.inference.labelled_sites import label_sites
+from pyro_vae.inference.posterior_sample import PosteriorSample
 from pyro_vae.inference.potential import Potential, latent_potential
 from pyro_vae.inference.programs import Program, ProgramError, as_arguments, program_scope
 from pyro_vae.inference.tempered import Point, Tempered
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import sha256_of
 
 __all__ = [
     "DualAveraging",
@@ -152,92 +154,6 @@ class DualAveraging:
         return self._log_mean.exp()
 
 
-@dataclass(frozen=True)
-class PosteriorSample:
-    """Draws from p(z | x) of each datum, and how well the chains mixed.
-
-    Attributes:
-        draws: By site, `[chains, draws, batch, inner plates, event]`; without batch if joint.
-        unconstrained: All latents in unconstrained space, `[chains, draws, batch, dim]`.
-        log_joint: log p(x, z) with the Jacobian of the transforms, `[chains, draws, batch]`.
-        acceptance: Mean acceptance probability after warm-up, `[chains, batch]`.
-        step_size: After warm-up, `[batch]`.
-        divergences: Trajectories given up after warm-up, `[chains, batch]`.
-        rhat: The largest rank-normalised split R-hat over the datum's latents, `[batch]`.
-        ess: The smallest bulk effective sample size over them, `[batch]`.
-        potential: The log joint that was sampled.
-        config: The settings.
-        data_sha256: Hash of the data.
-    """
-
-    draws: dict[str, Tensor]
-    unconstrained: Float[Tensor, "chains draws batch dim"]
-    log_joint: Float[Tensor, "chains draws batch"]
-    acceptance: Float[Tensor, "chains batch"]
-    step_size: Float[Tensor, " batch"]
-    divergences: Int[Tensor, "chains batch"]
-    rhat: Float[Tensor, " batch"]
-    ess: Float[Tensor, " batch"]
-    potential: Potential
-    config: dict[str, Any]
-    data_sha256: str
-
-    def notes(self) -> list[str]:
-        """What must not be parted from the draws."""
-        bad = int((~(self.rhat <= 1.01)).sum())
-        runs = int((self.divergences.sum(0) > 0).sum())
-        found = []
-        if bad:
-            found.append(
-                f"R-hat is above 1.01 for {bad} of {len(self.rhat)} data (largest "
-                f"{float(self.rhat.max()):.3g}): there the chains have not mixed; run them longer."
-            )
-        if runs:
-            found.append(
-                f"trajectories diverged for {runs} of {len(self.rhat)} data "
-                f"({int(self.divergences.sum())} in all): there the draws may miss a region; raise "
-                "target_accept."
-            )
-        return found
-
-    def result(self) -> Result:
-        """The diagnostics of each datum as a labelled result."""
-        total = self.unconstrained.shape[0] * self.unconstrained.shape[1]
-        columns = {
-            "rhat": (self.rhat, "none", "largest rank-normalised split R-hat of the latents"),
-            "ess": (self.ess, "particles", "smallest bulk effective sample size of the latents"),
-            "acceptance": (self.acceptance.mean(0), "none", "mean acceptance probability"),
-            "step_size": (self.step_size, "none", "leapfrog step size after warm-up"),
-            "divergences": (
-                self.divergences.sum(0).double(),
-                "none",
-                "trajectories given up after warm-up",
-            ),
-        }
-        variables = {
-            name: (
-                "datum",
-                values,
-                label(
-                    unit=unit,
-                    bound="none",
-                    reduction="per datum",
-                    num_particles=total,
-                    description=text,
-                ),
-            )
-            for name, (values, unit, text) in columns.items()
-        }
-        return make_result(
-            variables,
-            function="sample_posterior",
-            config=self.config,
-            seed=self.config["seed"],
-            data_sha256=self.data_sha256,
-            notes=self.notes(),
-        )
-
-
 def sample_posterior(
     model: Program,
     x: Any,
@@ -335,6 +251,8 @@ def sample_posterior(
                 shown.update()
         draws = torch.stack(kept, 1)
         constrained = potential.constrain(draws.flatten(0, 1))
+        ((trace, count),) = potential.traces(draws[:1, 0])
+        sites = label_sites(trace, potential.structure, count)
     shape = draws.shape[:2]
     rhat, ess = split_rhat(draws), bulk_ess(draws)
     args, kwargs = as_arguments(x)
@@ -360,6 +278,7 @@ def sample_posterior(
             "seed": seed,
         },
         data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        sites=sites,
     )
 
 

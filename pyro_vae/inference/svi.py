@@ -32,6 +32,7 @@ from pyro_vae.inference.checkpoint import (
 )
 from pyro_vae.inference.history import best_row, history_result
 from pyro_vae.inference.inspection import check_module_names
+from pyro_vae.inference.objective_choice import loss_options
 from pyro_vae.inference.optimizer import TrainingError, make_optimizer
 from pyro_vae.inference.preparation import TrainingData, check_held_out, move_data, prepare
 from pyro_vae.inference.programs import (
@@ -93,7 +94,10 @@ class Fit:
         for name in ("bound", "validation_bound"):
             if name in row:
                 spread = f" +- {float(row[name + '_se']):.2f}" if name + "_se" in row else ""
-                text += f"; {name.replace('_', ' ')} {float(row[name]):.2f}{spread} nats per datum"
+                said = name.replace("_", " ")
+                if row[name].attrs["bound"] == "objective":
+                    said = said.replace("bound", "objective")
+                text += f"; {said} {float(row[name]):.2f}{spread} nats per datum"
         if int(row.epoch) != int(last.epoch):
             text += f" (back to epoch {int(row.epoch)})"
         return f"{text}; {count:,} parameters"
@@ -452,6 +456,7 @@ class _Run:
             **asked.config,
             "fit": {
                 "loss": type(self.loss).__name__,
+                "loss_options": loss_options(self.loss),
                 "num_particles": self.loss.num_particles,
                 "optimizer": self.optim.name,
                 "learning_rate": "a function" if callable(asked.learning_rate) else rate,

@@ -1,0 +1,38 @@
+"""Labelled numbers: what every tool returns, and the rules that its numbers obey.
+
+A number here says its unit, whether it is per datum or a total, what it bounds, how many particles
+and which seed made it, how surely it is known, and what the data are (the probability of binary
+pixels and the density of grey ones are different things). Numbers that differ in these are not
+compared: `IncomparableError` says what differs.
+
+Three names carry the conventions. A variable that has one value per datum has the dimension
+``datum``. The Monte-Carlo standard error of the variable ``foo`` is the variable ``foo_se``.
+`label` makes a variable's attributes.
+
+A `Result` is an `xarray.Dataset`. Selecting from one (``sel``, ``isel``, ``result[["elbo"]]``,
+``rename``) keeps the type and the labels. Computing with one (arithmetic, ``mean``, ``map``) gives
+a plain dataset that makes no quantities, for a label belongs to the number that was measured: a
+standard deviation of nats per datum is no longer a bound.
+"""
+
+from pyro_vae.results.arviz import to_arviz
+from pyro_vae.results.building import make_result
+from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
+from pyro_vae.results.provenance import sha256_of
+from pyro_vae.results.quantity import IncomparableError, Quantity
+from pyro_vae.results.result import Result, load_result
+
+__all__ = [
+    "BOUNDS",
+    "MEASURES",
+    "REDUCTIONS",
+    "UNITS",
+    "IncomparableError",
+    "Quantity",
+    "Result",
+    "label",
+    "load_result",
+    "make_result",
+    "sha256_of",
+    "to_arviz",
+]

@@ -1,0 +1,212 @@
+"""The type of a result: an `xarray.Dataset` whose labels hold as long as its numbers do."""
+
+import html
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_vae.results import labelled
+from pyro_vae.results.disk import read_dataset, save_dataset
+from pyro_vae.results.labels import LABELS
+from pyro_vae.results.quantity import Quantity
+from pyro_vae.results.table import WIDTH, table_html, table_text
+
+__all__ = ["Result", "load_result"]
+
+
+def _unlabelled(computed: xr.Dataset, keep_attrs: bool | None = None) -> xr.Dataset:
+    """A plain dataset of the same numbers, without the labels that are no longer true of them."""
+    if not isinstance(computed, xr.Dataset):  # an operator may return NotImplemented
+        return computed
+    plain = xr.Dataset(computed.data_vars, computed.coords, computed.attrs)
+    return plain if keep_attrs else plain.drop_attrs()
+
+
+class Result(xr.Dataset):
+    """What every tool returns: an `xarray.Dataset` of labelled variables with their provenance.
+
+    Build one with `make_result`, read one with `load_result`. Selection keeps the type and the
+    labels; computation gives a plain `xarray.Dataset`, which has no `quantity` (see the module's
+    docstring). Assigning to an array's values is not guarded, nor are a few methods that xarray
+    builds from selections, such as ``shift``.
+    """
+
+    __slots__ = ()
+
+    # xarray's operators all pass through these two; the in-place ones would overwrite what was
+    # measured, and Python falls back to the plain operators when they decline.
+    def _binary_op(self, *args: Any, **kwargs: Any) -> Any:
+        return _unlabelled(super()._binary_op(*args, **kwargs))
+
+    def _unary_op(self, *args: Any, **kwargs: Any) -> Any:
+        return _unlabelled(super()._unary_op(*args, **kwargs))
+
+    def _decline(self, other: Any) -> Any:
+        return NotImplemented
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = __ipow__ = _decline
+    __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = _decline
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """As in xarray (``mean`` calls it), without labels unless ``keep_attrs=True``."""
+        return _unlabelled(super().reduce(*args, **kwargs), kwargs.get("keep_attrs"))
+
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """As in xarray, without labels unless ``keep_attrs=True``."""
+        return _unlabelled(super().map(*args, **kwargs), kwargs.get("keep_attrs"))
+
+    def quantile(self, *args: Any, **kwargs: Any) -> Any:
+        """As in xarray, without labels unless ``keep_attrs=True``."""
+        return _unlabelled(super().quantile(*args, **kwargs), kwargs.get("keep_attrs"))
+
+    def diff(self, *args: Any, **kwargs: Any) -> Any:
+        """As in xarray, without labels."""
+        return _unlabelled(super().diff(*args, **kwargs))
+
+    def interp(self, *args: Any, **kwargs: Any) -> Any:
+        """As in xarray, without labels."""
+        return _unlabelled(super().interp(*args, **kwargs))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Function, version, commit, seed, config, data hash and more; {} if unknown."""
+        return labelled.provenance(self)
+
+    def quantity(self, name: str) -> Quantity:
+        r"""The one number a variable comes to: for per-datum variables the mean over the data.
+
+        Two errors are carried, with s_n the standard error of datum n and sd the spread of the
+        values:
+
+        .. math:: \text{standard\_error} = \frac1N \sqrt{\sum_n s_n^2}, \qquad
+                  \text{data\_standard\_error} = \frac{\mathrm{sd}}{\sqrt N}
+
+        The first is the Monte-Carlo error for these data, the second says how the mean would move
+        with other data.
+
+        An infinite value makes an infinite mean, which is honest, and leaves both errors unknown. A
+        nan makes no mean.
+
+        Args:
+            name: A labelled variable with no dimension but ``datum``; select along the others
+                first.
+
+        Raises:
+            KeyError: If there is no such variable; lists those there are.
+            ValueError: If it has no label or no data, if it has further dimensions, or if a value
+                is nan (says for how many data) or infinities of both signs meet.
+        """
+        variable = labelled.labelled_variable(self, name)
+        others = [str(d) for d in variable.dims if d != "datum"]
+        if others:
+            raise ValueError(
+                f"{name} varies over {' and '.join(others)}: select one value of each first, as in "
+                f"result.sel({others[0]}=...).quantity({name!r})."
+            )
+        values = np.atleast_1d(variable.values.astype(np.float64))
+        labelled.check_has_mean(name, values)
+        with np.errstate(over="ignore"):
+            value = float(values.mean())
+        bound = str(labelled.label_at(variable, "bound"))
+        return Quantity(
+            name=name,
+            value=value,
+            standard_error=labelled.standard_error(self, name, value),
+            data_standard_error=labelled.spread_error(values, value),
+            num_particles=labelled.num_particles(variable),
+            num_data=labelled.num_data(self, variable),
+            seed=variable.attrs.get("seed", self.provenance.get("seed")),
+            data_sha256=labelled.data_sha256(self, variable),
+            measure=variable.attrs.get("measure"),
+            objective=labelled.label_at(variable, "objective") if bound == "objective" else None,
+            bound=bound,
+            **{key: variable.attrs[key] for key in LABELS if key != "bound"},
+        )
+
+    def table(self) -> str:
+        """Every labelled number as an aligned table, at most 100 columns wide up to 10^5 data.
+
+        For per-datum variables the value is the mean over the data, and the standard error is the
+        Monte-Carlo error of that mean for these data. A mean that a nan spoils says for how many
+        data.
+        """
+        return table_text(self)
+
+    def summary(self) -> str:
+        """One sentence for each labelled number, and the notes."""
+        lines = []
+        for name in labelled.labelled_names(self):
+            others = [str(d) for d in self[name].dims if d != "datum"]
+            if others:
+                lines.append(
+                    f"{name.replace('_', ' ')} varies over {' and '.join(others)}: see table()."
+                )
+                continue
+            try:
+                lines.append(f"{self.quantity(name)}.")
+            except ValueError as error:
+                lines.append(str(error))
+        return "\n".join(lines + [f"Note: {note}" for note in self._notes()])
+
+    def _notes(self) -> list[str]:
+        return list(self.provenance.get("notes", []))
+
+    def __repr__(self) -> str:
+        if not labelled.labelled_names(self):
+            return super().__repr__()
+        sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items()) or "none"
+        notes = [textwrap.fill(f"note: {note}", WIDTH) for note in self._notes()]
+        return "\n".join([self.table(), f"dimensions: {sizes}", *notes])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in self._notes())
+        return f"<div>{table_html(self)}<ul>{notes}</ul></div>{super()._repr_html_()}"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the result to a NetCDF file, wholly or not at all.
+
+        The file is written under a temporary name in the same folder, read back and compared,
+        fsynced, and renamed. NetCDF is an export for other programs: runs are not restored from it.
+
+        Args:
+            path: Ends in ``.nc``; its folder exists. A file of that name is replaced.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the suffix is another one, or the file would not give back exactly what
+                is written.
+            TypeError: If an attribute is neither text, a bool nor a number.
+            OSError: If the folder is missing, or the file system refuses; an older file is then
+                left as it was.
+        """
+        return save_dataset(self, path)
+
+
+def load_result(path: str | os.PathLike[str]) -> Result:
+    """Reads a file that `Result.save` wrote, and gives back exactly what was written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, is no NetCDF file, or was not written by `Result.save`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}: check the name, or run the analysis that writes it."
+        )
+    dataset = read_dataset(path)
+    try:
+        provenance = labelled.provenance(dataset)
+        ours = isinstance(provenance, dict) and "function" in provenance
+    except (TypeError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{path} was not written by Result.save: open it with xarray.open_dataset instead."
+        )
+    return Result(dataset.data_vars, dataset.coords, dataset.attrs)
