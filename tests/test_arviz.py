@@ -23,7 +23,6 @@ from pyro_vae.results import label, make_result, to_arviz
 
 NEW = int(version("arviz").split(".")[0]) >= 1
 CHAINS = ("chain", "draw")
-SAMPLE = ("sample",) if NEW else CHAINS
 N, D, H, S = 4, 3, 2, 50
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
@@ -83,17 +82,17 @@ def test_guide_draws_have_their_groups_dims_and_numbers(linear, x):
         "observed_data",
         "fit",
     }
-    assert same(data["posterior"]["z"], draws.latents["z"], (*SAMPLE, "datum", "latent"))
+    assert same(data["posterior"]["z"], draws.latents["z"], (*CHAINS, "datum", "latent"))
     stats = data["sample_stats"]
-    assert same(stats["lp"], draws.log_joint.detach(), (*SAMPLE, "datum"))
-    assert same(stats["log_q"], draws.log_guide.detach(), (*SAMPLE, "datum"))
-    assert same(stats["log_weight"], draws.log_weights.detach(), (*SAMPLE, "datum"))
+    assert same(stats["lp"], draws.log_joint.detach(), (*CHAINS, "datum"))
+    assert same(stats["log_q"], draws.log_guide.detach(), (*CHAINS, "datum"))
+    assert same(stats["log_weight"], draws.log_weights.detach(), (*CHAINS, "datum"))
     likelihood = data["log_likelihood"]["x"]
-    assert same(likelihood, draws.log_likelihood["x"].detach(), (*SAMPLE, "datum"))
+    assert same(likelihood, draws.log_likelihood["x"].detach(), (*CHAINS, "datum"))
     assert same(data["observed_data"]["x"], x, ("datum", "pixel"))
-    assert data["posterior_predictive"]["x"].dims == (*SAMPLE, "datum", "pixel")
-    assert data["prior"]["z"].sizes[SAMPLE[-1]] == 7
-    assert data["prior_predictive"]["x"].dims == (*SAMPLE, "datum", "pixel")
+    assert data["posterior_predictive"]["x"].dims == (*CHAINS, "datum", "pixel")
+    assert data["prior"]["z"].sizes[CHAINS[-1]] == 7
+    assert data["prior_predictive"]["x"].dims == (*CHAINS, "datum", "pixel")
     assert same(data["fit"]["khat"], khat, ("datum",))
     assert same(data["fit"]["bound"], [-9.0, -8.0, -7.5], ("epoch",))
     weights = draws.log_weights.detach().softmax(0)
@@ -102,12 +101,12 @@ def test_guide_draws_have_their_groups_dims_and_numbers(linear, x):
     assert data["posterior"]["latent"].values.tolist() == ["a", "b"]
     assert data["posterior"].attrs["draws_from"] == "guide"
     assert data["posterior"].attrs["seed"] == 1
-    assert list(data["posterior"].attrs["sample_dims"]) == list(SAMPLE)
+    assert list(data["posterior"].attrs["sample_dims"]) == list(CHAINS)
 
 
 def test_the_dims_of_draws_can_be_chosen_for_both_majors(linear, x):
     draws = draw_posterior(linear.model, linear.guide, x, num_draws=S)
-    data = to_arviz(draws, sample_dims=CHAINS)
+    data = to_arviz(draws)
     assert same(data["posterior"]["z"], draws.latents["z"][None], (*CHAINS, "datum", "z_dim_0"))
     flat = to_arviz(draws, sample_dims=("sample",))
     assert same(flat["posterior"]["z"], draws.latents["z"], ("sample", "datum", "z_dim_0"))
@@ -211,12 +210,12 @@ def test_a_regression_with_an_autoguide():
     draws = draw_posterior(regression, guide, inputs, num_draws=6, joint=True)
     prior = draw_prior(regression, inputs, num_draws=6, joint=True)
     data = to_arviz(draws, draw_predictive(regression, draws, inputs), prior, khat=[0.3])
-    assert same(data["posterior"]["weight"], draws.latents["weight"], (*SAMPLE, "weight_dim_0"))
-    assert same(data["posterior"]["scale"], draws.latents["scale"], SAMPLE)
-    assert same(data["sample_stats"]["lp"], draws.log_joint[:, 0].detach(), SAMPLE)
-    assert data["log_likelihood"]["y"].dims == (*SAMPLE, "datum")
-    assert data["posterior_predictive"]["y"].dims == (*SAMPLE, "datum")
-    assert data["prior"]["weight"].dims == (*SAMPLE, "weight_dim_0")
+    assert same(data["posterior"]["weight"], draws.latents["weight"], (*CHAINS, "weight_dim_0"))
+    assert same(data["posterior"]["scale"], draws.latents["scale"], CHAINS)
+    assert same(data["sample_stats"]["lp"], draws.log_joint[:, 0].detach(), CHAINS)
+    assert data["log_likelihood"]["y"].dims == (*CHAINS, "datum")
+    assert data["posterior_predictive"]["y"].dims == (*CHAINS, "datum")
+    assert data["prior"]["weight"].dims == (*CHAINS, "weight_dim_0")
     assert same(data["observed_data"]["y"], inputs[1], ("datum",))
     assert data["fit"]["khat"].dims == ()
     again = draws.resampled()
@@ -252,8 +251,8 @@ def test_inner_plates_at_any_dim_and_masks():
     draws = draw_posterior(model, guide, values, num_draws=5)
     predictive = draw_predictive(model, draws, values)
     data = to_arviz(draws, predictive, draw_prior(model, values, num_draws=3))
-    assert data["posterior"]["level"].dims == (*SAMPLE, "datum")
-    assert same(data["posterior"]["z"], draws.latents["z"], (*SAMPLE, "datum", "visit"))
+    assert data["posterior"]["level"].dims == (*CHAINS, "datum")
+    assert same(data["posterior"]["z"], draws.latents["z"], (*CHAINS, "datum", "visit"))
     assert same(data["constant_data"]["x_mask"], mask, ("datum", "visit"))
     assert same(data["constant_data"]["z_mask"], mask, ("datum", "visit"))
     likelihood = data["log_likelihood"]["x"].values.reshape(5, 2, 3)
@@ -280,7 +279,7 @@ def test_discrete_latents_and_a_program_run_one_by_one():
     draws = draw_posterior(model, guide, values, num_draws=6)
     drawn = draw_predictive(model, draws, values)
     data = to_arviz(draws, drawn)
-    assert same(data["posterior"]["z"], draws.latents["z"], (*SAMPLE, "datum"))
+    assert same(data["posterior"]["z"], draws.latents["z"], (*CHAINS, "datum"))
     # Thirty standard deviations apart: each is drawn at its own latent.
     assert torch.equal(drawn.values["x"] > 15, draws.latents["z"] == 1)
 
@@ -345,7 +344,7 @@ def test_a_factor_has_a_likelihood_and_no_data():
     data = to_arviz(draws)
     assert "observed_data" not in groups_of(data)
     expected = -((draws.latents["z"] - values) ** 2)
-    assert same(data["log_likelihood"]["f"], expected, (*SAMPLE, "datum"))
+    assert same(data["log_likelihood"]["f"], expected, (*CHAINS, "datum"))
     with pytest.raises(ProgramError, match=r"'f' is a pyro\.factor"):
         draw_predictive(model, draws, values)
 
@@ -396,7 +395,7 @@ def test_names_that_do_not_fit_are_refused(linear, x):
 def test_a_file_gives_back_what_was_written(linear, x, tmp_path):
     draws = draw_posterior(linear.model, linear.guide, x, num_draws=5)
     for number, data in enumerate(
-        (to_arviz(draws, khat=torch.ones(N)), to_arviz(draws, sample_dims=CHAINS))
+        (to_arviz(draws, khat=torch.ones(N)), to_arviz(draws, sample_dims=["sample"]))
     ):
         path = tmp_path / f"{number}.nc"
         data.to_netcdf(path, engine="h5netcdf")
@@ -418,12 +417,14 @@ def test_a_file_gives_back_what_was_written(linear, x, tmp_path):
 def test_summary_and_traces(linear, x):
     draws = draw_posterior(linear.model, linear.guide, x, num_draws=200)
     z = draws.latents["z"].numpy()
-    data = to_arviz(draws, sample_dims=CHAINS)
+    data = to_arviz(draws)
     table = az.summary(data, var_names=["z"], round_to="none")
     assert len(table) == N * H
     np.testing.assert_allclose(table["mean"].astype(float), z.mean(0).ravel(), rtol=1e-10)
     if NEW:
-        flat = az.summary(to_arviz(draws), kind="stats", sample_dims="sample")
+        flat = az.summary(
+            to_arviz(draws, sample_dims=["sample"]), kind="stats", sample_dims="sample"
+        )
         assert len(flat) == N * H
         az.plot_trace(to_arviz(draws), backend="none")
         az.plot_trace(data, backend="none")
@@ -452,7 +453,7 @@ def conjugate(y, spread=1.0):
 def test_loo_is_the_predictive_density_given_the_others():
     y = torch.tensor([0.3, -1.2, 0.8, 1.9, -0.4, 0.1])
     draws = draw_posterior(*conjugate(y), y, num_draws=4000, joint=True, seed=1)
-    found = az.loo(to_arviz(draws, sample_dims=CHAINS), pointwise=True)
+    found = az.loo(to_arviz(draws), pointwise=True)
     pointwise = found.elpd_i if NEW else found.loo_i
     precision = 1 + len(y) - 1  # of the mean given the others
     mean = (y.sum() - y) / precision
@@ -466,16 +467,16 @@ def test_loo_is_the_predictive_density_given_the_others():
     wrong = draw_posterior(
         conjugate(y)[0], conjugate(y + 0.2)[1], y, num_draws=4000, joint=True, seed=1
     )
-    biased = az.loo(to_arviz(wrong, sample_dims=CHAINS), pointwise=True)
+    biased = az.loo(to_arviz(wrong), pointwise=True)
     values = (biased.elpd_i if NEW else biased.loo_i).values
     assert (np.abs(values - exact.numpy()) > STANDARD_ERRORS * error.numpy()).any()
-    mended = az.loo(to_arviz(wrong.resampled(seed=2), sample_dims=CHAINS), pointwise=True)
+    mended = az.loo(to_arviz(wrong.resampled(seed=2)), pointwise=True)
     values = (mended.elpd_i if NEW else mended.loo_i).values
     # Weighting and resampling at most double the error, for the weights are worth half the draws.
     assert float(wrong.resampled().weights_ess) > 4000 / 2
     assert (np.abs(values - exact.numpy()) < 2 * STANDARD_ERRORS * error.numpy()).all()
     if NEW:
-        data = to_arviz(wrong, sample_dims=CHAINS)
+        data = to_arviz(wrong)
         stats = data["sample_stats"]
         found = az.loo_approximate_posterior(data, stats["lp"], stats["log_q"], pointwise=True)
         distance = np.abs(found.elpd_i.values - exact.numpy())
@@ -486,10 +487,7 @@ def test_loo_is_the_predictive_density_given_the_others():
 def test_compare_ranks_the_model_that_made_the_data_first():
     y = 2.0 + torch.randn(40)
     free, fixed = (
-        to_arviz(
-            draw_posterior(*conjugate(y, spread), y, num_draws=500, joint=True),
-            sample_dims=CHAINS,
-        )
+        to_arviz(draw_posterior(*conjugate(y, spread), y, num_draws=500, joint=True))
         for spread in (3.0, 0.05)  # the second can hardly leave zero
     )
     table = az.compare({"fixed": fixed, "free": free})

@@ -1,6 +1,6 @@
 """Draws as ArviZ's own container, whichever of its two majors is installed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -43,20 +43,13 @@ class HasArvizGroups(Protocol):
         """What there is, by group."""
 
 
-@dataclass(frozen=True)
-class _Major:
-    """What differs between the majors of ArviZ: the dims of draws without chains, and the type."""
-
-    sample_dims: tuple[str, ...]
-    container: Callable[[dict[str, xr.Dataset]], Any]
-
-
-def _installed() -> _Major:
+def _container(datasets: dict[str, xr.Dataset]) -> Any:
+    """What the installed major of ArviZ works on."""
     if int(version("arviz").split(".")[0]) >= 1:
-        return _Major(_NO_CHAINS, xr.DataTree.from_dict)
+        return xr.DataTree.from_dict(datasets)
     import arviz
 
-    return _Major(_CHAINS, lambda datasets: arviz.InferenceData(**datasets))
+    return arviz.InferenceData(**datasets)
 
 
 def to_arviz(
@@ -65,7 +58,7 @@ def to_arviz(
     khat: Any = None,
     dims: Mapping[str, Sequence[str]] = _NOTHING,
     coords: Mapping[str, Any] = _NOTHING,
-    sample_dims: Sequence[str] | None = None,
+    sample_dims: Sequence[str] = _CHAINS,
 ) -> Any:
     r"""Puts draws, with all that belongs to them, into the container that ArviZ works on.
 
@@ -77,12 +70,11 @@ def to_arviz(
     schema has no place for these yet, so the group is provisional.
 
     Data lie along ``datum``; inner plates have their own names, events ``<site>_dim_<i>`` or
-    those of `dims`. Draws without chains lie along ``sample`` under ArviZ 1, as those of its own
-    converter for variational inference do, and along ``chain`` (one) and ``draw`` under ArviZ
-    0.23, which knows nothing else. Plots take both. Of ArviZ 1.3 ``loo``, ``compare`` and the
-    diagnostics in ``summary`` insist on chains: pass ``sample_dims=("chain", "draw")`` for
-    these, which under 0.23 changes nothing; or ask for
-    ``summary(data, kind="stats", sample_dims="sample")``.
+    those of `dims`. Draws without chains lie along ``chain`` (one) and ``draw``, on which
+    ``summary``, ``loo``, ``compare`` and ``plot_trace`` of both majors work.
+    ``sample_dims=["sample"]`` gives them the one dimension that ArviZ 1's own converter for
+    variational inference uses; of ArviZ 1.3 ``loo`` and ``compare`` refuse it (they insist on
+    chains), and ``summary`` wants ``kind="stats", sample_dims="sample"``.
 
     Args:
         parts: What `draw_posterior`, its ``resampled``, `sample_posterior`, `draw_prior` and
@@ -91,7 +83,7 @@ def to_arviz(
         khat: The Pareto k-hat of each datum, from `pareto_khat` of the log weights.
         dims: Names for the dims of an event, by site: ``{"z": ["latent"]}``.
         coords: Values along a dimension, by its name: ``{"datum": ids}``. Others count from 0.
-        sample_dims: ``("sample",)`` or ``("chain", "draw")`` for draws without chains.
+        sample_dims: ``["chain", "draw"]`` or, for draws without chains, ``["sample"]``.
 
     Returns:
         `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (ArviZ 1).
@@ -113,14 +105,13 @@ def to_arviz(
         >>> from pyro_vae.inference.draws import draw_posterior
         >>> model = LinearGaussian(data_dim=3, latent_dim=2)
         >>> draws = draw_posterior(model.model, model.exact_guide, torch.zeros(5, 3), num_draws=7)
-        >>> data = to_arviz(draws, dims={"z": ["latent"]}, sample_dims=("chain", "draw"))
+        >>> data = to_arviz(draws, dims={"z": ["latent"]})
         >>> data["posterior"]["z"].dims
         ('chain', 'draw', 'datum', 'latent')
     """
-    major = _installed()
     found = [part.arviz_groups() for part in parts]
     groups = _joined([part.groups for part in found])
-    leading = _sample_dims(groups, sample_dims, major)
+    leading = _sample_dims(groups, sample_dims)
     if khat is not None:
         groups.setdefault("fit", {})["khat"] = _per_datum(khat, groups)
     datasets = _datasets(groups, leading, dims, coords)
@@ -139,7 +130,7 @@ def to_arviz(
     for dataset in datasets.values():
         has_draws = [dim for dim in leading if dim in dataset.dims]
         dataset.attrs |= stamp | ({"sample_dims": has_draws} if has_draws else {})
-    return major.container(datasets)
+    return _container(datasets)
 
 
 def _joined(
@@ -165,15 +156,13 @@ def _per_datum(khat: Any, groups: Groups) -> Variable:
     return ("datum",), values
 
 
-def _sample_dims(groups: Groups, asked: Sequence[str] | None, major: _Major) -> tuple[str, ...]:
-    chains = any("chain" in names for group in groups.values() for names, _ in group.values())
-    if asked is not None and tuple(asked) not in (_CHAINS, _NO_CHAINS):
+def _sample_dims(groups: Groups, asked: Sequence[str]) -> tuple[str, ...]:
+    if tuple(asked) not in (_CHAINS, _NO_CHAINS):
         raise ValueError(f"sample_dims is {tuple(asked)}, but must be {_NO_CHAINS} or {_CHAINS}.")
-    if not chains:
-        return major.sample_dims if asked is None else tuple(asked)
-    if asked is not None and tuple(asked) != _CHAINS:
+    chains = any("chain" in names for group in groups.values() for names, _ in group.values())
+    if chains and tuple(asked) != _CHAINS:
         raise ValueError(f"these draws come in chains: leave sample_dims out, or pass {_CHAINS}.")
-    return _CHAINS
+    return tuple(asked)
 
 
 def _datasets(
