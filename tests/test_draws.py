@@ -7,8 +7,8 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_vae import log_weights
-from pyro_vae.inference.draws import draw_posterior, flat_latents, latent_names, predict
-from pyro_vae.inference.programs import program_scope
+from pyro_vae.inference.draws import draw_posterior, flat_latents, latent_names
+from pyro_vae.inference.predictive import draw_predictive
 from pyro_vae.models import LinearGaussian
 
 N, D, H = 4, 3, 2
@@ -61,8 +61,8 @@ def test_the_log_weights_are_those_of_the_primitive(linear, x):
 
 
 def test_the_predictive_has_the_variance_of_posterior_and_noise(linear, x):
-    with program_scope(0):
-        drawn = predict(linear.model, linear.exact_guide, x, num_draws=4000)["x"]
+    draws = draw_posterior(linear.model, linear.exact_guide, x, num_draws=4000, seed=3)
+    drawn = draw_predictive(linear.model, draws, x, seed=4).values["x"]
     assert drawn.shape == (4000, N, D)
     weight, noise = linear.weight.detach(), 0.5
     posterior = noise * (weight.T @ weight + noise * torch.eye(H)).inverse()
@@ -103,8 +103,7 @@ def test_global_latents_jointly(model):
     weight, scale = found.latents["weight"], found.latents["scale"]
     expected = dist.Normal(weight @ data[0].T, scale[:, None]).log_prob(data[1])
     assert torch.allclose(found.log_likelihood["y"], expected, atol=1e-10)
-    with program_scope(1):
-        assert predict(model, guide, data, num_draws=6, joint=True)["y"].shape == (6, 5)
+    assert draw_predictive(model, found, data).values["y"].shape == (6, 5)
 
 
 def test_inner_plates_stand_behind_the_data():

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from jaxtyping import Float, Int
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -21,14 +19,11 @@ from pyro_vae.inference.programs import (
     as_arguments,
     bytes_of_run,
     draw_traces,
-    fixed_draws,
-    in_particle_plate,
     program_scope,
     site_log_probs,
     site_values,
     sum_traces,
 )
-from pyro_vae.inference.simulation import without_data
 from pyro_vae.results.arviz import ArvizGroups
 
 __all__ = [
@@ -37,7 +32,6 @@ __all__ = [
     "flat_latents",
     "labelled_draws",
     "latent_names",
-    "predict",
 ]
 
 
@@ -206,38 +200,6 @@ def draw_posterior(
         seed,
         parts[0].sites,
     )
-
-
-def predict(
-    model: Program, guide: Program, x: Any, *, num_draws: int, joint: bool = False
-) -> dict[str, Tensor]:
-    """Draws of the observed sites from the posterior predictive of the guide.
-
-    Call it inside `programs.program_scope`, which seeds it.
-
-    Returns:
-        By observed site, `[draws, batch, inner plates, event]`; `[draws, plates, event]` if joint.
-
-    Raises:
-        ProgramError: If the pair has no log weights; see `log_weights`.
-    """
-    arguments = as_arguments(x)
-    args, kwargs = arguments
-    with torch.no_grad(), pyro.validation_enabled(False):
-        structure = inspect_programs(
-            model, guide, arguments, joint=joint, num_particles=min(num_draws, 2)
-        )
-        found = []
-        for guide_trace, model_trace, count in draw_traces(
-            model, guide, arguments, structure, num_draws
-        ):
-            program = without_data(model)
-            if count > 1:
-                program = in_particle_plate(program, count, -1 - structure.max_plate_nesting)
-            given = fixed_draws(guide_trace, model_trace)
-            drawn = poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
-            found.append({name: site_values(drawn, name, structure) for name in structure.observed})
-    return _join(found)
 
 
 def flat_latents(latents: dict[str, Tensor], *, joint: bool) -> Float[Tensor, "draws batch dim"]:
