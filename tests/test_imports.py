@@ -21,7 +21,16 @@ LAYERS = (
     {"models"},
     {"inference"},
     {"diagnostics"},
-    {"pages", "plots", "plots_mixture", "report", "runs"},
+    {
+        "pages",
+        "plots",
+        "plots_latent",
+        "plots_mixture",
+        "plots_posterior",
+        "plots_samples",
+        "report",
+        "runs",
+    },
     {"cli", "demo"},
     {"__main__"},
 )
