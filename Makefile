@@ -101,6 +101,15 @@ elbo_estimators: $(STAMP) ## Measure which ELBO estimator to train with (ARGS=--
 elbo_gap: $(STAMP) ## Split the ELBO gap of VAEs into approximation and amortisation (ARGS=--full for long)
 	$(BIN)/python -m analyses.elbo_gap $(ARGS)
 
+posterior_quality: $(STAMP) ## Can this posterior be trusted? k-hat, HMC, calibration (ARGS="..." goes to the script)
+	$(BIN)/python -m analyses.posterior_quality $(ARGS)
+
+latent_space: $(STAMP) ## Read the latent space: paths, attributes, units, features (ARGS="..." goes to the script)
+	$(BIN)/python -m analyses.latent_space $(ARGS)
+
+blurry_samples: $(STAMP) ## What makes samples blurry? One suspect at a time (ARGS="..." goes to the script)
+	$(BIN)/python -m analyses.blurry_samples $(ARGS)
+
 em_gmm: $(STAMP) ## Fit a Gaussian mixture by EM and look at its bound (ARGS="..." goes to the script)
 	$(BIN)/python -m analyses.em_gmm $(ARGS)
 

@@ -154,7 +154,9 @@ def fit_divergence(
         ValueError: If an argument is out of its range.
 
     Note: a game, not a descent: it may circle or lose modes, and no number of the history says so.
-        The unbounded divergences ("kl", "pearson_chi2") have heavy-tailed bounds; noise helps.
+        Where the critic enters by an exponential ("kl", "squared_hellinger") it can run away:
+        lower its learning rate and add noise ("kl" on pictures needs much of it). With
+        "pearson_chi2" a generator may stay far off for long, even a linear one.
 
     References:
         Nowozin, Cseke & Tomioka (2016), arXiv:1606.00709, section 3 (algorithm 1; here the two

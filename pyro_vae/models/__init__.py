@@ -40,6 +40,7 @@ from pyro_vae.models.priors import (
     VampPrior,
     make_prior,
 )
+from pyro_vae.models.two_stage import TwoStageVAE
 from pyro_vae.models.vae import VAE, TwoLayerVAE
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Sparse",
     "StandardNormal",
     "TwoLayerVAE",
+    "TwoStageVAE",
     "Undercomplete",
     "VampPrior",
     "make_likelihood",
