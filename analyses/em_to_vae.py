@@ -30,7 +30,7 @@ from analyses.em_gmm import DATA, DATA_HELP, Sample, how_it_was_made, load
 from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, GaussianMixture, fit, fit_em, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap
-from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.inference.programs import Program
 from pyro_vae.pages import Formula, Heading, Note, Page, Paragraph, Part, Picture, Table

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.evidence import log_evidence
     from pyro_vae.diagnostics.gap import elbo_gap
     from pyro_vae.diagnostics.gradients import compare_estimators
+    from pyro_vae.diagnostics.posterior import posterior_quality
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.svi import fit
@@ -38,6 +39,7 @@ __all__ = [
     "load_run",
     "log_evidence",
     "log_weights",
+    "posterior_quality",
 ]
 
 _HOME = {
@@ -55,6 +57,7 @@ _HOME = {
     "load_run": "pyro_vae.runs",
     "log_evidence": "pyro_vae.diagnostics.evidence",
     "log_weights": "pyro_vae.inference.log_weights",
+    "posterior_quality": "pyro_vae.diagnostics.posterior",
 }
 
 if (

@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
-from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.diagnostics.recommendations import snr_slopes
 from pyro_vae.results import Result
 
@@ -70,7 +70,7 @@ def _thousands(number: int) -> str:
 
 
 def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -> Axes:
-    """Plots the bound against epochs, between its parts: bound = reconstruction - KL.
+    """Plots the bound (or objective) against epochs, between its parts: reconstruction - KL.
 
     The upper line of a pair is the reconstruction term, the lower one the bound, and the band
     between them is the KL term. Training data are solid, held-out data dashed.
@@ -92,6 +92,8 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
     ax = _axes(ax, _WIDE)
     epoch = history["epoch"].values
     marker = "o" if len(epoch) < 4 else ""  # one point makes no line
+    is_bound = history["bound"].attrs.get("bound") != "objective"
+    name = "ELBO" if is_bound else "objective"
     for prefix, colour, style, who in (
         ("", _BLUE, "-", "training"),
         ("validation_", _ORANGE, "--", "held out"),
@@ -100,7 +102,7 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
             continue
         bound = history[f"{prefix}bound"].values
         look: dict[str, Any] = {"ls": style, "color": colour, "marker": marker, "ms": 4}
-        ax.plot(epoch, bound, lw=1.8, label=f"ELBO, {who}", zorder=3, **look)
+        ax.plot(epoch, bound, lw=1.8, label=f"{name}, {who}", zorder=3, **look)
         if f"{prefix}reconstruction" in history:
             parts = history[f"{prefix}reconstruction"].values
             ax.plot(epoch, parts, lw=0.9, label=f"reconstruction, {who}", **look)
@@ -114,7 +116,8 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
     ax.set_ylabel("nats per datum")
-    ax.set_title(_title("Bound while training", data, "1 particle"))
+    what = "Bound while training" if is_bound else "Objective while training"
+    ax.set_title(_title(what, data, "1 particle" if is_bound else "bounds nothing"))
     ax.grid(alpha=0.25, lw=0.6)
     ax.legend(fontsize="small")
     return ax
@@ -528,13 +531,14 @@ def plot_latent(
     label_names: Sequence[str] | None = None,
     data: str = "",
 ) -> Axes:
-    """Shows the posterior means of data, coloured and named by class.
+    """Shows the posterior means of data, or their codes, coloured and named by class.
 
     Of more than two latent dimensions the two most active are shown: those in which the posterior
-    mean varies most over the data.
+    mean varies most over the data. Where a posterior has no mean in closed form (a flow), its
+    `location` stands for it.
 
     Args:
-        module: A `VAE`, or a module with a method `encode(x)` that gives the posterior.
+        module: A `VAE`, or a module with a method `encode(x)` that gives the posterior or a code.
         x: The data.
         labels: Their classes, or None.
         ax: Where to draw; a new figure if None.
@@ -551,7 +555,7 @@ def plot_latent(
         Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, section 5.2
         (activity).
     """
-    means = _call(module, "encode", x).mean.detach().cpu().double()
+    means, point = _points(_call(module, "encode", x), module, x)
     ax = _axes(ax, _SQUARE)
     variances = means.var(0, correction=0)
     first, second = _most_active(variances)
@@ -587,18 +591,36 @@ def plot_latent(
         "" if means.shape[1] <= 2 else " (most active)",
         "" if means.shape[1] <= 2 else " (next)",
     )
-    ax.set_xlabel(f"posterior mean of $z_{{{first + 1}}}${which[0]}")
+    ax.set_xlabel(f"{point} $z_{{{first + 1}}}${which[0]}")
     if second is not None:
-        ax.set_ylabel(f"posterior mean of $z_{{{second + 1}}}${which[1]}")
+        ax.set_ylabel(f"{point} $z_{{{second + 1}}}${which[1]}")
     else:
         ax.set_yticks([])
     ax.axhline(0, color=_GREY, lw=0.5, zorder=0)
     ax.axvline(0, color=_GREY, lw=0.5, zorder=0)
     about = f"{_thousands(len(means))} data, {means.shape[1]} latents"
-    ax.set_title(_title("Aggregated posterior means", data, about))
+    kind = point.removesuffix(" of")
+    what = "Codes" if kind == "code" else f"Aggregated {kind}s"
+    ax.set_title(_title(what, data, about))
     if second is not None:
         ax.set_aspect("equal", adjustable="datalim")
     return ax
+
+
+@torch.no_grad()
+def _points(
+    encoded: Any, module: Any, x: Float[Tensor, "batch features"]
+) -> tuple[Float[Tensor, "batch latent"], str]:
+    """Where each datum lies among the latents, and what that point is."""
+    if isinstance(encoded, Tensor):
+        points, name = encoded, "code"
+    else:
+        try:
+            points, name = encoded.mean, "posterior mean of"
+        except NotImplementedError:  # a flow
+            points = module.posterior.location(module.encoder(x))
+            name = "posterior location of"
+    return points.detach().cpu().double(), name
 
 
 def _most_active(variances: Float[Tensor, " latent"]) -> tuple[int, int | None]:

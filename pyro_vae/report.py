@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae.data import Dataset, DatasetError
-from pyro_vae.diagnostics.posterior import khat_threshold
+from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.files import atomic_path, write_text
+from pyro_vae.inference.objective_choice import bounds_nothing, loss_text, objective_names
+from pyro_vae.models import VAE, Autoencoder
+from pyro_vae.models.parts import part_text
 from pyro_vae.pages import figure_png, render_template
 from pyro_vae.plots import (
     plot_bound,
@@ -42,6 +45,8 @@ _MEASURES = {
     "binary": "The data are binary pixels, so the numbers are log probabilities and at most 0.",
     "grey": "The data are grey pixels in [0, 1], so the numbers are log densities and may be "
     "positive; they do not compare with those of binary pixels.",
+    "counts": "The data are grey levels on a grid, so the numbers are log probabilities and at "
+    "most 0; they do not compare with densities of the same pixels.",
     "real": "The data are real numbers in their own units, so the numbers are log densities: they "
     "change when the data are rescaled.",
 }
@@ -49,6 +54,20 @@ _UNKNOWN_MEASURE = (
     "What the data are decides whether they are log probabilities or log densities; the two do not "
     "compare."
 )
+
+
+_NO_EVIDENCE = (
+    "An autoencoder's guide is a point, which has no density: its training climbs a MAP objective, "
+    "and neither an ELBO nor an evidence estimate exists for it."
+)
+_BOUND_WHILE_TRAINING = (
+    "The ELBO while training, whatever was climbed. The band between the thin line "
+    "(reconstruction) and the thick one (ELBO) is the KL term."
+)
+_MAP_WHILE_TRAINING = (
+    "The MAP objective while training: log p(x | code) less the penalty, no bound."
+)
+_PARTS = ("likelihood", "prior", "posterior", "network", "kind")
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,8 @@ def write_report(
             [(r, e) for r, e in zip(loaded, evaluations, strict=True) if e is not None]
         ),
         differences=_differences(loaded, evaluations),
+        bounded=not all(map(_is_autoencoder, loaded)),
+        points=any(map(_is_autoencoder, loaded)),
         measure_text=" ".join(dict.fromkeys(_MEASURES.get(m, _UNKNOWN_MEASURE) for m in measures)),
         runs=[_section(run, found, root) for run, found in zip(loaded, evaluations, strict=True)],
     )
@@ -180,8 +201,17 @@ def _rounded(quantity: Quantity) -> tuple[str, str]:
 def _model_text(run: Run) -> str:
     config = run.config["model"]["arguments"]
     name = type(run.module).__name__
-    layers = [config.get("data_dim"), *config.get("hidden", ()), config.get("latent_dim")]
-    return f"{name} {'-'.join(str(n) for n in layers)}"
+    hidden, top = config.get("hidden", ()), config.get("latent_dim", config.get("code_dim"))
+    layers = [config.get("data_dim"), *hidden, top]
+    if name == "TwoLayerVAE":
+        lower, upper = config["latent_dims"]
+        layers = [config["data_dim"], *hidden[0], lower, *hidden[1], upper]
+    kind = f"{config['kind']['name']} " if _is_autoencoder(run) else ""
+    return f"{kind}{name} {'-'.join(str(n) for n in layers)}"
+
+
+def _is_autoencoder(run: Run) -> bool:
+    return isinstance(run.module, Autoencoder)
 
 
 def _table(found: Result) -> list[dict[str, str]]:
@@ -216,7 +246,9 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         dataset = load_run_data(run, root)
     except (DatasetError, CheckpointError, ValueError) as error:
         notes.append(f"Figures that show data are left out: {error}")
-    if found is None:
+    if _is_autoencoder(run):
+        notes.insert(0, _NO_EVIDENCE)
+    elif found is None:
         stale = (run.path / "evaluation.nc").exists()
         why = "the weights have changed since" if stale else "it was not evaluated yet"
         notes.insert(0, f"No numbers on test data, for {why}: pyro-vae evaluate {run.path}")
@@ -249,14 +281,15 @@ def _sentence(run: Run) -> str:
     how = f", binarised ({data['binarization']})" if data.get("binarization") else ""
     trained = run.config.get("fit", {})
     text = f"{_model_text(run)}, {count:,} parameters, on {run.data_name}{how}. "
-    likelihood = run.config["model"]["arguments"].get("likelihood")
-    if isinstance(likelihood, dict):
-        text += f"Likelihood: {likelihood.get('name', '').replace('_', ' ')}. "
+    arguments = run.config["model"]["arguments"]
+    parts = [f"{name} {part_text(arguments[name])}" for name in _PARTS if name in arguments]
+    if parts:
+        text += f"Parts: {'; '.join(parts)}. "
     if not run.history.sizes.get("epoch"):
         return text + "Not one epoch has ended yet."
     text += (
         f"Trained for {int(run.history.epoch[-1])} epochs on {trained.get('num_data', '?')} data "
-        f"({trained.get('loss')}, {trained.get('optimizer')}, batches of "
+        f"({_objective_text(run)}, {trained.get('optimizer')}, batches of "
         f"{trained.get('batch_size')}, seed {trained.get('seed')}) in "
         f"{float(run.history.seconds[-1]):.0f} s."
     )
@@ -264,12 +297,24 @@ def _sentence(run: Run) -> str:
         looks = run.history["validation_bound"].values
         best = int(looks.argmax())
         kept = ", whose parameters are kept" if trained.get("patience") else ""
+        what = "MAP objective" if _is_autoencoder(run) else "bound"
         text += (
-            f" The held-out bound was best, {looks[best]:.2f} nats per datum, after epoch "
+            f" The held-out {what} was best, {looks[best]:.2f} nats per datum, after epoch "
             f"{int(run.history.epoch[best])}{kept}. Held out was {data.get('held_out', 'a part')}; "
             "the test data were not looked at."
         )
     return text
+
+
+def _objective_text(run: Run) -> str:
+    """What training climbed, and whether that is a bound."""
+    trained = run.config.get("fit", {})
+    if _is_autoencoder(run):
+        return "MAP objective, no bound"
+    particles = trained.get("num_particles") or 1
+    text = loss_text(trained) + (f", {particles} particles" if particles > 1 else "")
+    none = bounds_nothing(trained.get("loss", ""))
+    return f"{text}, an objective that is no bound" if none else text
 
 
 def run_figures(
@@ -292,9 +337,8 @@ def run_figures(
         add(
             "bound",
             plot_bound(run.history, data=data),
-            "The bound while training. The band between the thin line (reconstruction) and the "
-            "thick one (ELBO) is the KL term. If held-out data fall behind training data, the "
-            "model learns them by heart.",
+            (_MAP_WHILE_TRAINING if _is_autoencoder(run) else _BOUND_WHILE_TRAINING)
+            + " If held-out data fall behind training data, the model learns them by heart.",
         )
     if evaluation is not None:
         add(
@@ -320,14 +364,14 @@ def run_figures(
                 module, test, dataset.test_labels, label_names=dataset.label_names, data=data
             ),
             "Where the encoder puts test data. Classes were not shown to the model; that they "
-            "separate is what it found. The prior is a standard normal around the cross.",
+            "separate is what it found." + _where_the_prior_is(run),
         )
     if shape and getattr(module, "latent_dim", 0) == 2 and hasattr(module, "decode"):
         add(
             "manifold",
             plot_manifold(module, shape, data=data),
             "What the decoder makes of a grid of latents; each picture stands for the same share "
-            "of the prior.",
+            "of a standard normal" + (", the prior." if _where_the_prior_is(run) else "."),
         )
     if shape and hasattr(module, "sample"):
         add(
@@ -336,6 +380,13 @@ def run_figures(
             "What the model believes data look like: a latent is drawn from the prior and decoded.",
         )
     return figures
+
+
+def _where_the_prior_is(run: Run) -> str:
+    """A sentence, where the latents that the encoder gives have a standard normal prior."""
+    if type(run.module) is not VAE or run.module.config["prior"] != {"name": "normal"}:
+        return ""
+    return " The prior is a standard normal around the cross."
 
 
 def save_figures(figures: Sequence[RunFigure], folder: str | os.PathLike[str]) -> list[Path]:
@@ -365,18 +416,19 @@ def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
     """
     config, data = run.config, run.config.get("data", {})
     described, trained = config["model"]["arguments"], config.get("fit", {})
-    likelihood = described.get("likelihood", {})
+    model, loss = _model_options(run), trained.get("loss")
     rate = trained.get("learning_rate")
-    plain = isinstance(likelihood, dict) and isinstance(rate, int | float)
-    if type(run.module).__name__ != "VAE" or "sha256" not in data or not plain:
+    known = loss == "Trace_ELBO" or loss in objective_names()
+    if not (model and known and "sha256" in data and isinstance(rate, int | float)):
         return ""
+    parts = [part for part in _PARTS if part in described and part != "kind"]
     options = {
         "--data": data["name"],
         "--binarize": data["binarization"] or "none",
-        "--likelihood": likelihood["name"],
-        "--latent-dim": described["latent_dim"],
-        "--hidden": ",".join(map(str, described["hidden"])),
+        **model,
+        **{f"--{part}": part_text(described[part]) for part in parts},
         "--activation": described["activation"],
+        **_objective_options(trained),
         "--epochs": trained["epochs"],
         "--patience": trained["patience"] or 0,
         "--batch-size": trained["batch_size"],
@@ -389,13 +441,37 @@ def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
     words = [f"{name} {shlex.quote(str(value))}" for name, value in options.items()]
     lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
     folder = shlex.quote(str(run.path))
-    return "\n".join(
-        [
-            "pyro-vae fit " + " \\\n    ".join(lines),
-            f"pyro-vae evaluate {folder}{_evaluate_options(evaluation)}",
-            f"pyro-vae report {folder}",
-        ]
-    )
+    commands = [
+        "pyro-vae fit " + " \\\n    ".join(lines),
+        f"pyro-vae evaluate {folder}{_evaluate_options(evaluation)}",
+        f"pyro-vae report {folder}",
+    ]
+    return "\n".join(commands[::2] if _is_autoencoder(run) else commands)
+
+
+def _model_options(run: Run) -> dict[str, Any]:
+    """The options that name the model and its sizes; none for a model that they cannot name."""
+    name, described = type(run.module).__name__, run.config["model"]["arguments"]
+    hidden = described.get("hidden", ())
+    if name == "TwoLayerVAE":
+        lower, upper = described["latent_dims"]
+        part = {"name": "two_layer", "upper_dim": upper, "upper_hidden": hidden[1]}
+        return _sizes(part_text(part), lower, hidden[0])
+    if name == "Autoencoder":
+        return _sizes(part_text(described["kind"]), described["code_dim"], hidden)
+    return _sizes("vae", described["latent_dim"], hidden) if name == "VAE" else {}
+
+
+def _sizes(model: str, latent_dim: int, hidden: Sequence[int]) -> dict[str, Any]:
+    sizes = ",".join(map(str, hidden))
+    return {"--model": model, "--latent-dim": latent_dim, "--hidden": sizes}
+
+
+def _objective_options(trained: Mapping[str, Any]) -> dict[str, Any]:
+    if trained["loss"] == "Trace_ELBO":
+        return {}
+    part = {"name": trained["loss"], **trained["loss_options"]}
+    return {"--objective": part_text(part), "--num-particles": trained["num_particles"]}
 
 
 def _evaluate_options(evaluation: Result | None) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Normal
 
-from pyro_vae import VAE
+from pyro_vae import VAE, Autoencoder
 from pyro_vae.plots import (
     plot_bound,
     plot_evidence,
@@ -33,9 +33,9 @@ def history(rows: int, held_out: bool = True) -> Result:
     }
     if held_out:
         curves |= {f"validation_{name}": [v - 1 for v in c] for name, c in curves.items()}
-    attrs = label(bound="objective")
+    kinds = {name: "lower" if name.endswith("bound") else "objective" for name in curves}
     return make_result(
-        {name: ("epoch", values, attrs) for name, values in curves.items()},
+        {name: ("epoch", c, label(bound=kinds[name])) for name, c in curves.items()},
         function="fit",
         config={},
         seed=0,
@@ -109,6 +109,16 @@ def test_the_bound_is_drawn_with_its_parts() -> None:
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "nats per datum")
     assert "digits" in ax.get_title()
     assert "1 particle" in ax.get_title()
+
+
+def test_an_objective_is_not_called_a_bound() -> None:
+    given = history(4)[["bound", "validation_bound"]]
+    for name in given.data_vars:
+        given[name].attrs["bound"] = "objective"
+    ax: Any = plot_bound(given, data="digits")
+    names = [line.get_label() for line in ax.get_lines()]
+    assert names == ["objective, training", "objective, held out"]
+    assert ax.get_title() == "Objective while training\ndigits, bounds nothing"
 
 
 def test_a_long_history_has_a_logarithmic_axis() -> None:
@@ -209,6 +219,19 @@ def test_the_most_active_latents_are_shown_by_class() -> None:
     assert ax.get_ylabel() == "posterior mean of $z_{4}$ (next)"
     assert [text.get_text() for text in ax.texts] == ["no", "two"]
     assert "9 data, 4 latents" in ax.get_title()
+
+
+def test_codes_and_flows_are_shown_at_their_points() -> None:
+    x = torch.rand(9, 15).round()
+    point = Autoencoder(15, 2, (4,))
+    ax: Any = plot_latent(point, x)
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), point.encode(x).detach())
+    assert ax.get_xlabel() == "code $z_{1}$"
+    flow = VAE(15, 2, (4,), posterior="iaf")
+    ax = plot_latent(flow, x)
+    located = flow.posterior.location(flow.encoder(x)).detach()
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), located)
+    assert ax.get_xlabel() == "posterior location of $z_{1}$"
 
 
 def test_two_latents_keep_their_order_and_one_is_enough() -> None:

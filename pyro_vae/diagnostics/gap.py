@@ -24,7 +24,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_vae.diagnostics.evidence import log_evidence
-from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
+from pyro_vae.diagnostics.pareto import khat_threshold, pareto_khat
 from pyro_vae.inference.inspection import inspect_programs, is_delta
 from pyro_vae.inference.log_weights import effective_sample_size, importance_bound
 from pyro_vae.inference.programs import (

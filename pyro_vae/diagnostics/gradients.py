@@ -190,6 +190,7 @@ def _as_result(
         measure=bench.structure.measure if bench.structure is not None else None,
         description="the bound that the estimator reports; which one: see 'bound'",
     )
+    of_value |= {"bound_by": "bound_kind", "objective_by": "bound"}
     of_estimators = {"value": of_value, **_OF_AN_ESTIMATOR}
     over = ("estimator", "num_particles")
     dims = (*over, "parameter")

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_vae.diagnostics.chunks import ChunkPlan, Columns
-from pyro_vae.diagnostics.posterior import khat_threshold, pareto_khat
+from pyro_vae.diagnostics.pareto import khat_threshold, pareto_khat
 from pyro_vae.inference.log_weights import effective_sample_size, elbo, importance_bound
 from pyro_vae.inference.programs import Program, ProgramStructure, as_arguments, run_programs
 
