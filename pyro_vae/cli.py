@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _DATA = "digits, iris, mnist, fashion_mnist, binarized_mnist, omniglot, frey_face, faithful"
+_BOUNDS = (
+    "PathwiseELBO, AnalyticELBO, StickingTheLanding, ScoreFunction, LeaveOneOut, "
+    "ImportanceWeighted, DReG, VIMCO, Renyi, RenyiDReG, ReweightedWakeSleep, WakeDReG, PIWAE, "
+    "MIWAE, CIWAE"
+)
+_OBJECTIVES = "BetaELBO, FreeBits, InfoVAE"
 _EXIT_INTERRUPTED = 130
 _EXIT_REFUSED = 2
 _EXIT_FAULT = 1
@@ -198,12 +204,31 @@ def demo(
 Examples:
   pyro-vae fit --data mnist
   pyro-vae fit --data digits --latent-dim 2 --hidden 200,100 --out results/small
-  pyro-vae fit --data frey_face --likelihood gaussian
-  pyro-vae fit --resume results/small --epochs 800""",
+  pyro-vae fit --data frey_face --likelihood discretized_logistic --network conv
+  pyro-vae fit --data mnist --prior vamp:num_pseudo_inputs=500 --posterior iaf
+  pyro-vae fit --data mnist --model two_layer --latent-dim 100 --hidden 200,200 --objective DReG
+  pyro-vae fit --data digits --objective BetaELBO:beta=2
+  pyro-vae fit --data digits --model denoising:level=0.2 --latent-dim 8
+  pyro-vae fit --resume results/small --epochs 800
+
+A part is NAME or NAME:KEY=VALUE,KEY=VALUE; a list is 16-32. What an argument is for, the class of
+that name says: in Python, help(pyro_vae.models.VampPrior). What cannot stand together is refused
+with the way out.""",
 )
 def fit(
     data: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {_DATA}.")] = None,
-    latent_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Number of latents.")] = 20,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PART",
+            help="vae; two_layer (a second layer of latents on top, with half of everything: "
+            "upper_dim, upper_hidden); or an autoencoder, which has no bound but a MAP objective: "
+            "undercomplete, sparse (strength), denoising (noise, level), contractive (strength).",
+        ),
+    ] = "vae",
+    latent_dim: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of latents, or of codes.")
+    ] = 20,
     hidden: Annotated[
         str,
         typer.Option(
@@ -214,9 +239,53 @@ def fit(
     likelihood: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="bernoulli (binary pixels), continuous_bernoulli (grey) or gaussian (real). "
-            "Default: the one for the data; bernoulli for grey pixels, which are then binarised.",
+            metavar="PART",
+            help="bernoulli (binary pixels); for grey ones continuous_bernoulli, gaussian (also "
+            "real data; scale, min_scale), or probabilities of their grey levels: "
+            "discretized_logistic (components, scale, min_scale) or categorical. Default: the one "
+            "for the data; bernoulli for grey pixels, which are then binarised.",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Of the latents: normal, mixture (num_components), vamp (num_pseudo_inputs) or "
+            "flow (kind, num_steps, hidden). Default: normal.",
+        ),
+    ] = None,
+    posterior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="The guide's family: diagonal, full, low_rank (rank) or iaf (num_steps, hidden, "
+            "context_dim). Default: diagonal.",
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Of encoder and decoder: mlp, residual or conv (channels). Default: mlp.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help=f"What training climbs. A bound: {_BOUNDS}. No bound, and refused in a comparison "
+            f"with one: {_OBJECTIVES} (BetaELBO:beta=4, FreeBits:nats=0.1,groups=site, "
+            "InfoVAE:alpha=1,weight=10). Early stopping and evaluation look at the ELBO in any "
+            "case. Default: the ELBO.",
+        ),
+    ] = None,
+    num_particles: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Draws from the guide for each datum in a training step. Default: 1, or 8 for "
+            "objectives that weigh draws against each other.",
         ),
     ] = None,
     binarize: Annotated[
@@ -265,7 +334,7 @@ def fit(
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The run folder. Default: results/DATA-vae-LATENTS."),
+        typer.Option(metavar="FOLDER", help="The run folder. Default: results/DATA-MODEL-LATENTS."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")
@@ -288,7 +357,7 @@ def fit(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Trains a VAE on a data set and keeps it in a run folder.
+    """Trains a VAE or an autoencoder on a data set and keeps it in a run folder.
 
     Every tenth training datum (or the data set's own validation part) is held out to stop in time;
     the test set is not looked at. Ctrl-C keeps what was reached. Bounds are in nats per datum.
@@ -312,36 +381,40 @@ def fit(
     _check_device(device)
     from pyro_vae.data import describe_dataset
     from pyro_vae.inference.checkpoint import holds_run
-    from pyro_vae.runs import (
+    from pyro_vae.models.choices import (
         choose_binarization,
         choose_likelihood,
-        clear_run,
-        load_training_data,
-        start_run,
+        model_name,
+        on_levels,
     )
+    from pyro_vae.models.parts import part_text
+    from pyro_vae.runs import load_training_data, start_run
 
+    parts = _parse_parts(given)
     measure = describe_dataset(data).measure
-    how = choose_binarization(measure, likelihood) if binarize is None else binarize
+    how = choose_binarization(measure, parts["likelihood"]) if binarize is None else binarize
     how = None if how == "none" else how
-    chosen = choose_likelihood("binary" if how else measure, likelihood)
-    folder = out if out is not None else Path("results") / f"{data}-vae-{latent_dim}"
+    parts["likelihood"] = choose_likelihood("binary" if how else measure, parts["likelihood"])
+    name = model_name(parts["model"])
+    folder = out if out is not None else Path("results") / f"{data}-{name}-{latent_dim}"
     if (found := holds_run(folder)) and not overwrite:
         raise ValueError(
             f"{folder} holds a run already (its {found}): go on with it (--resume {folder}), name "
             "another folder (--out), or replace it (--overwrite)."
         )
     dataset = load_training_data(data, data_root, binarization=how, download=download)
+    dataset, parts["likelihood"] = on_levels(dataset, parts["likelihood"])
     shape = "-".join(map(str, [dataset.train.shape[1], *layers, latent_dim]))
-    _say(f"VAE {shape}, {chosen.replace('_', ' ')} likelihood, on {dataset}")
-    if overwrite:
-        clear_run(folder)
+    kind = {"vae": "VAE", "two_layer": "two-layer VAE"}.get(name, f"{name} autoencoder")
+    chosen = [f"{part_text(parts[k])} {k}" for k in _PARTS[1:] if parts[k] is not None]
+    _say(f"{kind} {shape}, {', '.join(chosen)}, on {dataset}")
     fitted = start_run(
         folder,
         dataset,
         latent_dim=latent_dim,
         hidden=layers,
-        likelihood=chosen,
         activation=activation,
+        num_particles=num_particles,
         batch_size=batch_size,
         epochs=epochs,
         patience=patience,
@@ -349,9 +422,26 @@ def fit(
         warmup_epochs=warmup_epochs,
         seed=seed,
         device=device,
+        overwrite=overwrite,
         progress=not quiet,
+        **parts,
     )
     _end_of_fit(fitted, folder)
+
+
+_PARTS = ("model", "likelihood", "prior", "posterior", "network", "objective")
+
+
+def _parse_parts(given: dict[str, Any]) -> dict[str, Any]:
+    from pyro_vae.models.parts import parse_part
+
+    parts: dict[str, Any] = {}
+    for name in _PARTS:
+        try:
+            parts[name] = None if given[name] is None else parse_part(given[name])
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}") from None
+    return parts
 
 
 _WITH_RESUME = {"resume", "epochs", "data_root", "device", "threads", "quiet"}
@@ -398,7 +488,10 @@ def _end_of_fit(fitted: "Fit", folder: Path) -> None:
         _say(f"interrupted: what was reached is in {folder}; go on with")
         _say(f"  pyro-vae fit --resume {folder}")
         raise typer.Exit(_EXIT_INTERRUPTED)
-    typer.echo(f"kept in {folder}; next: pyro-vae evaluate {folder}")
+    history = fitted.history
+    bounded = "bound" not in history or history["bound"].attrs["bound"] == "lower"
+    following = "evaluate" if bounded else "report"  # a guide that is a point has no evidence
+    typer.echo(f"kept in {folder}; next: pyro-vae {following} {folder}")
 
 
 # --- evaluate, sample, report ---------------------------------------------------------------------
@@ -473,6 +566,11 @@ def sample(
     from pyro_vae.runs import load_run
 
     loaded = load_run(run)
+    if not hasattr(loaded.module, "sample"):
+        raise ValueError(
+            f"{run} is an {type(loaded.module).__name__.lower()}, which has no prior to draw from: "
+            "train a VAE (--model vae), or look at its reconstructions in pyro-vae report."
+        )
     shape = loaded.config.get("data", {}).get("image_shape")
     if not shape:
         raise ValueError(

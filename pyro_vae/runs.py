@@ -1,8 +1,8 @@
 r"""Runs: one training on named data, kept in a folder that can be loaded, evaluated and resumed.
 
-`start_run` trains a VAE on a data set and keeps it; `resume_run` goes on; `load_run` gives the
+`start_run` trains a model on a data set and keeps it; `resume_run` goes on; `load_run` gives the
 programs back; `evaluate_run` measures them on the test set. The command line calls these four, and
-so may a script.
+so may a script. Which model, from which parts, on which data: that is for `models.choices`.
 
 What a folder holds is said in `inference.checkpoint`; `evaluate_run` adds ``evaluation.nc``. A
 folder is data, never code: the class of the model is looked up in a table of this package's models,
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_vae.data import Dataset, load_dataset
@@ -33,24 +33,25 @@ from pyro_vae.inference.checkpoint import (
     read_rows,
 )
 from pyro_vae.inference.history import history_result
+from pyro_vae.inference.objective_choice import make_objective, objective_names
 from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi import Fit, fit
-from pyro_vae.models import (
-    VAE,
-    Autoencoder,
-    Likelihood,
-    LinearGaussian,
-    TwoLayerVAE,
-    make_likelihood,
+from pyro_vae.models.choices import (
+    AUTOENCODERS,
+    CLASSES,
+    build_model,
+    choose_likelihood,
+    data_pseudo_inputs,
+    model_name,
+    on_levels,
 )
+from pyro_vae.models.parts import Part
 from pyro_vae.results import Result, load_result
 
 __all__ = [
     "BINARIZATION_SEED",
     "CheckpointError",
     "Run",
-    "choose_binarization",
-    "choose_likelihood",
     "clear_run",
     "default_schedule",
     "evaluate_run",
@@ -76,22 +77,6 @@ _DERIVED_FILES = (
     "samples.png",
 )
 _HELD_OUT_EVERY = 10
-_MODELS: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {
-        "VAE": VAE,
-        "TwoLayerVAE": TwoLayerVAE,
-        "Autoencoder": Autoencoder,
-        "LinearGaussian": LinearGaussian,
-    }
-)
-_LIKELIHOODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {  # by measure; the first is the default
-        "binary": ("bernoulli",),
-        "grey": ("continuous_bernoulli", "gaussian"),
-        "real": ("gaussian",),
-        "counts": (),
-    }
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,14 +188,14 @@ def _build(folder: Path, described: Any) -> Any:
             f"({described.get('program', 'unknown')}), not of a class of pyro_vae.models: build "
             "the program yourself, and read the weights with inference.checkpoint.load_tensors."
         )
-    if name not in _MODELS:
+    if name not in CLASSES:
         raise CheckpointError(
             f"{folder} holds a {name!r}, which this version of pyro_vae does not know (it knows "
-            f"{', '.join(_MODELS)}): install the version that wrote it."
+            f"{', '.join(CLASSES)}): install the version that wrote it."
         )
     try:
         with torch.device("meta"):
-            return _MODELS[name](**described.get("arguments", {})).eval()
+            return CLASSES[name](**described.get("arguments", {})).eval()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"config.json of {folder} does not describe a {name} ({error}): restore it from a copy."
@@ -238,49 +223,6 @@ def _fill(folder: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 
 # --- data -----------------------------------------------------------------------------------------
-
-
-def choose_binarization(measure: str, likelihood: str | None) -> str | None:
-    """How to binarise where nobody says: dynamically, if pixels are grey and wanted binary.
-
-    Args:
-        measure: That of the data as loaded.
-        likelihood: The likelihood asked for, or None. Grey pixels are binarised for none and for
-            `"bernoulli"`, and left grey for the others.
-    """
-    return "dynamic" if measure == "grey" and likelihood in (None, "bernoulli") else None
-
-
-def choose_likelihood(measure: str, likelihood: str | None = None) -> str:
-    """The likelihood for data of a measure: the one asked for if it fits, else the usual one.
-
-    Args:
-        measure: That of the data, after binarisation.
-        likelihood: The one asked for, or None.
-
-    Raises:
-        ValueError: If the likelihood does not fit the measure; says which does.
-
-    Example:
-        >>> choose_likelihood("grey")
-        'continuous_bernoulli'
-    """
-    fitting = _LIKELIHOODS.get(measure, ())
-    if not fitting:
-        raise ValueError(
-            f"no likelihood for data of measure {measure!r} yet: choose a data set of another "
-            f"measure ({', '.join(m for m, names in _LIKELIHOODS.items() if names)})."
-        )
-    if likelihood is None or likelihood in fitting:
-        return likelihood or fitting[0]
-    make_likelihood(likelihood)  # an unknown name is another fault than a wrong one
-    way_out = " or ".join(repr(name) for name in fitting)
-    binarise = ", or binarise the data" if (measure, likelihood) == ("grey", "bernoulli") else ""
-    grey = ", or leave them grey" if measure == "binary" else ""
-    raise ValueError(
-        f"a {likelihood} likelihood on {measure} data is no probability or density of these data: "
-        f"use {way_out}{binarise}{grey}."
-    )
 
 
 def load_training_data(
@@ -418,10 +360,16 @@ def start_run(
     folder: str | os.PathLike[str],
     dataset: Dataset,
     *,
+    model: Part = "vae",
     latent_dim: int = 20,
     hidden: Sequence[int] = (400,),
-    likelihood: str | None = None,
+    likelihood: Part | None = None,
+    prior: Part | None = None,
+    posterior: Part | None = None,
+    network: Part | None = None,
     activation: str = "tanh",
+    objective: Part | None = None,
+    num_particles: int | None = None,
     batch_size: int = 128,
     epochs: int | None = None,
     patience: int | None = None,
@@ -429,53 +377,86 @@ def start_run(
     warmup_epochs: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Fit:
-    """Trains a VAE on a data set, and keeps the run in a folder.
+    """Trains a model on a data set, and keeps the run in a folder.
 
     The held-out bound (see `split_training`) stops training early, and the best parameters are
-    kept. The test set is not looked at.
+    kept. The test set is not looked at. Whatever the objective, that bound is the ELBO; but an
+    autoencoder has none, and is stopped by its own objective, a MAP one.
+
+    Parts are names or mappings of a name and arguments; see `models.choices.build_model`.
 
     Args:
-        folder: The run folder; one that holds a run is refused (see `resume_run`, `clear_run`).
+        folder: The run folder; one that holds a run is refused unless `overwrite` is set.
         dataset: From `load_training_data`.
-        latent_dim: Number of latents.
+        model: "vae", "two_layer", or a kind of autoencoder.
+        latent_dim: Number of latents, or of codes; with two layers, of the lower one.
         hidden: Sizes of the encoder's hidden layers; the decoder has them in reverse order.
-        likelihood: A name, or None for the one that suits the data's measure.
+        likelihood: None for the one that suits the data's measure. One of grey levels gets the
+            number of levels that the data have.
+        prior: None for a standard normal, or an autoencoder's own. The pseudo-inputs of a
+            VampPrior start at training data.
+        posterior: None for a diagonal one.
+        network: None for perceptrons.
         activation: As for `VAE`.
+        objective: What training climbs, see `inference.objective_choice`; None for the ELBO.
+        num_particles: Draws from the guide for each datum in a step; None as `make_objective`
+            chooses, or 1.
         batch_size: Data in a mini-batch.
         epochs: Passes over the training data; None as in `default_schedule`. A short training
             is looked at ten times at least, where it has so many epochs.
         patience: Looks at the held-out bound without a rise before training stops; None as in
             `default_schedule`, 0 never.
         learning_rate: Of Adam.
-        warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1.
+        warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1; for the ELBO.
         seed: Seeds weights, shuffling and particles.
         device: Where to train, such as "cuda"; None for the CPU.
+        overwrite: Replaces a run that the folder holds, once the model could be built.
         progress: Shows a bar where stderr is a terminal.
 
     Returns:
         What `fit` returns.
 
     Raises:
-        ValueError: If the likelihood does not fit the data, or an argument is out of its range.
+        ValueError: If the likelihood does not fit the data, parts cannot stand together (says what
+            can), or an argument is out of its range.
         CheckpointError: If the folder holds a run.
         TrainingError: If the loss is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+    loss = _choose_loss(model, objective, num_particles, warmup_epochs)
+    dataset, chosen = on_levels(dataset, choose_likelihood(dataset.measure, likelihood))
     train, held_out = split_training(dataset)
-    module = _new_vae(dataset, latent_dim, hidden, likelihood, activation, seed)
+    with keep_random_state(), _default_dtype(train.dtype):
+        pyro.set_rng_seed(seed)
+        module = build_model(
+            dataset,
+            model,
+            latent_dim=latent_dim,
+            hidden=hidden,
+            likelihood=chosen,
+            prior=prior,
+            posterior=posterior,
+            network=network,
+            activation=activation,
+        )
+        data_pseudo_inputs(module, train)
     schedule: dict[str, Any] = default_schedule(len(train), batch_size)
     if epochs is not None:
         looks = max(min(schedule["evaluate_every"], epochs // 10), 1)
         schedule |= {"epochs": epochs, "evaluate_every": looks}
     if patience is not None:
         schedule["patience"] = patience or None
+    if overwrite:
+        clear_run(folder)
     return fit(
         module.model,
         module.guide,
         train,
+        loss=loss,
         validation=held_out,
         transform=dataset.transform,
         batch_size=batch_size,
@@ -490,18 +471,28 @@ def start_run(
     )
 
 
-def _new_vae(
-    dataset: Dataset,
-    latent_dim: int,
-    hidden: Sequence[int],
-    likelihood: str | None,
-    activation: str,
-    seed: int,
-) -> VAE:
-    chosen: str | Likelihood = choose_likelihood(dataset.measure, likelihood)
-    with keep_random_state(), _default_dtype(dataset.train.dtype):
-        pyro.set_rng_seed(seed)
-        return VAE(dataset.train.shape[1], latent_dim, hidden, chosen, activation)
+def _choose_loss(
+    model: Part, objective: Part | None, num_particles: int | None, warmup_epochs: int
+) -> ELBO | None:
+    """The loss, or a sentence on why an autoencoder has no choice."""
+    name = model_name(model)
+    if name in AUTOENCODERS:
+        given = {
+            "objective": objective,
+            "num_particles": num_particles,
+            "warmup_epochs": warmup_epochs,
+        }
+        wrong = [what for what, value in given.items() if value]
+        if wrong:
+            raise ValueError(
+                f"the {name} autoencoder takes no {wrong[0]}: its guide is a point, so what it "
+                "climbs is a MAP objective, with nothing to draw and no KL term. Leave it out, or "
+                "use the model 'vae'."
+            )
+        return None
+    if objective is None and num_particles in (None, 1):
+        return None
+    return make_objective(objective or "PathwiseELBO", num_particles)
 
 
 @contextmanager
@@ -560,6 +551,7 @@ def resume_run(
         module.model,
         module.guide,
         train,
+        loss=_loss_of(run),
         validation=held_out,
         transform=dataset.transform,
         device=device,
@@ -580,6 +572,21 @@ def resume_run(
             )
         },
         epochs=total,
+    )
+
+
+def _loss_of(run: Run) -> ELBO | None:
+    """The loss that a run was begun with."""
+    settings = run.config["fit"]
+    if settings["loss"] == "Trace_ELBO":
+        return None
+    if settings["loss"] not in objective_names():
+        raise CheckpointError(
+            f"{run.path} was trained with {settings['loss']}, which is not chosen by name: resume "
+            "it with fit(..., loss=..., resume=True) and that loss."
+        )
+    return make_objective(
+        {"name": settings["loss"], **settings["loss_options"]}, settings["num_particles"]
     )
 
 
@@ -612,6 +619,7 @@ def evaluate_run(
     Raises:
         CheckpointError: If the run does not say its data, or those found are others.
         DatasetError: If the data are missing, or have no test set.
+        ProgramError: If the run is one of an autoencoder, for which these numbers do not exist.
         ValueError: If a number is out of its range.
     """
     test = load_run_data(run, root).test

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from typing import Any
 
 import jaxtyping
 import pyro
@@ -13,7 +14,8 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch.nn import functional
 
-from pyro_vae import fit, log_evidence, log_weights
+from pyro_vae import compare_estimators, elbo_gap, fit, log_evidence, log_weights
+from pyro_vae.diagnostics.posterior import posterior_quality
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.models import Autoencoder, Contractive, Denoising, Sparse, Undercomplete
 from pyro_vae.models.autoencoder import make_kind, squared_jacobian_norm
@@ -296,11 +298,50 @@ def test_a_guide_without_a_density_bounds_nothing():
         assert found.history.bound.attrs["bound"] == "objective"
         assert found.history.loss.attrs["bound"] == "objective"
         assert "kl" not in found.history
-        with pytest.raises(ProgramError, match="Delta: a point has no density"):
-            log_weights(autoencoder.model, autoencoder.guide, x, 2)
-        # A flat prior is a second reason why there is no evidence.
-        with pytest.raises(ProgramError, match=r"Delta: a point has no density|improper"):
-            log_evidence(autoencoder.model, autoencoder.guide, x)
+        assert "objective" in found.summary()
+        assert "bound" not in found.summary()
+
+
+SENTENCE = (
+    "the guide's site 'z' is a Delta: a point has no density, so its objective is a MAP objective "
+    "and neither a bound nor an importance weight exists"
+)
+TOOLS: dict[str, Any] = {
+    "log_weights": lambda m, g, x: log_weights(m, g, x, 2),
+    **{
+        f"log_evidence, {method}": functools.partial(log_evidence, method=method)
+        for method in ("importance", "annealed", "bidirectional", "bridge", "quadrature")
+    },
+    "elbo_gap": elbo_gap,
+    "elbo_gap, annealed": functools.partial(elbo_gap, evidence="annealed"),
+    "posterior_quality": posterior_quality,
+    "compare_estimators": functools.partial(compare_estimators, num_particles=[2], repeats=8),
+    "compare_estimators, Pyro's": functools.partial(
+        compare_estimators, estimators=[Trace_ELBO()], num_particles=[2], repeats=8
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tool_refuses_a_point_with_one_sentence(kind, tool):
+    """Also where a flat prior is a second reason why there is no evidence."""
+    autoencoder, x = linear(kind), data(6)
+    with pytest.raises(ProgramError) as refused:
+        TOOLS[tool](autoencoder.model, autoencoder.guide, x)
+    assert str(refused.value).startswith(SENTENCE)
+
+
+def test_a_flat_prior_is_refused_where_the_guide_is_no_reason():
+    for kind in ("undercomplete", "denoising"):
+        autoencoder, x = linear(kind), data(6)
+        model, guide = variational(autoencoder, 0.5)
+        for given in (guide, None):
+            with pytest.raises(ProgramError, match="latent site 'z' is improper"):
+                log_evidence(model, given, x, method="annealed")
+    sparse, x = linear("sparse"), data(6)  # has a proper prior, so a guide is all that it lacks
+    found = log_evidence(sparse.model, None, x, method="quadrature", progress=False)
+    assert bool(found.log_evidence.notnull().all())
 
 
 # --- the programs ---------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,13 @@ from pyro_vae import cli, load_run
 from pyro_vae.data import dataset_names
 from pyro_vae.demo import run_demo
 from pyro_vae.inference.checkpoint import load_tensors
-from pyro_vae.networks import ACTIVATIONS
+from pyro_vae.inference.objective_choice import objective_names
+from pyro_vae.models.choices import MODELS
+from pyro_vae.models.likelihoods import make_likelihood
+from pyro_vae.models.parts import parse_part
+from pyro_vae.models.posteriors import make_posterior
+from pyro_vae.models.priors import make_prior
+from pyro_vae.networks import ACTIVATIONS, make_network
 from pyro_vae.report import reproduce_commands
 from pyro_vae.results import load_result
 
@@ -90,6 +98,39 @@ def test_help_names_what_there_is() -> None:
     named = re.search(r"--activation NAME (.*?)\. ", text)
     assert named
     assert set(re.split(r", | or ", named[1])) == set(ACTIVATIONS)
+    for name in (*MODELS, *objective_names()):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("option", "make"),
+    [
+        ("likelihood", make_likelihood),
+        ("prior", lambda part: make_prior(part, 2, data_dim=4)),
+        ("posterior", lambda part: make_posterior(part, 2)),
+        ("network", make_network),
+    ],
+)
+def test_help_names_every_part_and_its_arguments(option: str, make: Callable[[Any], Any]) -> None:
+    """What its own error message lists, and what the configs hold but for the data's shape."""
+    text = " ".join(call("fit --help").stdout.split())
+    said = text.split(f"--{option} PART")[1].split(" --")[0]
+    with pytest.raises(ValueError, match="choose one of") as refused:
+        make("no such part")
+    names = re.findall(r"'(\w+)'", str(refused.value).split("choose one of")[1])
+    assert len(names) >= 3
+    for name in names:
+        assert re.search(rf"\b{name}\b", said), name
+        for argument in set(make(name).config) - {"name", "levels", "image_shape", "bounded"}:
+            assert re.search(rf"\b{argument}\b", said), (name, argument)
+
+
+def test_the_examples_of_parts_in_help_are_parts() -> None:
+    text = call("fit --help").stdout
+    words = re.findall(r"--(?:model|prior|posterior|network|objective|likelihood) (\S+)", text)
+    for word in {word for word in words if word != "PART"}:
+        assert parse_part(word)
+    assert any(":" in word for word in words)
 
 
 def test_the_version_is_printed() -> None:
@@ -169,6 +210,21 @@ def test_fit_does_not_replace_a_run_unasked(run: Path, tmp_path: Path) -> None:
         ("fit --data digits --likelihood gaussian --binarize static", "use 'bernoulli'"),
         ("fit --data digits --binarize none --likelihood bernoulli", "binarise the data"),
         ("fit --data digits --binarize sometimes", "binarize must be one of"),
+        ("fit --data digits --likelihood categorical --binarize static", "or leave them grey"),
+        ("fit --data digits --likelihood categorical:levels=5", "not on its 5 grey levels"),
+        ("fit --data iris --likelihood categorical", "use 'gaussian'"),
+        ("fit --data iris --network conv", "no pictures to convolve"),
+        ("fit --data digits --model vea", "Did you mean 'vae'?"),
+        ("fit --data digits --model two-layer --prior vamp", "'mixture' or 'flow' prior"),
+        ("fit --data digits --model sparse --prior flow", "use the model 'vae'"),
+        ("fit --data digits --model sparse --objective DReG", "MAP objective"),
+        ("fit --data digits --prior mixture:size=3", "it has num_components"),
+        ("fit --data digits --prior mixture:", "--prior: 'mixture:' is not NAME or NAME:KEY"),
+        ("fit --data digits --posterior iaf --latent-dim 1", "posterior='diagonal'"),
+        ("fit --data digits --posterior full --objective FreeBits", "pass groups='site'"),
+        ("fit --data digits --objective BetaELBO:gamma=2", "it has beta"),
+        ("fit --data digits --objective VIMCO --num-particles 1", "num_particles >= 2"),
+        ("fit --data digits --objective DReG --warmup-epochs 2", "wrong inside DReG"),
         ("fit --data iris --binarize static", "only grey levels in [0, 1] can be binarised"),
         ("fit --data digits --activation cosine", "Unknown activation 'cosine'"),
         ("fit --data mnist --data-root EMPTY", "(On the command line: pyro-vae data get NAME"),
@@ -232,6 +288,45 @@ def test_evaluate_sample_and_report(run: Path) -> None:
     done = call(f"report {run}")
     assert done.exit_code == 0, done.output
     assert "VAE 64-6-2 on digits" in (run / "report.html").read_text()
+
+
+PARTS = {
+    "levels": (
+        "--likelihood discretized-logistic:components=2,scale=shared --binarize none "
+        "--prior vamp:num_pseudo_inputs=3 --posterior iaf:num_steps=1,hidden=4 "
+        "--network conv:channels=2"
+    ),
+    "two layers": "--model two_layer:upper_hidden=3 --posterior full --objective BetaELBO:beta=2",
+    "sparse": "--model sparse:strength=0.5 --likelihood gaussian:scale=0.3 --network residual",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_fitted_and_a_report_gives_the_command_back(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = call(f"fit {SMALL} --epochs 1 {PARTS[name]} --out {folder}")
+    assert done.exit_code == 0, done.output
+    first, second = done.stdout.splitlines()
+    following = "report" if name == "sparse" else "evaluate"
+    assert second.endswith(f"next: pyro-vae {following} {folder}")
+    assert ("objective " in first) == (name == "sparse")
+    commands = reproduce_commands(load_run(folder)).replace("\\\n", " ").splitlines()
+    assert any(" evaluate " in command for command in commands) == (name != "sparse")
+    words = shlex.split(commands[0])
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    done = CliRunner().invoke(cli.app, words[1:])
+    assert done.exit_code == 0, done.output
+    before, after = weights(folder), weights(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_autoencoder_says_what_it_has_not(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert call(f"fit {SMALL} --epochs 1 --model undercomplete --out {folder}").exit_code == 0
+    assert "so its objective is a MAP objective" in refused(f"evaluate {folder} --quiet")
+    assert "no prior to draw from" in refused(f"sample {folder}")
+    assert call(f"report {folder}").exit_code == 0
 
 
 def test_data_that_are_no_images(tmp_path: Path) -> None:

@@ -131,6 +131,19 @@ def test_the_history_is_a_labelled_result(tmp_path):
     assert "converged; log p(x)" in repr(run(tolerance=1e-6, max_iterations=500))
 
 
+@pytest.mark.parametrize(("covariance", "free"), [("full", 44), ("tied", 24), ("diag", 26)])
+def test_the_summary_counts_free_parameters(covariance, free):
+    """Of three components in four dimensions, as on iris: 2 + 12, and 30, 10 or 12."""
+    x = torch.randn(40, 4)
+    fitted = fit_em(GaussianMixture(3, 4, covariance), x, max_iterations=1)
+    assert fitted.summary().endswith(f"; {free} free parameters")
+    stored = sum(value.numel() for value in fitted.parameters.values())
+    assert stored > free
+    program = fit_em(GaussianMixture(3, 4).model, x, method="generalized", max_iterations=1)
+    stored = sum(value.numel() for value in program.parameters.values())
+    assert program.summary().endswith(f"; {stored} parameters")  # nobody says how many are free
+
+
 # --- what comes out -------------------------------------------------------------------------------
 
 

@@ -414,6 +414,25 @@ def test_a_delta_guide_is_refused_by_every_method(linear, x):
             log_evidence(linear.model, point, x, method=method)
 
 
+def test_a_delta_guide_is_refused_before_an_improper_prior(linear, x):
+    """A flat prior makes an objective of a MAP, too: what is wrong with the guide comes first."""
+
+    def flat(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(H), 1.0).to_event(1).mask(False))
+            pyro.sample("x", dist.Normal(z @ linear.weight.T, 1.0).to_event(1), obs=x)
+
+    def point(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.zeros(len(x), H)).to_event(1))
+
+    for method in ("importance", "annealed", "bidirectional", "bridge", "quadrature"):
+        with pytest.raises(ProgramError, match=r"is a Delta.*MAP objective"):
+            log_evidence(flat, point, x, method=method)
+        with pytest.raises(ProgramError, match="is improper"):
+            log_evidence(flat, linear.guide, x, method=method)
+
+
 def test_settings_of_another_method_are_refused(linear, x):
     with pytest.raises(ValueError, match="'importance' has no setting 'num_chains'"):
         log_evidence(linear.model, linear.guide, x, num_chains=3)

@@ -192,6 +192,48 @@ def test_a_run_of_the_callers_data_is_reported(tmp_path: Path) -> None:
     assert reproduce_commands(load_run(tmp_path / "run")) == ""
 
 
+def test_an_autoencoder_is_reported_as_what_it_is(made: Path, tmp_path: Path) -> None:
+    digits = load_training_data("digits")
+    start_run(tmp_path / "run", digits, model="contractive", latent_dim=2, hidden=(5,), epochs=1)
+    page = Page(write_report(tmp_path / "run"))
+    text = " ".join(page.text.split())
+    assert "contractive Autoencoder 64-5-2" in text
+    assert "MAP objective, no bound" in text
+    assert "held-out MAP objective was best" in text
+    assert "kind contractive:strength=0.1" in text
+    assert "neither an ELBO nor an evidence estimate exists" in text
+    assert "pyro-vae evaluate" not in text
+    assert "Gap" not in text
+    assert "standard normal" not in text
+    names = [shown.name for shown in run_figures(load_run(tmp_path / "run"), digits)]
+    assert names == ["bound", "reconstructions", "latent"]
+    both = Page(write_report([tmp_path / "run", made / "vae-2"], tmp_path / "both.html"))
+    assert "A variational autoencoder says" in both.text
+    assert "An autoencoder squeezes" in both.text
+
+
+def test_parts_and_objective_are_named(tmp_path: Path) -> None:
+    digits = load_training_data("digits")
+    start_run(
+        tmp_path / "run",
+        digits,
+        model="two_layer",
+        latent_dim=4,
+        hidden=(6,),
+        likelihood="categorical",
+        prior={"name": "mixture", "num_components": 3},
+        objective={"name": "BetaELBO", "beta": 2.0},
+        epochs=1,
+        progress=False,
+    )
+    text = " ".join(Page(write_report(tmp_path / "run")).text.split())
+    assert "TwoLayerVAE 64-6-4-3-2" in text
+    assert "likelihood categorical:levels=17; prior mixture:num_components=3; posterior" in text
+    assert "BetaELBO(beta=2.0), an objective that is no bound" in text
+    assert "grey levels on a grid, so the numbers are log probabilities" in text
+    assert "standard normal around" not in text  # is not the prior of what the encoder gives
+
+
 def test_a_report_needs_a_run_and_a_place(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run to report on"):
         write_report([])

@@ -10,10 +10,9 @@ import torch
 from pyro_vae import LinearGaussian, fit, log_evidence
 from pyro_vae.data import Dataset
 from pyro_vae.inference.checkpoint import load_tensors, save_tensors
+from pyro_vae.inference.programs import ProgramError
 from pyro_vae.runs import (
     CheckpointError,
-    choose_binarization,
-    choose_likelihood,
     clear_run,
     default_schedule,
     evaluate_run,
@@ -184,44 +183,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 # --- data
 
 
-@pytest.mark.parametrize(
-    ("measure", "asked", "given"),
-    [
-        ("binary", None, "bernoulli"),
-        ("grey", None, "continuous_bernoulli"),
-        ("real", None, "gaussian"),
-        ("grey", "gaussian", "gaussian"),
-        ("binary", "bernoulli", "bernoulli"),
-    ],
-)
-def test_a_likelihood_fits_the_measure(measure: str, asked: str | None, given: str) -> None:
-    assert choose_likelihood(measure, asked) == given
-
-
-@pytest.mark.parametrize(
-    ("measure", "asked", "says"),
-    [
-        ("grey", "bernoulli", "use 'continuous_bernoulli' or 'gaussian', or binarise the data"),
-        ("binary", "gaussian", "use 'bernoulli', or leave them grey"),
-        ("real", "bernoulli", r"use 'gaussian'\."),
-        ("binary", "bernouli", "Unknown likelihood 'bernouli'"),
-        ("counts", None, "no likelihood for data of measure 'counts'"),
-    ],
-)
-def test_a_likelihood_that_does_not_fit_is_refused(
-    measure: str, asked: str | None, says: str
-) -> None:
-    with pytest.raises(ValueError, match=says):
-        choose_likelihood(measure, asked)
-
-
-def test_grey_pixels_become_binary_where_that_is_meant() -> None:
-    assert choose_binarization("grey", None) == "dynamic"
-    assert choose_binarization("grey", "bernoulli") == "dynamic"
-    assert choose_binarization("grey", "gaussian") is None
-    assert choose_binarization("real", None) is None
-
-
 def test_every_tenth_training_datum_is_held_out() -> None:
     dataset = made(33)
     train, held_out = split_training(dataset)
@@ -328,6 +289,97 @@ def test_clearing_takes_a_runs_own_files_alone(folder: Path, tmp_path: Path) -> 
         (project / name).write_text("mine")
     clear_run(project)
     assert len(list(project.iterdir())) == 2
+
+
+# --- models and their parts
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "levels": {
+        "likelihood": {"name": "discretized_logistic", "components": 2},
+        "prior": {"name": "vamp", "num_pseudo_inputs": 3},
+        "posterior": {"name": "low_rank", "rank": 1},
+        "network": {"name": "conv", "channels": [2]},
+    },
+    "two layers": {
+        "model": {"name": "two_layer", "upper_dim": 2, "upper_hidden": [4]},
+        "likelihood": "gaussian",
+        "prior": "flow",
+        "posterior": "iaf",
+        "objective": {"name": "FreeBits", "nats": 0.2, "groups": "site"},
+        "num_particles": 2,
+    },
+    "denoising": {"model": {"name": "denoising", "level": 0.1}, "likelihood": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_run_of_parts_is_loaded_and_goes_on_as_if_never_stopped(
+    name: str, tmp_path: Path
+) -> None:
+    grey, chosen = load_training_data("digits"), CHOICES[name]
+    start_run(tmp_path / "whole", grey, epochs=2, patience=0, **SMALL, **chosen)
+    start_run(tmp_path / "parts", grey, epochs=1, patience=0, **SMALL, **chosen)
+    resumed = resume_run(tmp_path / "parts", epochs=2, progress=False)
+    whole, parts = (load_run(tmp_path / folder) for folder in ("whole", "parts"))
+    assert parts.config == whole.config
+    for key, value in whole.module.state_dict().items():
+        assert torch.equal(value, parts.module.state_dict()[key]), key
+    measure = "counts" if name == "levels" else "grey"
+    assert whole.config["data"]["measure"] == measure
+    if name == "denoising":
+        assert resumed.history.bound.attrs["bound"] == "objective"
+        with pytest.raises(ProgramError, match="is a Delta"):
+            evaluate_run(whole, num_particles=2, num_data=5, progress=False)
+        assert load_evaluation(whole) is None
+        return
+    found = evaluate_run(whole, num_particles=2, num_data=5, progress=False)
+    wanted = {"levels": "counts", "two layers": "real"}[name]
+    assert found.elbo.attrs["measure"] == wanted
+
+
+def test_a_run_says_what_it_climbed(tmp_path: Path, digits: Dataset) -> None:
+    run: dict[str, Any] = {**SMALL, "epochs": 1, "num_particles": 5}
+    start_run(tmp_path / "a", digits, objective={"name": "CIWAE", "beta": 0.25}, **run)
+    trained = load_run(tmp_path / "a").config["fit"]
+    assert (trained["loss"], trained["loss_options"]) == ("CIWAE", {"beta": 0.25})
+    assert trained["num_particles"] == 5
+    start_run(tmp_path / "b", digits, **run)  # several particles of the ELBO itself
+    assert load_run(tmp_path / "b").config["fit"]["loss"] == "PathwiseELBO"
+    changed = {**trained, "loss_options": {"beta": 0.5}}
+    change_config(tmp_path / "a", fit=changed)
+    with pytest.raises(CheckpointError, match=r"trained with loss_options \{'beta': 0.25\}, not"):
+        resume_run(tmp_path / "a", epochs=2)
+    change_config(tmp_path / "a", fit={**trained, "loss": "RenyiELBO"})
+    with pytest.raises(CheckpointError, match=r"trained with RenyiELBO.*fit\(\.\.\., loss=\.\.\."):
+        resume_run(tmp_path / "a", epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"objective": "DReG"}, "takes no objective.*MAP objective"),
+        ({"num_particles": 3}, "takes no num_particles"),
+        ({"warmup_epochs": 1}, "takes no warmup_epochs.*no KL term"),
+        ({"posterior": "full"}, "takes no posterior.*use the model 'vae'"),
+    ],
+)
+def test_what_an_autoencoder_does_not_take(
+    wrong: dict[str, Any], says: str, tmp_path: Path, digits: Dataset
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        start_run(tmp_path / "run", digits, model="sparse", epochs=1, **SMALL, **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_replaced_by_one_that_cannot_be(folder: Path, digits: Dataset) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    for wrong in ({"prior": "none"}, {"objective": "none"}, {"likelihood": "categorical"}):
+        given: Any = {**SMALL, **wrong}
+        with pytest.raises(ValueError, match=r"none|categorical"):
+            start_run(folder, digits, epochs=1, overwrite=True, **given)
+    assert (folder / "model.safetensors").read_bytes() == before
+    start_run(folder, digits, epochs=1, overwrite=True, **{**SMALL, "seed": 5})
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 # --- evaluation

@@ -102,4 +102,7 @@ def _objective(name: str, config: Mapping[str, Any]) -> str:
     loss = loss_text(trained)
     if (particles := trained.get("num_particles") or 1) > 1:
         loss += f" with {particles} particles"
-    return {"loss": loss, "bound": f"minus {loss}"}.get(name, name)
+    # A MAP objective has the terms of its prior and likelihood, and compares with no other ones.
+    model = config.get("model", {}).get("arguments", {})
+    terms = "; ".join(f"{part} {model[part]}" for part in ("kind", "likelihood") if part in model)
+    return {"loss": loss, "bound": f"minus {loss} ({terms})"}.get(name, name)
