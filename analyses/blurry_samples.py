@@ -119,7 +119,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured; the defaults take about five minutes.
+    """How much is trained and measured; the defaults take about three minutes.
 
     Attributes:
         latent_dim: Latents of the base.
@@ -386,10 +386,13 @@ def verdicts(found: Sequence[Measured], starts: Sequence[Measured]) -> list[str]
         errors = (float(m.quality["frechet_distance_se"]) for m in (base, best))
         error = math.hypot(*errors, math.sqrt(2) * luck)
         clear = "" if abs(moved[suspect]) > 2 * error else ", within its error,"
+        worst = max(own, key=frechet)
         sentences.append(
             f"{words[0].upper()}{words[1:]}: the best here, {best.case.title}, changes the Frechet "
-            f"distance{clear} by {-moved[suspect]:+.1f} ± {error:.1f}; high frequencies go from "
-            f"{min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} ({sharpest.case.title})."
+            f"distance{clear} by {-moved[suspect]:+.1f} ± {error:.1f}, the worst, "
+            f"{worst.case.title}, by {frechet(worst) - frechet(base):+.1f}; high frequencies go "
+            f"from {min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} "
+            f"({sharpest.case.title})."
         )
     densities = [m for m in found if m.evidence.quantity("log_evidence").measure == "real"]
     if len(densities) > 1:

@@ -397,11 +397,21 @@ def plot_coverage(
         if i == 0:
             error = 2 * np.sqrt(_LEVELS * (1 - _LEVELS) / len(ranks))
             ax.fill_between(_LEVELS, -error, error, color=_GREY, alpha=0.2, lw=0, label="exact")
-        style = _LINE_STYLES[i % len(_LINE_STYLES)]
-        ax.plot(_LEVELS, covered[:, 0] - _LEVELS, ls=style, color=_sign(i)[0], lw=1.8, label=name)
+        colour, marker = _sign(i)
+        ax.plot(
+            _LEVELS,
+            covered[:, 0] - _LEVELS,
+            ls=_LINE_STYLES[i % len(_LINE_STYLES)],
+            color=colour,
+            lw=1.5,
+            marker=marker,
+            ms=5,
+            markevery=(i % 8, 8),  # not above one another
+            label=name,
+        )
     ax.axhline(0, color="black", lw=0.6)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel("nominal level of the interval")
     ax.set_ylabel("coverage - level")
     ax.set_title(f"Coverage of {chosen}", fontsize="medium")
@@ -431,6 +441,7 @@ def plot_trust(results: Mapping[str, Result], ax: Axes | None = None) -> Axes:
     Returns:
         The axes, with two bars for each guide. Error bars: one standard error over data.
     """
+    alone = ax is None
     ax = _axes(ax, (7.0, 0.62 * len(results) + 1.6))
     places = np.arange(len(results))
     for name, shift, colour, hatch, text in (
@@ -451,13 +462,10 @@ def plot_trust(results: Mapping[str, Result], ax: Axes | None = None) -> Axes:
     ax.set_xlabel("share of the data")
     ax.set_title("Which posteriors can be trusted")
     ax.grid(alpha=0.25, lw=0.6, axis="x")
-    ax.legend(
-        fontsize="small",
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.5 / len(results) - 0.1),
-        frameon=False,
-        ncols=2,
-    )
+    if alone:
+        ax.figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
+    else:
+        ax.legend(fontsize="small")
     return ax
 
 

@@ -58,7 +58,8 @@ def linear():
 
 
 def notes_of(result):
-    return "\n".join(result.provenance["notes"])
+    provenance = result.provenance
+    return "\n".join(provenance["verdict"] + provenance["notes"])
 
 
 # --- the exact posterior and faults ---------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_the_exact_posterior_passes_everything(linear):
     for name in ("ksd_p_value", "energy_p_value", "mmd_p_value", "c2st_p_value"):
         assert (found[name] <= 0.01).sum() < 6, name
     text = found.summary()
-    assert "the posteriors of 30 of 30 data are trustworthy" in text
+    assert "The posteriors of 30 of 30 data are trustworthy" in text
     assert "all weights are equal for 30 of 30 data" in text
     assert "= 0.67 at S = 1000 draws" in text
     assert set(found.reason.values) == {"Nothing that was checked speaks against it"}
@@ -216,7 +217,7 @@ def test_a_reference_that_did_not_converge_is_marked_and_not_averaged(linear, tm
         assert found[name].isel(datum=2).isnull().all()
     assert found.trustworthy.values.tolist() == [True, True, False, True, True]
     assert "did not converge (R-hat 1.4" in str(found.reason.values[2])
-    assert "the reference converged for 4 of 5 data" in found.summary()
+    assert "The reference converged for 4 of 5 data" in found.summary()
     with pytest.raises(ValueError, match="nan"):
         found.quantity("c2st_accuracy")
     kept = found.isel(datum=found.reference_converged.values)
@@ -287,7 +288,7 @@ def test_global_latents_jointly():
     assert found.sd.dims == ("latent",)
     assert found.latent.values.tolist() == ["slope", "scale"]
     assert not bool(found.trustworthy)  # never fitted
-    assert "this posterior is not trustworthy as a whole" in found.summary()
+    assert "This posterior is not trustworthy as a whole" in found.summary()
     precision = 1 + (covariate**2).sum() / 0.4**2
     mean = (covariate * y).sum() / 0.4**2 / precision
 

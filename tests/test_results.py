@@ -634,7 +634,7 @@ def test_table_lists_further_dimensions_up_to_a_limit():
     )
     assert "... 11 more" in history.table()
     assert len(history.table().splitlines()) == 2 + 2 + 1 + 2
-    assert "varies over estimator and num_particles" in result.summary()
+    assert "(estimator, num_particles)" in result.summary()
 
 
 def test_typing_the_name_shows_the_table_the_dimensions_and_the_notes():
@@ -934,3 +934,38 @@ def test_hash_refuses_nothing_and_objects():
         sha256_of()
     with pytest.raises(TypeError, match="Python objects"):
         sha256_of(np.array([None]))
+
+
+def test_a_verdict_is_read_before_the_numbers_and_the_notes_after_them(tmp_path):
+    result = make_result(
+        {"elbo": ("datum", np.zeros(3), label(bound="lower", measure="binary"))},
+        function="f",
+        config={},
+        seed=0,
+        data_sha256=None,
+        notes=["the note"],
+        verdict=["all is well"],
+    )
+    for text in (result.summary(), repr(result)):
+        assert text.startswith("All is well")
+        assert text.index("elbo") < text.lower().index("the note")
+    html = result._repr_html_()
+    assert html.index("All is well") < html.index("elbo")
+    assert load_result(result.save(tmp_path / "r.nc")).summary() == result.summary()
+    assert "verdict" not in bound().provenance
+    with pytest.raises(TypeError, match="verdict is one string"):
+        make_result({}, function="f", config={}, seed=0, data_sha256=None, verdict="one")
+
+
+def test_a_number_that_is_about_no_data_does_not_count_them():
+    about_data = label(bound="lower", measure="binary")
+    about_none = label(bound="none", unit="none", reduction="none")
+    result = make_result(
+        {"elbo": ("datum", np.zeros(3), about_data), "p_value": ((), 0.3, about_none)},
+        function="f",
+        config={},
+        seed=0,
+        data_sha256=None,
+    )
+    assert result.quantity("elbo").num_data == 3
+    assert result.quantity("p_value").num_data is None

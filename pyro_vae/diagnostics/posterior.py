@@ -204,7 +204,7 @@ def _result(
     reasons = verdict.reasons()
     variables["reason"] = ((), reasons[0], {}) if joint else ("datum", reasons, {})
     coords: dict[str, Any] = {"latent": found.names}
-    notes = verdict_notes(columns, verdict, options.limits, size, joint=joint) + found.notes
+    notes = list(found.notes)
     for title, result in beside.items():
         for name, variable in result.data_vars.items():
             variables[str(name)] = (variable.dims, variable.values, variable.attrs)
@@ -231,4 +231,5 @@ def _result(
         data_sha256=sha256_of(*tensors) if tensors else None,
         coords=coords,
         notes=notes,
+        verdict=verdict_notes(columns, verdict, options.limits, size, joint=joint),
     )

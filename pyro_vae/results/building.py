@@ -25,6 +25,7 @@ def make_result(
     data_sha256: str | None,
     coords: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    verdict: Sequence[str] = (),
 ) -> Result:
     """Builds a `Result` from arrays, checks its labels, and records where it came from.
 
@@ -40,6 +41,7 @@ def make_result(
         coords: Coordinates as `xarray` takes them. The data are numbered from 0 if ``datum`` is not
             given.
         notes: Sentences that must not be parted from the numbers.
+        verdict: Sentences that answer the question before any number does; they are shown first.
 
     Raises:
         ValueError: If a label is missing or wrong, a per-datum variable is called a total, or a
@@ -55,8 +57,9 @@ def make_result(
         result = result.assign_coords(datum=np.arange(result.sizes["datum"]))
     for name in result.data_vars:
         _check_variable(result, str(name))
-    if isinstance(notes, str):
-        raise TypeError("notes is one string, but must be a sequence of sentences.")
+    for what, sentences in (("notes", notes), ("verdict", verdict)):
+        if isinstance(sentences, str):
+            raise TypeError(f"{what} is one string, but must be a sequence of sentences.")
     provenance = {
         "function": str(function),
         "seed": None if seed is None else int(seed),
@@ -67,6 +70,7 @@ def make_result(
         if "datum" in result.coords
         else None,
         "notes": [str(note) for note in notes],
+        **({"verdict": [str(sentence) for sentence in verdict]} if verdict else {}),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **software(),
     }

@@ -87,6 +87,8 @@ def num_data(dataset: xr.Dataset, variable: xr.DataArray) -> int | None:
     """How many data a variable is about, or None if unknown."""
     if "datum" in variable.dims:
         return variable.sizes["datum"]
+    if variable.attrs.get("reduction") == "none":
+        return None
     return 1 if "datum" in variable.coords else provenance(dataset).get("num_data")
 
 

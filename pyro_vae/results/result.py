@@ -137,20 +137,23 @@ class Result(xr.Dataset):
         return table_text(self)
 
     def summary(self) -> str:
-        """One sentence for each labelled number, and the notes."""
-        lines = []
+        """The verdict, if there is one; a sentence for each labelled number; the notes."""
+        lines, several = [], []
         for name in labelled.labelled_names(self):
             others = [str(d) for d in self[name].dims if d != "datum"]
             if others:
-                lines.append(
-                    f"{name.replace('_', ' ')} varies over {' and '.join(others)}: see table()."
-                )
+                several.append(f"{name.replace('_', ' ')} ({', '.join(others)})")
                 continue
             try:
                 lines.append(f"{self.quantity(name)}.")
             except ValueError as error:
                 lines.append(str(error))
-        return "\n".join(lines + [f"Note: {note}" for note in self._notes()])
+        if several:
+            lines.append(f"In table(), several numbers each: {'; '.join(several)}.")
+        return "\n".join(self._verdict() + lines + [f"Note: {note}" for note in self._notes()])
+
+    def _verdict(self) -> list[str]:
+        return [text[:1].upper() + text[1:] for text in self.provenance.get("verdict", [])]
 
     def _notes(self) -> list[str]:
         return list(self.provenance.get("notes", []))
@@ -160,11 +163,13 @@ class Result(xr.Dataset):
             return super().__repr__()
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items()) or "none"
         notes = [textwrap.fill(f"note: {note}", WIDTH) for note in self._notes()]
-        return "\n".join([self.table(), f"dimensions: {sizes}", *notes])
+        verdict = [textwrap.fill(text, WIDTH) for text in self._verdict()]
+        return "\n".join([*verdict, self.table(), f"dimensions: {sizes}", *notes])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in self._notes())
-        return f"<div>{table_html(self)}<ul>{notes}</ul></div>{super()._repr_html_()}"
+        verdict = "".join(f"<p>{html.escape(text)}</p>" for text in self._verdict())
+        return f"<div>{verdict}{table_html(self)}<ul>{notes}</ul></div>{super()._repr_html_()}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the result to a NetCDF file, wholly or not at all.
