@@ -226,7 +226,7 @@ def test_bars_are_the_shares_of_the_data() -> None:
 def test_the_worst_come_first_with_their_reasons() -> None:
     x = torch.arange(42.0).reshape(7, 6) / 42
     figure = plot_worst(quality(), x, (2, 3), by="kl_guide_posterior", count=3)
-    shown = [ax.get_images()[0].get_array() for ax in figure.axes if ax.get_images()]
+    shown = [np.asarray(ax.get_images()[0].get_array()) for ax in figure.axes if ax.get_images()]
     np.testing.assert_allclose(np.stack(shown), x[[6, 5, 4]].reshape(3, 2, 3))
     said = [[text.get_text() for text in ax.texts] for ax in figure.axes if ax.texts]
     assert [reason for _, reason in said] == ["reason 6", "reason 5", "reason 4"]

@@ -77,7 +77,7 @@ def test_the_exact_posterior_passes_everything(linear):
         assert (found[name] <= 0.01).sum() < 6, name
     text = found.summary()
     assert "The posteriors of 30 of 30 data are trustworthy" in text
-    assert "all weights are equal for 30 of 30 data" in text
+    assert "All weights are equal for 30 of 30 data" in text
     assert "= 0.67 at S = 1000 draws" in text
     assert set(found.reason.values) == {"Nothing that was checked speaks against it"}
 
@@ -307,7 +307,7 @@ def test_global_latents_jointly():
     )
     assert bool(found.trustworthy)
     assert bool(found.reference_converged)
-    assert "this posterior is trustworthy" in found.summary()
+    assert "This posterior is trustworthy" in found.summary()
     with pytest.raises(ValueError, match="by is 'khat', but must be one of"):
         worst_data(found)
 
