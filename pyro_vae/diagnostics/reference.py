@@ -38,8 +38,7 @@ class HmcReference:
         num_chains: Chains of each datum, at least 2: a single one cannot disagree.
         num_warmup: Steps that only adapt.
         num_samples: Draws kept of each chain.
-        num_leapfrog: Gradients of each step. A trajectory that ends opposite to where it began, as
-            10 do for some targets, moves the mean fast and the spread hardly at all.
+        num_leapfrog: Gradients of each step, on average.
         target_accept: Mean acceptance probability to adapt to.
         start: `"prior"` or `"guide"`. Chains that start from the guide may never leave the modes
             that it knows.
@@ -47,8 +46,8 @@ class HmcReference:
 
     num_chains: int = 4
     num_warmup: int = 300
-    num_samples: int = 1200
-    num_leapfrog: int = 7
+    num_samples: int = 1000
+    num_leapfrog: int = 10
     target_accept: float = 0.8
     start: str = "prior"
 

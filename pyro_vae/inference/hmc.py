@@ -172,8 +172,9 @@ def sample_posterior(
     r"""Draws from the posterior of each datum by Hamiltonian Monte Carlo, all in parallel.
 
     During warm-up each datum adapts its step size (dual averaging) and a diagonal mass matrix, from
-    all its chains. The step size of every trajectory is drawn within
-    20% of the adapted one, so that no trajectory closes on itself. Constrained sites are moved in
+    all its chains. Every trajectory has a step size within 20% of the adapted one and a random
+    number of steps, so that none keeps closing on itself or ending opposite to its start (which
+    moves the mean fast and the spread hardly at all). Constrained sites are moved in
     unconstrained space, several sites together; discrete sites marked for enumeration are summed
     out.
 
@@ -184,7 +185,8 @@ def sample_posterior(
         num_chains: Chains of each datum.
         num_warmup: Steps of each chain that only adapt, and are thrown away.
         num_samples: Draws kept of each chain, at least 4.
-        num_leapfrog: Evaluations of the gradient in each step.
+        num_leapfrog: Evaluations of the gradient in each step, on average: their number is uniform
+            from 1 to twice this less one.
         target_accept: Mean acceptance probability to adapt to, in (0, 1).
         step_size: Leapfrog step to begin with.
         joint: True for models with global latents: one posterior on the full data.
@@ -239,7 +241,7 @@ def sample_posterior(
                     target,
                     point,
                     jittered(step, point),
-                    num_leapfrog=num_leapfrog,
+                    num_leapfrog=_random_length(num_leapfrog),
                     inverse_mass=mass,
                     active=potential.active,
                 )
@@ -345,7 +347,7 @@ def _warm_up(
             target,
             point,
             jittered(steps.step_size, point),
-            num_leapfrog=num_leapfrog,
+            num_leapfrog=_random_length(num_leapfrog),
             inverse_mass=mass,
             active=potential.active,
         )
@@ -372,3 +374,8 @@ def _regularised_variance(u: Float[Tensor, "draws batch dim"]) -> Float[Tensor, 
 def jittered(step_size: Float[Tensor, " batch"], point: Point) -> Float[Tensor, "chains batch"]:
     """Step sizes within 20% of the given ones, another for each chain."""
     return step_size * (0.8 + 0.4 * torch.rand_like(point.log_density))
+
+
+def _random_length(num_leapfrog: int) -> int:
+    """A number of leapfrog steps of the given mean, uniform from 1 (Neal 2011, section 3.2)."""
+    return int(torch.randint(1, 2 * num_leapfrog, ()))
