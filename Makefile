@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap em_gmm em_to_vae benchmark_em lock clean
+.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks lock clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 UV_VERSION := uv>=0.8,<1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z_-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z_-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Build .venv with the exact versions of requirements.lock
 
@@ -118,6 +118,9 @@ em_to_vae: $(STAMP) ## Climb one bound from EM to the VAE (ARGS="..." goes to th
 
 benchmark_em: $(STAMP) ## Time EM beside scikit-learn's on a small grid (ARGS="--sizes 100000" for another)
 	$(BIN)/python -m benchmarks.em $(or $(ARGS),--quick)
+
+benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write docs/posterior_checks.md
+	$(BIN)/python -m benchmarks.posterior_checks $(ARGS)
 
 # What conda installs is Python itself; the rest goes through pip with the very requirements of pyproject.toml,
 # because conda's names and builds of torch differ and tests could not compare them.

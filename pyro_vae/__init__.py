@@ -11,15 +11,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyro_vae.data import load_dataset
+    from pyro_vae.diagnostics.calibration import calibrate
     from pyro_vae.diagnostics.evidence import log_evidence
     from pyro_vae.diagnostics.gap import elbo_gap
     from pyro_vae.diagnostics.gradients import compare_estimators
     from pyro_vae.diagnostics.posterior import posterior_quality
+    from pyro_vae.diagnostics.predictive import predictive_check
+    from pyro_vae.inference.draws import draw_posterior
     from pyro_vae.inference.em import fit_em
+    from pyro_vae.inference.hmc import sample_posterior
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.svi import fit
-    from pyro_vae.models import VAE, Autoencoder, GaussianMixture, LinearGaussian, TwoLayerVAE
-    from pyro_vae.results import load_result
+    from pyro_vae.models import (
+        VAE,
+        Autoencoder,
+        GaussianMixture,
+        LinearGaussian,
+        TwoLayerVAE,
+        TwoStageVAE,
+    )
+    from pyro_vae.results import load_result, to_arviz
     from pyro_vae.runs import load_run
 
 __version__ = "0.1.0"
@@ -30,7 +41,10 @@ __all__ = [
     "GaussianMixture",
     "LinearGaussian",
     "TwoLayerVAE",
+    "TwoStageVAE",
+    "calibrate",
     "compare_estimators",
+    "draw_posterior",
     "elbo_gap",
     "fit",
     "fit_em",
@@ -40,6 +54,9 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "posterior_quality",
+    "predictive_check",
+    "sample_posterior",
+    "to_arviz",
 ]
 
 _HOME = {
@@ -48,7 +65,10 @@ _HOME = {
     "GaussianMixture": "pyro_vae.models",
     "LinearGaussian": "pyro_vae.models",
     "TwoLayerVAE": "pyro_vae.models",
+    "TwoStageVAE": "pyro_vae.models",
+    "calibrate": "pyro_vae.diagnostics.calibration",
     "compare_estimators": "pyro_vae.diagnostics.gradients",
+    "draw_posterior": "pyro_vae.inference.draws",
     "elbo_gap": "pyro_vae.diagnostics.gap",
     "fit": "pyro_vae.inference.svi",
     "fit_em": "pyro_vae.inference.em",
@@ -58,6 +78,9 @@ _HOME = {
     "log_evidence": "pyro_vae.diagnostics.evidence",
     "log_weights": "pyro_vae.inference.log_weights",
     "posterior_quality": "pyro_vae.diagnostics.posterior",
+    "predictive_check": "pyro_vae.diagnostics.predictive",
+    "sample_posterior": "pyro_vae.inference.hmc",
+    "to_arviz": "pyro_vae.results",
 }
 
 if (
