@@ -243,8 +243,10 @@ def plot_posterior(
     shades = ("#C6DBEF", "#6BAED6")
     ax.contourf(x, y, exact, [*_heights(exact), np.inf], colors=shades, zorder=1)
     handles: list[Line2D | Patch] = [Patch(color=shades[1], label="exact posterior, 50 and 90 %")]
+    shown = exact
     if log_guide is not None:
         guide = _normalised(log_guide)
+        shown = exact + guide
         ax.contour(
             x,
             y,
@@ -263,7 +265,7 @@ def plot_posterior(
     ax.set_ylim(y[0], y[-1])
     ax.set_title(title, fontsize="medium")
     if picture is not None:
-        inset = ax.inset_axes(_emptiest_corner(exact))
+        inset = ax.inset_axes(_emptiest_corner(shown))
         inset.imshow(picture.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         inset.set_xticks([])
         inset.set_yticks([])

@@ -20,7 +20,7 @@ FAILURE_RATE = 1e-3  # of the documented false alarms, each: they were drawn onc
 
 @pytest.fixture(scope="module")
 def quick():
-    """A quick run; its calibrations are at a fixed seed, so it passes always or never."""
+    """A quick run for the guides of one model; the others cost as much again."""
     outside = torch.get_default_dtype()
     table = bench.measure(bench.QUICK, models=("linear",), progress=False)
     assert torch.get_default_dtype() == outside
@@ -86,7 +86,8 @@ def test_calibration_sees_a_missing_mode_and_passes_both_modes():
         seen = {}
         bench._calibrate(subject, x, bench.QUICK, 0, seen)
         rates.append(sum(seen["`overall_p_value`"]) / len(seen["`overall_p_value`"]))
-    assert rates == [0, 1]  # the first is 0 with probability 0.81, but the seed is fixed
+    assert rates[0] <= 0.5  # of four runs at level 0.05, more reject with probability 5e-4
+    assert rates[1] == 1
 
 
 def test_the_document_has_every_check_and_fault(document):
@@ -121,6 +122,7 @@ def test_each_fault_is_documented_as_seen_by_some_check_of_each_kind(document):
     [
         ("k-hat above its threshold", ["mean +0.5 sd", "sd x 2", "mode missing, modes far"], False),
         ("`trust_weights` is False", ["mean +0.5 sd", "sd x 2"], False),
+        ("HMC: `trust_weights` is False", ["sd x 0.5"], True),
         ("`trust_guide` is False", ["mean +0.5 sd", "sd x 2", "prior"], True),
         ("`trust_guide` is False", ["mode missing, modes far"], False),
         ("`trust_guide` is False", ["mode missing, modes near"], True),

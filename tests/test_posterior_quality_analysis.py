@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analyses.posterior_figures import Grid, chosen_data, on_grid
-from analyses.posterior_quality import CASES, TINY, extend, main, train_guide
+from analyses.posterior_quality import CASES, TINY, extend, main, train_guide, with_compared
 from analyses.posterior_verdict import Case, Measured, of_base, of_best, of_change, row_of, verdicts
 from pyro_vae import VAE
 from pyro_vae.results import Result, label, load_result, make_result
@@ -55,6 +55,12 @@ def test_every_change_is_against_a_guide_that_is_there() -> None:
     titles = ["base", *(case.title for case in CASES)]
     for place, case in enumerate(CASES):
         assert case.against in titles[: place + 1]
+    assert with_compared(["importance-weighted"]) == {
+        "importance-weighted",
+        "less noise",
+        "longer",
+        "base",
+    }
 
 
 # --- guides and grids
@@ -74,7 +80,7 @@ def test_only_the_guide_is_trained_further() -> None:
     base = VAE(6, 2, (5,))
     x = torch.bernoulli(torch.full((30, 6), 0.5))
     before = [p.clone() for p in base.parameters()]
-    case = Case("all", "base", "all", posterior="full", weighted=True, simulated=True)
+    case = Case("all", "base", "all", posterior="full", estimator="DReG", simulated=True)
     vae = train_guide(case, base, x, TINY, False)
     for own, other in zip(vae.decoder.parameters(), base.decoder.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=0)
