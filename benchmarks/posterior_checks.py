@@ -513,23 +513,21 @@ is its rate of false alarms, in all others its rate of detection; from {clear} o
 - **k-hat and ESS** say whether weighted draws can be used, not whether the guide is right. A guide
   twice too wide has weights of at most 2^3 = 8 times their mean: they mend it well. So
   `trust_weights` accepts a shifted or wide guide, and `trust_guide` does not.
-- **sd x 0.5 slips through** `trust_weights` for one datum in five: the weights' own tail looks
-  usable, but that of weight times squared distance, which makes the sd, is heavier. The corrected
-  sds are then about a quarter too small, by many of their standard errors. HMC sees it.
+- **k-hat misses sd x 0.5** for one datum in four: the weights' own tail looks usable, but that of
+  weight times squared deviation, which makes the sd, is heavier. `trust_weights` asks both.
 - **A missing mode far away**: k-hat, ESS, KL and the Stein discrepancy look only where the guide
   draws, and there it is the posterior up to a constant. Near modes they see, for the guide's tail
   reaches into the other one.
 - **HMC between far modes**: chains stay where they start. R-hat shows it, and neither guide is
-  trusted, not even the exact one; but four chains start in the same one of two equal modes with
-  probability 1/8. HMC then "converged" to half of the posterior: the exact guide is called wrong,
-  and the one without the mode may pass. With eight chains the probability is 1/128.
+  trusted, not even the exact one. But all n chains (8 by default) start in the same one of two
+  equal modes with probability 2^(1 - n), in the same one of unequal modes more often. HMC then
+  "converged" to a part of the posterior: the exact guide is called wrong, and the one without the
+  mode may pass. More chains make it rarer.
 - **Ranks and coverage of single latents** cannot see a lost correlation, for the margins are right,
   nor a guide that returns the prior, for truth and draws then come from the same distribution. The
   rank of log p(x, z) and TARP look at all latents together with the data.
 - **VSBC** tests symmetry, so it sees bias alone: a wrong width is symmetric, and so on average is a
   mode that is missing now on one side, now on the other.
-- **The Stein discrepancy** is weak against sd x 2: its kernel measures distances latent by latent,
-  and with a correlation of 0.93 the narrow direction hardly counts in them.
 - **Student t**: where `trust_guide` is False it says "too few draws to tell whether the spread is
   off", which more draws settle. Calibration pools thousands of draws and sees the shape itself.
 - **KL of an exact guide** has no noise, as all weights are equal: its false alarms are 0, not 0.05.
@@ -538,8 +536,8 @@ is its rate of false alarms, in all others its rate of detection; from {clear} o
 
 1. Always read KL and `trust_guide`: they cost a thousand draws and miss only what no draw reaches.
 2. Read k-hat and ESS before using weights, and for nothing else.
-3. Where several modes are possible, add `reference="hmc"` with `num_chains=8` or more, and take
-   "did not converge" for an answer.
+3. Where several modes are possible, add `reference="hmc"`, with more chains for more modes, and
+   take "did not converge" for an answer.
 4. Calibrate every amortised guide, and read `overall_p_value`: of its parts, the rank of
    log p(x, z) and TARP see joint faults; ECDF and VSBC then say which latent is off, and how.
 5. Energy distance, MMD and classifier only say that something differs; for how much, read

@@ -226,3 +226,21 @@ def test_what_makes_no_discrepancy_is_refused():
         kernel_stein_discrepancy(z, z, bandwidth=-1.0)
     with pytest.raises(ValueError, match="num_bootstrap must be at least 1"):
         kernel_stein_discrepancy(z, z, num_bootstrap=0)
+
+
+def test_correlation_hides_no_fault_along_the_narrow_direction():
+    """A guide with 1.3 times the spread, under a correlation of 0.95."""
+    factor = torch.linalg.cholesky(torch.tensor([[1.0, 0.95], [0.95, 1.0]]))
+    precision = torch.cholesky_inverse(factor)
+    z = torch.randn(250, 30, 2) @ factor.T
+    wide = kernel_stein_discrepancy(1.3 * z, -1.3 * z @ precision, num_bootstrap=199)
+    assert (wide.p_value <= 0.05).double().mean() > 0.7
+    exact = kernel_stein_discrepancy(z, -z @ precision, num_bootstrap=199)
+    # Of 30 p-values, 6 or more below 0.05 have a probability of 0.003.
+    assert (exact.p_value <= 0.05).sum() < 6
+
+
+def test_with_fewer_draws_than_latents_each_is_scaled_by_itself():
+    z = torch.randn(3, 2, 5)
+    found = kernel_stein_discrepancy(z, -z, num_bootstrap=9)
+    assert found.value.isfinite().all()

@@ -108,3 +108,31 @@ def test_impossible_draws_infinite_weights_and_a_single_draw():
     one = weighted_columns(z[:1], log_weights[:1])
     assert one["mean_se"].isnan().all()
     assert one["khat"].tolist()[3:] == [math.inf] * 3
+
+
+def test_squares_can_be_heavy_where_weights_look_light():
+    """Of a guide half as wide the weights often pass, and the sds that they give are too small."""
+    z, w = drawn(torch.tensor(0.0), torch.tensor(0.55), 1000)
+    for _ in range(10):
+        more = drawn(torch.tensor(0.0), torch.tensor(0.55), 1000)
+        z, w = torch.cat([z, more[0]], 1), torch.cat([w, more[1]], 1)
+    found = weighted_columns(z, w)
+    assert (found["khat_moments"] >= found["khat"]).all()
+    threshold = 1 - 1 / 3
+    passing = found["khat"] <= threshold
+    assert passing.sum() > 5
+    assert (passing & (found["khat_moments"] <= threshold)).sum() < passing.sum() / 4
+    # A guide that is right, or wider, passes by both.
+    for scale in (0.99, 1.5):
+        light = weighted_columns(*drawn(torch.tensor(0.0), torch.tensor(scale), 1000))
+        assert (light["khat_moments"] <= threshold).all()
+
+
+def test_squares_of_latents_with_few_values_or_none_are_not_heavy():
+    z = torch.bernoulli(torch.full((1000, N, H), 0.3))
+    z[..., 1] = 2.0
+    found = weighted_columns(z, 0.1 * torch.randn(1000, N))
+    assert found["khat_moments"].isfinite().all()
+    assert (found["khat_moments"] <= 0.5).all()
+    equal = weighted_columns(torch.randn(1000, N, H), torch.zeros(1000, N))
+    assert (equal["khat_moments"] == -math.inf).all()

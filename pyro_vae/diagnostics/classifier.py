@@ -22,12 +22,14 @@ _SHARED_DRAWS = 1 + 2 / math.pi
 
 
 class C2ST(NamedTuple):
-    """Accuracy and p-value of each datum; nan where a draw is not finite."""
+    """Accuracy, p-value and error of each datum; nan where a draw is not finite."""
 
     accuracy: Float64[Tensor, " batch"]
     """Share of left-out draws that were told right: 0.5 if the samples are alike."""
     p_value: Float64[Tensor, " batch"]
     """Of the hypothesis that both have the same distribution."""
+    accuracy_se: Float64[Tensor, " batch"]
+    """Standard error of the accuracy where the samples are alike; less where they are not."""
 
 
 def classifier_two_sample(
@@ -99,8 +101,10 @@ def classifier_two_sample(
         if finite[n]:
             right[n] = _right_answers(draws, labels, folds, seed, kind)
     count = torch.from_numpy(right).to(sample.device)
-    above = (count - 0.5 - size) / math.sqrt(_SHARED_DRAWS * size / 2)
-    return C2ST(count / (2 * size), torch.special.ndtr(-above))
+    sd = math.sqrt(_SHARED_DRAWS * size / 2)
+    accuracy, p = count / (2 * size), torch.special.ndtr(-(count - 0.5 - size) / sd)
+    error = torch.full_like(accuracy, sd / (2 * size)).masked_fill(accuracy.isnan(), math.nan)
+    return C2ST(accuracy, p, error)
 
 
 def _right_answers(draws: Any, labels: Any, folds: int, seed: int, kind: str) -> int:

@@ -21,6 +21,8 @@ __all__ = ["SteinDiscrepancy", "kernel_stein_discrepancy"]
 Radial = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """A kernel and its first two derivatives, as functions of the squared distance in bandwidths."""
 
+_SINGULAR = 1e-10  # share of the greatest variance below which a direction has none
+
 
 class SteinDiscrepancy(NamedTuple):
     """Squared discrepancy and p-value of each datum; nan where a number is not finite."""
@@ -58,10 +60,11 @@ def kernel_stein_discrepancy(
         kernel: `"imq"`, whose discrepancy controls convergence, or `"gaussian"`, which can miss
             draws that leave for infinity in more than 2 dimensions.
         bandwidth: h; None for the median distance between draws of each datum.
-        standardise: Whether the kernel measures each latent in standard deviations of its draws.
-            Value and p-value then do not depend on the latents' units, and `bandwidth` counts those
-            deviations. Otherwise everything is in units of the latents, the value in theirs to
-            the power -2.
+        standardise: Whether the kernel measures distances by the draws' own covariance. Value and
+            p-value then depend neither on the latents' units nor on their correlation, which would
+            hide faults along narrow directions, and `bandwidth` counts standard deviations. With no
+            more draws than latents the covariance is unknown, and each latent is scaled by itself.
+            Otherwise everything is in units of the latents, the value in theirs to the power -2.
         num_bootstrap: Sets of signs. The least p-value is one over one more than that. All data
             share them.
         seed: Of the signs.
@@ -95,9 +98,7 @@ def kernel_stein_discrepancy(
         for values in (centred(draws)[1], scores.detach().double())
     )
     if standardise:
-        sd = x.std(1, keepdim=True)
-        unit = torch.where(sd == 0, 1.0, sd)
-        x, s = x / unit, s * unit
+        x, s = _whitened(x, s)
     width = median_distance(x) if bandwidth is None else x.new_tensor([bandwidth])
     width = width.expand(len(x))[:, None, None]
     x, s = x / width, s * width
@@ -114,6 +115,21 @@ def kernel_stein_discrepancy(
     p = ((1 + count) / (1 + num_bootstrap)).double()
     value = sums.total / (num_pairs * width[:, 0, 0].square())
     return SteinDiscrepancy(value.masked_fill(broken, math.nan), p.masked_fill(broken, math.nan))
+
+
+def _whitened(
+    x: Float64[Tensor, "data draws dim"], s: Float64[Tensor, "data draws dim"]
+) -> tuple[Float64[Tensor, "data draws dim"], Float64[Tensor, "data draws dim"]]:
+    """Centred draws with their own covariance taken out, and the scores that go with them."""
+    sd = x.std(1, keepdim=True)
+    unit = torch.where(sd == 0, 1.0, sd)
+    x, s = x / unit, s * unit
+    if x.shape[1] <= x.shape[2]:
+        return x, s
+    values, axes = torch.linalg.eigh(x.mT @ x / (x.shape[1] - 1))
+    known = values > _SINGULAR * values[:, -1:]
+    spread = torch.where(known, values, 1.0).sqrt()[:, None]
+    return x @ axes / spread, s @ axes * spread
 
 
 def _stein_kernel(

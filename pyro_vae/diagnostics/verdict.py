@@ -146,9 +146,10 @@ def judge(
     # may contradict; that it is too coarse to is not held against them.
     open_ = ~torch.stack([finding.which for finding in guide]).any(0)
     for error, (_, doubt) in zip(errors, found, strict=True):
-        if error.of_guide:
+        if error.of_guide and error.decides:
             guide.append(replace(doubt, which=doubt.which & open_))
-    weights = tail + [s for error, (s, _) in zip(errors, found, strict=True) if not error.of_guide]
+    weights = [*tail, _heavy_squares(columns, threshold, usable)]
+    weights += [s for error, (s, _) in zip(errors, found, strict=True) if not error.of_guide]
     if "reference_converged" in columns:
         astray = _not_converged(columns)
         guide, weights = [astray, *guide], [astray, *weights]
@@ -187,11 +188,22 @@ def _tail_findings(
     )
 
 
+def _heavy_squares(columns: Mapping[str, Tensor], threshold: float, usable: Tensor) -> Finding:
+    """Weights may be light where the squares that standard deviations sum up are heavy."""
+    khat = columns["khat_moments"]
+    kind = f"k-hat of weight x squared deviation is above {threshold:.2f}"
+
+    def say(n: int) -> str:
+        return f"k-hat {float(khat[n]):.2f} of weight x squared deviation is above {threshold:.2f}"
+
+    return Finding(kind, usable & ~(khat <= threshold), say)
+
+
 def _not_converged(columns: Mapping[str, Tensor]) -> Finding:
     rhat, ess = columns.get("rhat"), columns["reference_ess"]
 
     def say(n: int) -> str:
-        r = "" if rhat is None else f"R-hat {float(rhat[n]):.3g}, "
+        r = "" if rhat is None else f"R-hat {float(rhat[n]):.3f}, "
         return f"the reference did not converge ({r}{float(ess[n]):.0f} effective draws)"
 
     return Finding("the reference did not converge", ~columns["reference_converged"], say)
@@ -210,6 +222,7 @@ class _Error:
     limit: float
     of_guide: bool
     words: Callable[[int, int], str]  # of a datum and a latent
+    decides: bool = True  # whether not knowing it is held against a datum
 
     @property
     def known(self) -> Tensor:
@@ -310,6 +323,7 @@ def _errors(
             limits.total_variation,
             True,
             lambda n, i: f"a classifier tells {float(accuracy[n]):.0%} of the draws apart",
+            decides=False,  # the other errors say it more precisely
         )
 
 

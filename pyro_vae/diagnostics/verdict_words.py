@@ -133,7 +133,8 @@ def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
 def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
     return (
         f"the limits: k-hat at most min(1 - 1/log10 S, 0.7) = {verdict.threshold:.2f} at S = "
-        f"{num_particles} draws, and {limits.ess:g} effective draws; means within {limits.mean:g} "
+        f"{num_particles} draws, of the weights and of weight x squared deviation, and "
+        f"{limits.ess:g} effective draws; means within {limits.mean:g} "
         f"sd, sds within a factor of {math.exp(limits.scale):.2f}, total variation at most "
         f"{limits.total_variation:g}. Each of the {verdict.num_comparisons} errors looked at must "
         f"be within its limit, and {verdict.standard_errors:.1f} standard errors too. So, if all "

@@ -35,8 +35,10 @@ def weighted_columns(
     weights as they are: the evidence is then a lower bound in expectation.
 
     Returns:
-        `khat`, `ess`, `kl_guide_posterior`, `kl_posterior_guide`, `total_variation` of shape
-        `[batch]`; `mean`, `sd` (of q), `corrected_mean`, `corrected_sd` in units of the latents,
+        `khat`, `khat_moments` (the larger of it and the k-hats of :math:`w (z - m)^2`, on which
+        corrected standard deviations rest), `ess`, `kl_guide_posterior`, `kl_posterior_guide`,
+        `total_variation` of shape `[batch]`; `mean`, `sd` (of q), `corrected_mean`, `corrected_sd`
+        in units of the latents,
         `mean_correction` (q's mean less the corrected one, in corrected sds) and
         `scale_correction` (log of the ratio of q's sd to the corrected one) of shape
         `[batch, dim]`. All but `ess` with a standard error ``_se``, of the delta method; those of
@@ -47,12 +49,29 @@ def weighted_columns(
     tail = pareto_tail(log_weights)  # in their own precision, of which it knows the rounding
     log_weights = log_weights.detach().double()
     smoothed = smoothed_log_weights(log_weights, tail).exp()
+    draws = draws.detach().double()
+    moments = _moments(draws, smoothed)
     columns = {
         "khat": tail.khat,
         "khat_se": tail.khat_se,
+        "khat_moments": _khat_of_squares(draws - moments["corrected_mean"], log_weights, tail.khat),
         "ess": effective_sample_size(log_weights),
     }
-    return columns | _divergences(log_weights) | _moments(draws.detach().double(), smoothed)
+    return columns | _divergences(log_weights) | moments
+
+
+def _khat_of_squares(
+    rest: Float64[Tensor, "draws batch dim"],
+    log_weights: Float64[Tensor, "draws batch"],
+    khat: Float64[Tensor, " batch"],
+) -> Float64[Tensor, " batch"]:
+    """The largest k-hat of w (z - m)^2 over the latents, and no less than that of w itself."""
+    count, data, dim = rest.shape
+    products = log_weights[..., None] + rest.square().log()
+    of_each = pareto_tail(products.reshape(count, data * dim)).khat.reshape(data, dim)
+    # Where weights are all equal, a latent does not move or takes few values: nothing to be heavy.
+    flat = of_each.isposinf() | (rest == 0).all(0) | (khat == -math.inf)[:, None]
+    return torch.maximum(of_each.masked_fill(flat, -math.inf).amax(1), khat)
 
 
 def _divergences(log_weights: Float64[Tensor, "draws batch"]) -> Columns:

@@ -5,6 +5,7 @@ keeps the caller's parameters, random state and settings; `FittedProgram` carrie
 """
 
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -170,6 +171,9 @@ def program_scope(seed: int | None = None) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(store.scope(inside))
+            stack.enter_context(warnings.catch_warnings())
+            # Parameters are held fixed on purpose.
+            warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
             stack.enter_context(_OwnNames())
             if seed is not None:
                 stack.enter_context(keep_random_state())

@@ -222,7 +222,6 @@ def fit(
         x, validation = move_data(x, device), move_data(validation, device)
     check_module_names(model, guide)
     with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
         store = pyro.get_param_store()
         caller = store.get_state()

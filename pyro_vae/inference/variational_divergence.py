@@ -12,7 +12,6 @@ needed, so the same program can be trained by `fit` and by this.
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -186,8 +185,7 @@ def fit_divergence(
     )
     _check_data(x, validation)
     start, generator, _ = unwrap_programs(generator, generator)
-    with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
+    with program_scope(seed), torch.enable_grad():
         store = pyro.get_param_store()
         caller = store.get_state()
         own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
