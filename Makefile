@@ -59,7 +59,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 test: $(STAMP) ## Run the tests and the examples in docstrings (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # Names of the interpreters for PYTHONS in turn: a version is looked for on the path, then where pyenv has its own.
 define FIND_PYTHONS
