@@ -61,6 +61,19 @@ def test_equal_weights_have_no_tail_and_few_draws_have_none_to_fit():
     assert pareto_khat(torch.randn(1, 3)).tolist() == [math.inf] * 3
 
 
+def test_a_tail_of_ties_is_bounded_and_rounding_in_it_is_no_shape():
+    draws = torch.randint(3, (2000, 1))
+    discrete = torch.tensor([0.1, 0.7, 1.2])[draws].log()
+    truncated = torch.where(torch.rand(1000, 4) < 0.3, -math.inf, -20.0)
+    assert pareto_khat(discrete).tolist() == [-math.inf]
+    assert pareto_khat(truncated + 1e-14 * torch.randn(1000, 4)).tolist() == [-math.inf] * 4
+    # A value that only three draws have tells nothing of what is above it.
+    rare = discrete.clone()
+    rare[:3] = 3.0
+    assert pareto_khat(rare).tolist() == [math.inf]
+    assert pareto_khat(discrete + 0.01 * torch.randn(2000, 1)).isfinite().all()
+
+
 def test_infinite_and_missing_weights_are_said():
     log_weights = torch.randn(100, 4)
     log_weights[3, 0] = math.inf

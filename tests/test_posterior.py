@@ -19,6 +19,8 @@ N, D, H = 9, 5, 2
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 FAST = {"num_permutations": 100, "num_test_draws": 150, "progress": False}
 RHO = 0.9
+NAN_IN_DATUM_4 = torch.zeros(100, N, 2)
+NAN_IN_DATUM_4[7, 4, 1] = math.nan
 
 
 def correlated(x):
@@ -363,7 +365,17 @@ def test_discrete_latents_are_judged_by_their_weights(x):
     assert found.trustworthy.all()
     assert "ksd" not in found
     assert "no kernel Stein discrepancy, which needs gradients" in notes_of(found)
-    assert not posterior_quality(model, uniform, data, **FAST).trust_guide.any()
+    other = posterior_quality(model, uniform, data, **FAST)
+    assert not other.trust_guide.any()
+    # There are two weights only, so no tail to fear; of datum 0 the larger fills what would be it.
+    assert other.khat[0] == -math.inf
+    assert other.trust_weights[0]
+    assert "largest weights are equal for 1 of 3 data" in notes_of(other)
+    assert "all weights are equal" not in notes_of(other)
+    p = torch.special.expit(data - 0.5)
+    exact_kl = 0.1 * (0.1 / p).log() + 0.9 * (0.9 / (1 - p)).log()
+    z = (other.kl_guide_posterior - exact_kl.numpy()) / other.kl_guide_posterior_se
+    assert (abs(z) < 4).all()
     with pytest.raises(ProgramError, match="latent site 'z' is discrete"):
         posterior_quality(model, exact, data, checks=["stein"], **FAST)
     with pytest.raises(ProgramError, match="latent site 'z' is discrete"):
@@ -426,6 +438,27 @@ def test_infinite_weights_are_not_trusted(x):
     assert "weights that are not finite" in notes_of(found)
 
 
+def test_draws_outside_the_support_have_no_stein_discrepancy():
+    def model(x):  # above 0 only the upper half of the posterior is left
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("above", torch.where((z < x / 2) & (x > 0), -math.inf, 0.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    found = posterior_quality(model, guide, torch.tensor([-1.0, 1.0, 2.0]), **FAST)
+    assert found.ksd_p_value.isnull().values.tolist() == [False, True, True]
+    assert "latents that have density 0" in notes_of(found)
+    # Half of the draws count, all alike: the true divergences are known.
+    assert (found.khat == -math.inf).all()
+    assert abs(found.total_variation[1:] - 0.5).max() < STANDARD_ERRORS * (0.25 / 1000) ** 0.5
+    assert found.kl_guide_posterior[1:].values.tolist() == [math.inf] * 2
+    assert found.trust_guide.values.tolist() == [True, False, False]
+
+
 def test_simulations_and_the_predictive_check_are_added(linear):
     data = linear.sample(50).detach()
     found = posterior_quality(
@@ -483,13 +516,14 @@ def test_the_seed_decides_and_the_callers_stream_is_left_alone(x):
         ({"checks": "stein"}, "put its names in a list"),
         ({"checks": ["mmd"]}, "'mmd' compares with a reference; pass reference='hmc'"),
         ({"reference": "nuts"}, "the only one with a name is 'hmc'"),
-        ({"reference": 3}, "a tensor of draws, not 3"),
+        ({"reference": 3}, "a tensor of draws, not of type int"),
         ({"reference": "hmc", "num_chains": 1}, "1 chain, which cannot show"),
         ({"reference": "hmc", "start": "middle"}, "must be 'prior' or 'guide'"),
         ({"num_chains": 3}, "num_chains is for reference='hmc' only"),
         ({"num_chain": 3}, "no argument 'num_chain'"),
         ({"reference": torch.zeros(100, N, 3)}, "9 data of 3 latents and the guide 9 of 2"),
         ({"reference": torch.zeros(1, N, 2)}, "at least 2 draws"),
+        ({"reference": NAN_IN_DATUM_4}, "draws of datum 4 that are not finite"),
         ({"num_simulations": 3}, "num_simulations must be an integer from 50"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from pyro_vae.diagnostics.verdict import Limits
 from pyro_vae.diagnostics.weighted import weighted_columns
 
 S, N, H = 4000, 6, 2
@@ -112,20 +113,21 @@ def test_impossible_draws_infinite_weights_and_a_single_draw():
 
 def test_squares_can_be_heavy_where_weights_look_light():
     """Of a guide half as wide the weights often pass, and the sds that they give are too small."""
-    z, w = drawn(torch.tensor(0.0), torch.tensor(0.55), 1000)
+    z, w = drawn(torch.tensor(0.0), torch.tensor(0.5), 1000)
     for _ in range(10):
-        more = drawn(torch.tensor(0.0), torch.tensor(0.55), 1000)
+        more = drawn(torch.tensor(0.0), torch.tensor(0.5), 1000)
         z, w = torch.cat([z, more[0]], 1), torch.cat([w, more[1]], 1)
     found = weighted_columns(z, w)
     assert (found["khat_moments"] >= found["khat"]).all()
     threshold = 1 - 1 / 3
+    limit = Limits().khat_moments
     passing = found["khat"] <= threshold
     assert passing.sum() > 5
-    assert (passing & (found["khat_moments"] <= threshold)).sum() < passing.sum() / 4
+    assert (passing & (found["khat_moments"] <= limit)).sum() < passing.sum() / 2
     # A guide that is right, or wider, passes by both.
     for scale in (0.99, 1.5):
         light = weighted_columns(*drawn(torch.tensor(0.0), torch.tensor(scale), 1000))
-        assert (light["khat_moments"] <= threshold).all()
+        assert (light["khat_moments"] <= limit).all()
 
 
 def test_squares_of_latents_with_few_values_or_none_are_not_heavy():

@@ -53,9 +53,9 @@ def pareto_khat(log_weights: Float[Tensor, "particles batch"]) -> Float64[Tensor
         log_weights: In nats; a common constant does not matter.
 
     Returns:
-        k-hat per datum in float64. -inf where all weights are equal up to rounding (there is no
-        tail), +inf where fewer than 5 draws make the tail or a weight is infinite, nan where one is
-        nan.
+        k-hat per datum in float64. -inf where all weights, or all that would make the tail, are
+        equal up to rounding (there is no tail; those of discrete latents have such ties), +inf
+        where fewer than 5 draws make the tail or a weight is infinite, nan where one is nan.
 
     References:
         Vehtari et al. (2024), Pareto smoothed importance sampling, section 2.2; Zhang & Stephens
@@ -95,7 +95,9 @@ def pareto_tail(log_weights: Float[Tensor, "particles batch"]) -> ParetoTail:
     cutoff = tails[:, :1].clamp_min(math.log(np.finfo(float).tiny))
     counts = (tails > cutoff).sum(1)
     rounding = 100 * torch.finfo(log_weights.dtype).eps * (1 + top[:, 0].abs())
-    equal = top[:, 0].isfinite() & (top[:, 0] - rows.amin(1) < rounding.clamp_min(1e-10))
+    # A tail of ties is no tail: the weights are bounded by a value that many draws have.
+    least = tails[:, 0] if size > 4 else shifted.amin(1)
+    equal = top[:, 0].isfinite() & (-least < rounding.clamp_min(1e-10))
     khat[equal] = -math.inf
     usable = top[:, 0].isfinite() & (counts > 4) & ~equal
     excess = tails.exp() - cutoff.exp()

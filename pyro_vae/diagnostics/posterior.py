@@ -52,9 +52,9 @@ def posterior_quality(
     unless a mean, a spread or the total variation is off by more than `limits` allow, by the
     evidence of importance weights (where these are usable) or of a reference that converged; no,
     too, where neither is at hand. `trust_weights`: may importance-weighted draws be used? Yes,
-    where k-hat, of the weights and of weight x squared deviation, is at most min(1 - 1/log10 S,
-    0.7), enough draws are effective, and no reference contradicts. `trustworthy` is both, and
-    `reason` says in words what speaks against a datum.
+    where k-hat is at most min(1 - 1/log10 S, 0.7), that of weight x squared deviation too is
+    within its limit, enough draws are effective, and no reference contradicts. `trustworthy` is
+    both, and `reason` says in words what speaks against a datum.
 
     Args:
         model: The generative program.
@@ -93,8 +93,9 @@ def posterior_quality(
         `corrected_scale_error`), `covariance_error`, `wasserstein_1`, `wasserstein_2` (in units of
         the latent), `energy`, `mmd` (of latents in pooled sds), `c2st_accuracy`, with p-values
         `energy_p_value`, `mmd_p_value`, `c2st_p_value`. These are nan for a datum whose reference
-        did not converge (see `verdict.Limits`). Latents are in constrained space. Simulations add
-        the variables of `calibrate`, the predictive check those of `predictive_check` as
+        did not converge (see `verdict.Limits`), `covariance_error` also where latents are bound to
+        one another, as on a simplex. Latents are in constrained space. Simulations add the
+        variables of `calibrate`, the predictive check those of `predictive_check` as
         ``predictive_...``.
 
         `summary()` says all of it in words, `worst_data` selects the worst.

@@ -140,10 +140,15 @@ class QualityWork:
         count, most = options.num_test_draws, self.plan.particle_chunk
         target = Tempered(potential, capture=False)
         draws, scores = [], []
+        outside = torch.zeros_like(potential.active[:, 0])
         for start in range(0, count, most):
             u = potential.draw(min(most, count - start), "guide")
             draws.append(u)
-            scores.append(target(u).gradient)
+            point = target(u)
+            # Where the density is 0 there is no score, although autograd may return one.
+            nowhere = point.joint == -math.inf
+            scores.append(point.gradient.masked_fill(nowhere[..., None], math.nan))
+            outside = outside | nowhere.any(0)
         found = kernel_stein_discrepancy(
             torch.cat(draws),
             torch.cat(scores),
@@ -157,6 +162,11 @@ class QualityWork:
             for name, value in (("ksd", found.value), ("ksd_p_value", found.p_value))
         }
         notes = []
+        if bool(outside.any()):
+            notes.append(
+                "the kernel Stein discrepancy is nan where the guide draws latents that have "
+                "density 0 under the model."
+            )
         if bool(partly.any()):
             notes.append(
                 "the kernel Stein discrepancy is nan where a mask switches latents of a datum off."

@@ -138,7 +138,7 @@ def given_reference(
 
     Raises:
         ValueError: If the reference is of other data or latents than the guide, or holds too few
-            draws or chains.
+            draws or chains, or draws that are not finite.
     """
     if isinstance(reference, PosteriorSample):
         if reference.data_sha256 != data_sha256:
@@ -151,12 +151,17 @@ def given_reference(
                 "as [draws, batch, dim]"
             )
         draws = reference.detach().cpu().double()
+        broken = torch.nonzero(~draws.isfinite().all(0).all(1))[:, 0].tolist()
+        if broken:
+            raise ValueError(
+                f"the reference has draws of datum {broken[0]} that are not finite; leave them out"
+            )
         ess = torch.full(draws.shape[1:], float(len(draws)), dtype=torch.float64)
         found = Reference(draws, ess, None, 1)
     else:
         raise ValueError(
             "reference is None, 'hmc', what sample_posterior returns, or a tensor of draws, not "
-            f"{reference!r}"
+            f"of type {type(reference).__name__}"
         )
     if found.draws.shape[1:] != shape:
         raise ValueError(

@@ -13,6 +13,7 @@ from pyro_vae.results import Result
 __all__ = ["blind_spots", "verdict_notes", "worst_data"]
 
 _NAMED = 3  # data named in a note
+_SAME = 1e-3  # total variation that rounding alone can give, also in single precision
 _SAID = {
     "ksd_p_value": "the kernel Stein discrepancy",
     "energy_p_value": "the energy distance",
@@ -133,7 +134,7 @@ def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
 def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
     return (
         f"the limits: k-hat at most min(1 - 1/log10 S, 0.7) = {verdict.threshold:.2f} at S = "
-        f"{num_particles} draws, of the weights and of weight x squared deviation, and "
+        f"{num_particles} draws ({limits.khat_moments:g} for weight x squared deviation), and "
         f"{limits.ess:g} effective draws; means within {limits.mean:g} "
         f"sd, sds within a factor of {math.exp(limits.scale):.2f}, total variation at most "
         f"{limits.total_variation:g}. Each of the {verdict.num_comparisons} errors looked at must "
@@ -164,14 +165,16 @@ def _worst(columns: Mapping[str, Tensor], verdict: Verdict, joint: bool) -> list
 def _khat_text(columns: Mapping[str, Tensor], n: int) -> str:
     khat, se = float(columns["khat"][n]), float(columns["khat_se"][n])
     if khat == -math.inf:
-        return "no k-hat, all weights are equal"
+        return "no k-hat, the largest weights are equal"
     return f"k-hat {khat:.2f} +- {se:.2f}" if math.isfinite(khat) else "no k-hat"
 
 
 def _border(columns: Mapping[str, Tensor], verdict: Verdict, joint: bool) -> list[str]:
     khat, se = columns["khat"], columns["khat_se"]
     near = int(((khat - verdict.threshold).abs() <= se).sum())
-    equal = int((khat == -math.inf).sum())
+    same = columns["total_variation"] < _SAME
+    equal = int(((khat == -math.inf) & same).sum())
+    tied = int(((khat == -math.inf) & ~same).sum())
     notes = []
     if near:
         where = "" if joint else f" for {near} of {len(khat)} data"
@@ -184,6 +187,12 @@ def _border(columns: Mapping[str, Tensor], verdict: Verdict, joint: bool) -> lis
         notes.append(
             f"all weights are equal{where}: k-hat is -inf there, and the guide is the posterior "
             "wherever it draws."
+        )
+    if tied:
+        where = "" if joint else f" for {tied} of {len(khat)} data"
+        notes.append(
+            f"the largest weights are equal{where}, as those of discrete latents are: k-hat is "
+            "-inf there, for they have no tail."
         )
     return notes
 
