@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, fit, load_dataset, log_evidence
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, DatasetError
 from pyro_vae.diagnostics.features import Features, make_features
 from pyro_vae.diagnostics.samples import high_frequency_power, sample_quality
 from pyro_vae.inference.estimators import make_estimator
@@ -375,21 +375,23 @@ def verdicts(found: Sequence[Measured], starts: Sequence[Measured]) -> list[str]
         f"draws (held-out data: {floor:.2f}); its Frechet distance is {frechet(base):.1f}, with a "
         f"standard deviation of {luck:.1f} over {len(starts)} trainings."
     ]
-    moved: dict[str, float] = {}
+    helped: dict[str, float] = {}
     for suspect, words in SUSPECTS.items():
         own = [m for m in found if m.case.suspect == suspect]
         if not own:
             continue
         best = min(own, key=frechet)
         sharpest = max(own, key=sharpness)
-        moved[suspect] = frechet(base) - frechet(best)
+        change = frechet(best) - frechet(base)
         errors = (float(m.quality["frechet_distance_se"]) for m in (base, best))
         error = math.hypot(*errors, math.sqrt(2) * luck)
-        clear = "" if abs(moved[suspect]) > 2 * error else ", within its error,"
+        clear = "" if abs(change) > 2 * error else ", within its error,"
+        if change < -2 * error:
+            helped[suspect] = change
         worst = max(own, key=frechet)
         sentences.append(
             f"{words[0].upper()}{words[1:]}: the best here, {best.case.title}, changes the Frechet "
-            f"distance{clear} by {-moved[suspect]:+.1f} ± {error:.1f}, the worst, "
+            f"distance{clear} by {change:+.1f} ± {error:.1f}, the worst, "
             f"{worst.case.title}, by {frechet(worst) - frechet(base):+.1f}; high frequencies go "
             f"from {min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} "
             f"({sharpest.case.title})."
@@ -405,9 +407,11 @@ def verdicts(found: Sequence[Measured], starts: Sequence[Measured]) -> list[str]
             f"({near.case.title}, Frechet {frechet(near):.1f} against {frechet(likely):.1f}) "
             f"{agree}."
         )
-    if moved:
-        culprit = max(moved, key=lambda name: moved[name])
+    if helped:
+        culprit = min(helped, key=lambda name: helped[name])
         sentences.append(f"Largest improvement of the Frechet distance: {SUSPECTS[culprit]}.")
+    elif len(found) > 1:
+        sentences.append("No change improves the Frechet distance beyond its error.")
     return sentences
 
 
@@ -425,7 +429,7 @@ def run(
         data.train,
         data.train_labels,
         image_shape=data.image_shape,
-        data_name=f"{data.name}' training images",
+        data_name=f"the {data.name} training images",
         seed=settings.seed,
     )
     say(f"feature space: {space.name}")
@@ -515,7 +519,7 @@ def describe(
         ),
         Section(
             "likelihood_and_samples",
-            "The best likelihood is not the sharpest picture",
+            "Likelihood against samples",
             "Held-out log density against the Frechet distance, of the generators whose likelihood "
             "is a density of real values.",
             figure=figure_of(plot_sharpness(scatter(found), data=data.name)),
@@ -528,7 +532,7 @@ def describe(
         ),
         Section(
             "published",
-            "Published: the same lesson on MNIST",
+            "Published, on MNIST: the best likelihood has the worst pictures",
             "Rybkin, Daniilidis & Levine (2021), table 3, as read in the paper: the scale per "
             "pixel has the best likelihood by far and the worst pictures. Their FID is in the "
             f"Inception network's space, ours in another ({space.name}), so only the order "
@@ -590,7 +594,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"there is no generator {unknown[0]!r}; choose from {known}", file=sys.stderr)
             return 2
         settings = replace(settings, cases=(BASE, *given.case))
-    data = load_dataset(given.data, given.root)
+    try:
+        data = load_dataset(given.data, given.root)
+    except DatasetError as error:
+        print(f"{error} (Here: pyro-vae data get NAME, or --root FOLDER.)", file=sys.stderr)
+        return 2
     say = partial(print, flush=True)
     return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
 

@@ -191,14 +191,23 @@ def connection_figure(
     return figure
 
 
+def spread_over(x: Tensor, count: int) -> Tensor:
+    """So many rows, spread evenly: neighbours are of one writer, or of one moment of a film."""
+    return x[torch.linspace(0, len(x) - 1, count).round().long()]
+
+
 def sample_rows(work: Work, samples: Mapping[str, Tensor]) -> Rows:
-    """How like data drawn pictures are, and how many of the data are like one; test data beside."""
+    """How like data drawn pictures are, and how many of the data are like one; test data beside.
+
+    Every row has as many pictures as there are data beside them: the balls shrink with their
+    number.
+    """
     rows = []
-    count = work.settings.num_samples
-    data = work.x[:: max(1, len(work.x) // count)]
-    for name, pictures in {"test data": work.test[:count], **samples}.items():
-        near = nearest_training_distance(pictures, work.x, work.test)
-        both = precision_recall(pictures, data)
+    count = min(work.settings.num_samples, len(work.test), len(work.x))
+    data = spread_over(work.x, count)
+    for name, pictures in {"test data": spread_over(work.test, count), **samples}.items():
+        near = nearest_training_distance(pictures[:count], work.x, work.test)
+        both = precision_recall(pictures[:count], data)
         rows.append(
             {
                 "pictures": name,

@@ -24,11 +24,11 @@ from analyses.latent_geometry import (
     paths_section,
     units_section,
 )
-from analyses.latent_uses import compression_section, features_section
+from analyses.latent_uses import OTHER, compression_section, features_section
 from analyses.latent_work import KINDS, Settings, Work, make, train
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, Autoencoder, load_dataset
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, DatasetError
 
 LARGE = Settings(
     hidden=(200,), latent_dim=20, epochs=30, manifold_epochs=60, batch_size=128, learning_rate=1e-3
@@ -128,7 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = Settings() if given.data == "digits" else LARGE
     settings = replace(TINY if given.tiny else settings, seed=given.seed)
-    data = load_dataset(given.data, given.root)
+    try:
+        data = load_dataset(given.data, given.root)
+        if data.name in OTHER:  # needed at the end: missing files are told at once
+            load_dataset(OTHER[data.name], given.root)
+    except DatasetError as error:
+        print(f"{error} (Here: pyro-vae data get NAME, or --root FOLDER.)", file=sys.stderr)
+        return 2
     say = partial(print, flush=True)
     return run_on_one_thread(
         lambda: run(data, given.root, given.out, settings, say, not given.no_progress)

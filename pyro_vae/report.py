@@ -363,8 +363,9 @@ def run_figures(
             plot_latent(
                 module, test, dataset.test_labels, label_names=dataset.label_names, data=data
             ),
-            "Where the encoder puts test data. Classes were not shown to the model; that they "
-            "separate is what it found." + _where_the_prior_is(run),
+            "Where the encoder puts test data."
+            + _about_classes(dataset)
+            + _where_the_prior_is(run),
         )
     if shape and getattr(module, "latent_dim", 0) == 2 and hasattr(module, "decode"):
         add(
@@ -380,6 +381,12 @@ def run_figures(
             "What the model believes data look like: a latent is drawn from the prior and decoded.",
         )
     return figures
+
+
+def _about_classes(dataset: Dataset) -> str:
+    if dataset.test_labels is None:
+        return ""
+    return " Classes were not shown to the model; that they separate is what it found."
 
 
 def _where_the_prior_is(run: Run) -> str:

@@ -64,6 +64,22 @@ def test_the_verdict_names_what_helped_and_doubts_what_did_not():
     assert "are one" in same[-2]
 
 
+def test_the_verdict_credits_nothing_where_no_change_is_beyond_its_error():
+    base = measured(CASES[0], 50.0, 0.6, 30.0)
+    prior = next(case for case in CASES if case.suspect == "prior")
+    likelihood = next(case for case in CASES if case.suspect == "likelihood")
+    said = verdicts(
+        [base, measured(prior, 49.0, 0.6, 30.0), measured(likelihood, 60.0, 0.5, 30.0)], [base]
+    )
+    assert said[-1] == "No change improves the Frechet distance beyond its error."
+    assert not any("Largest improvement" in sentence for sentence in said)
+
+
+def test_missing_files_are_one_line_with_the_way_out(tmp_path, capsys):
+    assert main(["--data", "mnist", "--root", str(tmp_path), "--tiny"]) == 2
+    assert "pyro-vae data get NAME, or --root FOLDER" in capsys.readouterr().err
+
+
 def test_every_suspect_has_a_case_and_the_base_comes_first():
     assert CASES[0].title == BASE
     assert {case.suspect for case in CASES[1:]} == set(SUSPECTS)
@@ -71,7 +87,9 @@ def test_every_suspect_has_a_case_and_the_base_comes_first():
     # As published: the scale per pixel has the best likelihood and the worst pictures.
     likelihoods = {title: float(bound) for title, bound, _ in PUBLISHED if bound != "not given"}
     distances = {title: float(fid) for title, _, fid in PUBLISHED}
-    assert min(likelihoods, key=likelihoods.get) == max(distances, key=distances.get)
+    assert min(likelihoods, key=likelihoods.__getitem__) == max(
+        distances, key=distances.__getitem__
+    )
 
 
 @pytest.mark.slow

@@ -1,18 +1,23 @@
 """The analysis of latent spaces runs from its command line and writes what it says."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pyro import poutine
 
-from analyses.latent_connection import LINES, STEPS, programs
+from analyses import latent_connection, latent_space
+from analyses.latent_connection import LINES, STEPS, programs, sample_rows
 from analyses.latent_space import main
 from analyses.latent_uses import features_verdict, patches
 from analyses.latent_work import compared, percent
 from pyro_vae import VAE, log_evidence
+from pyro_vae.data import DatasetError
 from pyro_vae.diagnostics.probes import feature_quality
+from pyro_vae.diagnostics.samples import PrecisionRecall, precision_recall
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.results import load_result
 
@@ -76,6 +81,23 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attribute vectors" in said
 
 
+@pytest.mark.parametrize("missing", ["mnist", "fashion_mnist"])
+def test_missing_files_are_told_before_anything_is_trained(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(name: str, root: str | None) -> SimpleNamespace:
+        if name == missing:
+            raise DatasetError(f"file of data set {name!r} is missing.")
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(latent_space, "load_dataset", load)
+    monkeypatch.setattr(latent_space, "run", pytest.fail)
+    assert main(["--data", "mnist", "--tiny"]) == 2  # compared with fashion_mnist at the end
+    said = capsys.readouterr().err
+    assert missing in said
+    assert "pyro-vae data get NAME, or --root FOLDER" in said
+
+
 # --- from the autoencoder to the VAE
 
 
@@ -126,6 +148,25 @@ def test_the_lines_of_the_table_are_those_of_the_program() -> None:
         for name in ("autoencoder", "VAE"):
             argument = line[name].split('"z", ')[1].removesuffix(")")
             assert argument in body
+
+
+def test_pictures_are_counted_against_as_many_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def count(pictures: torch.Tensor, data: torch.Tensor) -> PrecisionRecall:
+        sizes.append((len(pictures), len(data)))
+        return precision_recall(pictures, data)
+
+    monkeypatch.setattr(latent_connection, "precision_recall", count)
+    x, test = torch.randn(50, 3), torch.randn(21, 3)
+    test[10:] += 30.0  # of another writer
+    work: Any = SimpleNamespace(x=x, test=test, settings=SimpleNamespace(num_samples=40))
+    rows = sample_rows(work, {"samples": torch.randn(40, 3)})
+    assert [row["pictures"] for row in rows] == ["test data", "samples"]
+    assert sizes == [(21, 21), (21, 21)]
+    work.settings.num_samples = 10
+    rows = sample_rows(work, {})
+    assert rows[0]["distance from data / test data's"].startswith("0.9")  # half of either writer
 
 
 # --- words and data

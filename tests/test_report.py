@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -179,6 +180,14 @@ def test_figures_of_missing_data_are_left_out(run: Run) -> None:
     page = Page(write_report(run.path))
     assert "Figures that show data are left out" in page.text
     assert len(page.references) == 4  # bound, evidence, manifold, samples
+
+
+def test_classes_are_named_only_where_there_are_some(run: Run) -> None:
+    data = load_run_data(run)
+    unlabelled = replace(data, train_labels=None, test_labels=None, label_names=None)
+    for dataset, named in ((data, True), (unlabelled, False)):
+        captions = {f.name: f.caption for f in run_figures(run, dataset)}
+        assert ("Classes were not shown" in captions["latent"]) == named
 
 
 def test_a_run_of_the_callers_data_is_reported(tmp_path: Path) -> None:
