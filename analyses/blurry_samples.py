@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, fit, load_dataset, log_evidence
-from pyro_vae.data import Dataset, DatasetError
+from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.features import Features, make_features
 from pyro_vae.diagnostics.samples import high_frequency_power, sample_quality
 from pyro_vae.inference.estimators import make_estimator
@@ -594,13 +594,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"there is no generator {unknown[0]!r}; choose from {known}", file=sys.stderr)
             return 2
         settings = replace(settings, cases=(BASE, *given.case))
-    try:
-        data = load_dataset(given.data, given.root)
-    except DatasetError as error:
-        print(f"{error} (Here: pyro-vae data get NAME, or --root FOLDER.)", file=sys.stderr)
-        return 2
     say = partial(print, flush=True)
-    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
+
+    def analysis() -> Path:
+        data = load_dataset(given.data, given.root)
+        return run(data, given.out, settings, say, not given.no_progress)
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

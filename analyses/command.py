@@ -1,10 +1,13 @@
 """What the command lines of the analyses share."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from pyro_vae.data import DatasetError
 
 __all__ = ["make_parser", "run_on_one_thread"]
 
@@ -48,7 +51,7 @@ def make_parser(
 
 
 def run_on_one_thread(analysis: Callable[[], Path]) -> int:
-    """Runs an analysis, prints where its page is, and returns the exit status.
+    """Runs an analysis, prints where its page is, and returns the exit status (2: no data).
 
     One thread, so that times compare; on models this small a second one only waits.
     """
@@ -56,6 +59,9 @@ def run_on_one_thread(analysis: Callable[[], Path]) -> int:
     torch.set_num_threads(1)
     try:
         page = analysis()
+    except DatasetError as error:
+        print(f"{error} (Here: pyro-vae data get NAME, or --root FOLDER.)", file=sys.stderr)
+        return 2
     finally:
         torch.set_num_threads(threads)
     print(f"\n{page}")

@@ -425,9 +425,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.train_seconds is not None:
         changes["train_seconds"] = given.train_seconds
     settings = replace(settings, **changes)
-    data = load_training_data(given.data, given.root, binarization="dynamic")
     say = partial(print, flush=True)
-    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
+
+    def analysis() -> Path:
+        data = load_training_data(given.data, given.root, binarization="dynamic")
+        return run(data, given.out, settings, say, not given.no_progress)
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

@@ -400,9 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
     given = parse(arguments)
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
-    data = load_training_data(given.data, given.root, binarization="static")
     say = partial(print, flush=True)
-    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
+
+    def analysis() -> Path:
+        data = load_training_data(given.data, given.root, binarization="static")
+        return run(data, given.out, settings, say, not given.no_progress)
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

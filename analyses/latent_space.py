@@ -28,7 +28,7 @@ from analyses.latent_uses import OTHER, compression_section, features_section
 from analyses.latent_work import KINDS, Settings, Work, make, train
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, Autoencoder, load_dataset
-from pyro_vae.data import Dataset, DatasetError
+from pyro_vae.data import Dataset
 
 LARGE = Settings(
     hidden=(200,), latent_dim=20, epochs=30, manifold_epochs=60, batch_size=128, learning_rate=1e-3
@@ -128,17 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = Settings() if given.data == "digits" else LARGE
     settings = replace(TINY if given.tiny else settings, seed=given.seed)
-    try:
+    say = partial(print, flush=True)
+
+    def analysis() -> Path:
         data = load_dataset(given.data, given.root)
         if data.name in OTHER:  # needed at the end: missing files are told at once
             load_dataset(OTHER[data.name], given.root)
-    except DatasetError as error:
-        print(f"{error} (Here: pyro-vae data get NAME, or --root FOLDER.)", file=sys.stderr)
-        return 2
-    say = partial(print, flush=True)
-    return run_on_one_thread(
-        lambda: run(data, given.root, given.out, settings, say, not given.no_progress)
-    )
+        return run(data, given.root, given.out, settings, say, not given.no_progress)
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

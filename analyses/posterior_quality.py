@@ -419,9 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"there is no guide {unknown[0]!r}; choose from {known}", file=sys.stderr)
             return 2
         settings = replace(settings, cases=tuple(sorted(with_compared(given.case))))
-    data = load_training_data(given.data, given.root, binarization="static")
     say = partial(print, flush=True)
-    return run_on_one_thread(lambda: run(data, given.out, settings, say, not given.no_progress))
+
+    def analysis() -> Path:
+        data = load_training_data(given.data, given.root, binarization="static")
+        return run(data, given.out, settings, say, not given.no_progress)
+
+    return run_on_one_thread(analysis)
 
 
 if __name__ == "__main__":

@@ -496,3 +496,23 @@ def test_a_support_whose_bounds_are_tensors_has_a_measure():
             pyro.sample("z", dist.Normal(0.0, 0.1))
 
     assert inspect_programs(model, guide, ((torch.randn(4),), {})).measure == "real"
+
+
+def test_particles_that_a_program_mixes_are_found_whatever_the_seed():
+    """The mean broadcasts wrongly, and the better particle hides it in the sum of densities."""
+    inputs = torch.linspace(-1, 1, 7 * 3).reshape(7, 3)
+    y = 5 * inputs.sum(-1)
+
+    def model(inputs, y):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            mean = (inputs * weight.unsqueeze(-2)).sum(-1)
+            pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+
+    def guide(inputs, y):
+        pyro.sample("weight", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+
+    for seed in range(30):
+        pyro.set_rng_seed(seed)
+        found = inspect_programs(model, guide, ((inputs, y), {}), joint=True, num_particles=2)
+        assert not found.vectorizable

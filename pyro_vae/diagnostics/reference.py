@@ -47,7 +47,7 @@ class HmcReference:
 
     num_chains: int = 8
     num_warmup: int = 300
-    num_samples: int = 500
+    num_samples: int = 800
     num_leapfrog: int = 10
     target_accept: float = 0.8
     start: str = "prior"

@@ -33,9 +33,9 @@ class Limits:
         total_variation: Largest difference of the probabilities that guide and posterior give to
             an event. A classifier then tells their draws apart with probability (1 + it) / 2.
         ess: Effective draws that weighted draws must keep.
-        khat_moments: Largest k-hat of weight x squared deviation. At 1000 draws, of normal guides
-            half as wide as the posterior 17 % pass by the weights alone with a corrected standard
-            deviation beyond `scale`, and 3 % by this as well.
+        khat_moments: Largest k-hat of weight x squared deviation, whose mean exists below 1. At
+            1000 draws, of normal guides half as wide as the posterior 17 % pass by the weights
+            alone with a corrected standard deviation beyond `scale`, and 2 % by this as well.
         rhat: Largest R-hat of a reference that has converged.
         reference_ess: Effective draws that it must have.
     """
@@ -45,7 +45,7 @@ class Limits:
     scale: float = 0.25
     total_variation: float = 0.3
     ess: float = 100.0
-    khat_moments: float = 0.8
+    khat_moments: float = 1.0
     rhat: float = 1.01
     reference_ess: float = 400.0
 

@@ -65,13 +65,18 @@ def _khat_of_squares(
     log_weights: Float64[Tensor, "draws batch"],
     khat: Float64[Tensor, " batch"],
 ) -> Float64[Tensor, " batch"]:
-    """The largest k-hat of w (z - m)^2 over the latents, and no less than that of w itself."""
+    """The largest k-hat of w (z - m)^2 over the latents, and no less than that of w itself.
+
+    Each side of m has a tail of its own: of both together, draws of the light side lie just above
+    the cutoff and make the heavy one look heavier.
+    """
     count, data, dim = rest.shape
     products = log_weights[..., None] + rest.square().log()
-    of_each = pareto_tail(products.reshape(count, data * dim)).khat.reshape(data, dim)
+    sides = torch.stack([torch.where(sign * rest > 0, products, -math.inf) for sign in (1, -1)], 1)
+    of_each = pareto_tail(sides.reshape(count, -1)).khat.reshape(2, data, dim)
     # Where weights are all equal, a latent does not move or takes few values: nothing to be heavy.
-    flat = of_each.isposinf() | (rest == 0).all(0) | (khat == -math.inf)[:, None]
-    return torch.maximum(of_each.masked_fill(flat, -math.inf).amax(1), khat)
+    flat = ~of_each.isfinite() | (khat == -math.inf)[:, None]
+    return torch.maximum(of_each.masked_fill(flat, -math.inf).amax((0, 2)), khat)
 
 
 def _divergences(log_weights: Float64[Tensor, "draws batch"]) -> Columns:

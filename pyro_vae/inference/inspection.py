@@ -526,30 +526,40 @@ def _is_vectorizable(
     structure: ProgramStructure,
     traces: tuple[Trace, Trace],
 ) -> bool:
-    """Whether two particles in one tensor program weigh what the second weighs when run alone."""
+    """Whether two particles in one tensor program weigh what each weighs when run alone.
+
+    Both must: a program whose dims mix the particles has their densities summed, and that sum is
+    the density of one of them where it is far the greater.
+    """
     if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
         return False  # it runs the model itself, and cannot be run again at given latents
     vectorized = replace(structure, vectorizable=True)
     try:
         together = trace_programs(model, guide, arguments, 2, structure.max_plate_nesting)
-        log_q, log_p = (_second(sum_sites(trace, vectorized, 2)) for trace in together)
-        alone = _second_particle(together, traces, structure)
+        totals = [sum_sites(trace, vectorized, 2) for trace in together]
+        alone = [_particle(index, together, traces, structure) for index in (0, 1)]
     except Exception:  # whatever a program that was written for one particle does with two
         return False
-    if alone is None:
-        return False
-    log_q_alone, log_p_alone = _rerun(model, guide, arguments, structure, alone)
-    return _agree(log_p, log_p_alone) and (log_q_alone is None or _agree(log_q, log_q_alone))
+    for index, given in enumerate(alone):
+        if given is None:
+            return False
+        # A sum over no site has no particles.
+        log_q, log_p = (total[index : index + 1] if total.dim() else total for total in totals)
+        log_q_alone, log_p_alone = _rerun(model, guide, arguments, structure, given)
+        if not _agree(log_p, log_p_alone):
+            return False
+        if log_q_alone is not None and not _agree(log_q, log_q_alone):
+            return False
+    return True
 
 
-def _second(total: Tensor) -> Tensor:
-    return total[1:] if total.dim() else total  # a sum over no site has no particles
-
-
-def _second_particle(
-    together: tuple[Trace, Trace], single: tuple[Trace, Trace], structure: ProgramStructure
+def _particle(
+    index: int,
+    together: tuple[Trace, Trace],
+    single: tuple[Trace, Trace],
+    structure: ProgramStructure,
 ) -> Trace | None:
-    """The second of two particles in the shapes of a run with one; None if they do not fit."""
+    """One of two particles in the shapes of a run with one; None if they do not fit."""
     given = fixed_draws(*together)
     reference = fixed_draws(*single)
     for name, site in weighted_sites(given).items():
@@ -557,9 +567,9 @@ def _second_particle(
             continue
         value, shape = site["value"], reference.nodes[name]["value"].shape
         dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
-        if dim < 0 or value.shape[dim] != 2 or value.select(dim, 1).numel() != shape.numel():
+        if dim < 0 or value.shape[dim] != 2 or value.select(dim, index).numel() != shape.numel():
             return None
-        given.nodes[name] = {**site, "value": value.select(dim, 1).reshape(shape)}
+        given.nodes[name] = {**site, "value": value.select(dim, index).reshape(shape)}
     return given
 
 
