@@ -55,7 +55,7 @@ def run(model, guide, x, **options):
 
 
 def notes_of(found):
-    return " ".join(found.provenance["notes"])
+    return " ".join(found.provenance["verdict"] + found.provenance["notes"])
 
 
 # --- the exact guide ------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def counts_guide(x):
 
 
 def notes_of(found):
-    return " ".join(found.provenance["notes"])
+    return " ".join(found.provenance["verdict"] + found.provenance["notes"])
 
 
 def p_of(found, statistic, kind="posterior"):

@@ -362,7 +362,7 @@ def test_nan_never_becomes_a_mean():
     with pytest.raises(ValueError, match=r"elbo is nan \(2 of 5 data\)"):
         result.quantity("elbo")
     assert "nan (2 of 5 data)" in result.table()
-    assert "nan (2 of 5 data)" in result.summary()
+    assert "Unknown (nan), so without a mean: elbo (2 of 5)" in result.summary()
     assert result.isel(datum=[1, 2, 4]).quantity("elbo").value == 2.0
 
 

@@ -12,7 +12,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_vae.diagnostics.calibration_notes import LEVEL, calibration_notes
+from pyro_vae.diagnostics.calibration_notes import LEVEL, SCOPE, calibration_words
 from pyro_vae.diagnostics.chunks import ChunkPlan, plan_chunks
 from pyro_vae.diagnostics.rank_ecdf import ecdf, ecdf_band, ecdf_p_value
 from pyro_vae.diagnostics.ranks import (
@@ -330,5 +330,6 @@ def _result(
             "rank": np.arange(num_draws + 1),
             "simulation": np.arange(count),
         },
-        notes=calibration_notes(ranks, names, p, num_draws, blind=blind),
+        notes=[SCOPE],
+        verdict=calibration_words(ranks, names, p, num_draws, blind=blind),
     )

@@ -4,15 +4,21 @@ import numpy as np
 
 from pyro_vae.diagnostics.ranks import rank_shape
 
-__all__ = ["LEVEL", "calibration_notes"]
+__all__ = ["LEVEL", "SCOPE", "calibration_words"]
 
 LEVEL = 0.01
 """Of all deciding tests of one calibration together."""
 
+SCOPE = (
+    "this is calibration on average over data from the model itself, and says nothing of real data "
+    "that the model does not produce."
+)
+"""What no calibration of this kind can tell."""
+
 _SHOWN = 6  # latents that a note names
 
 
-def calibration_notes(
+def calibration_words(
     ranks: dict[str, np.ndarray],
     names: list[str],
     p: dict[str, np.ndarray],
@@ -20,7 +26,7 @@ def calibration_notes(
     *,
     blind: bool,
 ) -> list[str]:
-    """What must not be parted from the numbers of `calibration.calibrate`.
+    """The verdict of `calibration.calibrate`.
 
     Args:
         ranks: By `ranks`, `log_joint` and `tarp`.
@@ -69,10 +75,6 @@ def calibration_notes(
             "the guide's draws do not depend on its data, so it is not amortised: fit it anew to "
             "every simulation (joint=True with refit)."
         )
-    notes.append(
-        "this is calibration on average over data from the model itself, and says nothing of real "
-        "data that the model does not produce."
-    )
     return notes
 
 

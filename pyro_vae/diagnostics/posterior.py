@@ -122,6 +122,8 @@ def posterior_quality(
         >>> found.trustworthy.values.all()
         np.True_
     """
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits is {limits!r}; pass verdict.Limits(mean=...), or leave it out")
     options = QualityOptions(
         num_particles,
         chosen_checks(checks, reference),
@@ -207,11 +209,12 @@ def _result(
     reasons = verdict.reasons()
     variables["reason"] = ((), reasons[0], {}) if joint else ("datum", reasons, {})
     coords: dict[str, Any] = {"latent": found.names}
-    notes = list(found.notes)
+    notes, words = list(found.notes), []
     for title, result in beside.items():
         for name, variable in result.data_vars.items():
             variables[str(name)] = (variable.dims, variable.values, variable.attrs)
         coords = {str(n): c.values for n, c in result.coords.items()} | coords
+        words += [f"{title}: {said}" for said in result.provenance["verdict"]]
         notes += [f"{title}: {note}" for note in result.provenance["notes"]]
     notes += blind_spots(columns, options.left_out(reference, num_simulations))
     tensors = tensors_of(x)
@@ -234,5 +237,5 @@ def _result(
         data_sha256=sha256_of(*tensors) if tensors else None,
         coords=coords,
         notes=notes,
-        verdict=verdict_notes(columns, verdict, options.limits, size, joint=joint),
+        verdict=verdict_notes(columns, verdict, options.limits, size, joint=joint) + words,
     )

@@ -298,18 +298,19 @@ def _result(
         seed=seed,
         data_sha256=sha256_of(*tensors) if tensors else None,
         coords={"statistic": names, "kind": list(found), "draw": np.arange(num_draws)},
-        notes=_notes(dict(zip(found, p, strict=True)), scaled, shares, values, names, structure),
+        notes=_caveats(list(found), structure),
+        verdict=_words(dict(zip(found, p, strict=True)), scaled, shares, values, names),
     )
 
 
-def _notes(
+def _words(
     p: dict[str, np.ndarray],
     scaled: np.ndarray,
     shares: list[np.ndarray],
     values: np.ndarray,
     names: list[str],
-    structure: ProgramStructure,
 ) -> list[str]:
+    """Which statistics the model reproduces, and which data."""
     num_draws, notes = values.shape[2], []
     if 2 / (1 + num_draws) > _LEVEL:
         notes.append(
@@ -343,14 +344,19 @@ def _notes(
                 f"{int((share <= _LEVEL).sum())} of {len(share)} data are less likely than 99 % of "
                 f"their {kind} replicates; by chance about {_LEVEL * len(share):.2g} or fewer are."
             )
-    if "posterior" in p:
+    return notes
+
+
+def _caveats(kinds: list[str], structure: ProgramStructure) -> list[str]:
+    if "posterior" not in kinds:
+        return []
+    notes = [
+        "posterior predictive p-values are conservative, for the data were used twice: a statistic "
+        "that is not flagged may still be wrong. They judge model and guide together."
+    ]
+    if structure.enumerated:
         notes.append(
-            "posterior predictive p-values are conservative, for the data were used twice: a "
-            "statistic that is not flagged may still be wrong. They judge model and guide together."
+            f"{', '.join(structure.enumerated)}, summed out of the model, are drawn from their "
+            "prior in the replicates."
         )
-        if structure.enumerated:
-            notes.append(
-                f"{', '.join(structure.enumerated)}, summed out of the model, are drawn from their "
-                "prior in the replicates."
-            )
     return notes

@@ -14,6 +14,7 @@ from pyro_vae.results.provenance import sha256_of_index
 
 __all__ = [
     "check_has_mean",
+    "count_nan",
     "data_sha256",
     "label_at",
     "labelled_names",
@@ -113,7 +114,7 @@ def check_has_mean(name: str, values: np.ndarray) -> None:
     """Raises a ValueError that says why there is no mean, where there is none."""
     if values.size == 0:
         raise ValueError(f"{name} has no data to take a mean over.")
-    bad = int(np.isnan(values).sum())
+    bad = count_nan(values)
     if bad:
         raise ValueError(
             f"{name} is {nan_text(bad, values.size)}, so its mean is undefined: look at those "
@@ -123,6 +124,11 @@ def check_has_mean(name: str, values: np.ndarray) -> None:
         raise ValueError(
             f"{name} is inf for some data and -inf for others, so its mean is undefined."
         )
+
+
+def count_nan(values: np.ndarray) -> int:
+    """How many values are unknown."""
+    return int(np.isnan(values.astype(np.float64)).sum())
 
 
 def nan_text(bad: int, size: int) -> str:

@@ -138,16 +138,22 @@ class Result(xr.Dataset):
 
     def summary(self) -> str:
         """The verdict, if there is one; a sentence for each labelled number; the notes."""
-        lines, several = [], []
+        lines, several, unknown = [], [], []
         for name in labelled.labelled_names(self):
             others = [str(d) for d in self[name].dims if d != "datum"]
             if others:
                 several.append(f"{name.replace('_', ' ')} ({', '.join(others)})")
                 continue
+            if missing := labelled.count_nan(self[name].values):
+                counted = f" ({missing} of {self[name].size})" if self[name].ndim else ""
+                unknown.append(f"{name.replace('_', ' ')}{counted}")
+                continue
             try:
                 lines.append(f"{self.quantity(name)}.")
             except ValueError as error:
                 lines.append(str(error))
+        if unknown:
+            lines.append(f"Unknown (nan), so without a mean: {'; '.join(unknown)}.")
         if several:
             lines.append(f"In table(), several numbers each: {'; '.join(several)}.")
         return "\n".join(self._verdict() + lines + [f"Note: {note}" for note in self._notes()])
