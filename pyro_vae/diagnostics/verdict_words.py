@@ -132,15 +132,19 @@ def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
 
 
 def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
-    return (
+    limits_said = (
         f"the limits: k-hat at most min(1 - 1/log10 S, 0.7) = {verdict.threshold:.2f} at S = "
         f"{num_particles} draws ({limits.khat_moments:g} for weight x squared deviation), and "
-        f"{limits.ess:g} effective draws; means within {limits.mean:g} "
-        f"sd, sds within a factor of {math.exp(limits.scale):.2f}, total variation at most "
-        f"{limits.total_variation:g}. Each of the {verdict.num_comparisons} errors looked at must "
-        f"be within its limit, and {verdict.standard_errors:.1f} standard errors too. So, if all "
-        f"posteriors were exact, any would be called wrong in at most {100 * limits.level:.3g} % "
-        "of such results; and what passes is within twice the limits."
+        f"{limits.ess:g} effective draws; means within {limits.mean:g} sd, sds within a factor of "
+        f"{math.exp(limits.scale):.2f}, total variation at most {limits.total_variation:g}."
+    )
+    if not verdict.num_comparisons:
+        return f"{limits_said} No error could be looked at."
+    return (
+        f"{limits_said} Each of the {verdict.num_comparisons} errors looked at must be within its "
+        f"limit, and {verdict.standard_errors:.1f} standard errors too. So, if all posteriors were "
+        f"exact, any would be called wrong in at most {100 * limits.level:.3g} % of such results; "
+        "and what passes is within twice the limits."
     )
 
 
