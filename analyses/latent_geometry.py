@@ -19,12 +19,11 @@ from analyses.latent_work import (
     codes_of,
     compared,
     labelled,
-    mean_and_error,
     percent,
     probe,
     unlabelled,
 )
-from analyses.sections import Section
+from analyses.sections import Section, mean_and_error
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.diagnostics.gap import elbo_surgery
 from pyro_vae.diagnostics.latent_space import (

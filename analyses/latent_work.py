@@ -1,11 +1,9 @@
 """What the parts of the analysis of latent spaces share: settings, training, words for numbers."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,11 +150,6 @@ def compared(difference: float, error: float, more: str, less: str, same: str) -
     if abs(difference) <= 2 * error:
         return same
     return more if difference > 0 else less
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 # --- classes --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm, spearmanr
 
+from analyses.sections import mean_and_error
 from pyro_vae import VAE
 from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.diagnostics.posterior import worst_data
@@ -81,14 +82,6 @@ def per_datum(quality: Result, name: str) -> np.ndarray:
     if name == "c2st":
         return quality["c2st_accuracy"].values
     return np.abs(quality[name].transpose("datum", "latent").values).mean(1)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over the known data, and its standard error for other data."""
-    known = values[~np.isnan(values)]
-    if len(known) < 2:
-        return float(known.mean()) if len(known) else math.nan, math.nan
-    return float(known.mean()), float(known.std(ddof=1) / math.sqrt(len(known)))
 
 
 def row_of(measured: Measured) -> dict[str, str]:

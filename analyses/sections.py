@@ -1,15 +1,17 @@
 """What an analysis tells, section by section: as text, as figures and as one HTML page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from pyro_vae.files import atomic_path
 from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
 
-__all__ = ["Section", "as_text", "save_figures", "save_sections"]
+__all__ = ["Section", "as_text", "mean_and_error", "save_figures", "save_sections"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,11 @@ def as_text(rows: Sequence[Mapping[str, str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of the values that are known (not nan), and its standard error; nan if unknown."""
+    known = values[~np.isnan(values)]
+    if len(known) < 2:
+        return float(known.mean()) if len(known) else math.nan, math.nan
+    return float(known.mean()), float(known.std(ddof=1) / math.sqrt(len(known)))

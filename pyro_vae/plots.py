@@ -617,7 +617,7 @@ def _points(
     else:
         try:
             points, name = encoded.mean, "posterior mean of"
-        except NotImplementedError:  # a flow
+        except NotImplementedError:  # a flow knows no mean; the title says what stands for it
             points = module.posterior.location(module.encoder(x))
             name = "posterior location of"
     return points.detach().cpu().double(), name

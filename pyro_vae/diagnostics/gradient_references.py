@@ -109,7 +109,7 @@ class References:
             try:
                 elbo = bench.make(trusted, k)
                 bench.step(elbo)
-            except (ProgramError, CannotMakeError):
+            except (ProgramError, CannotMakeError):  # the next that is trusted may take this pair
                 continue
             stream = int(np.random.SeedSequence((bench.seed, 1)).generate_state(1)[0])
             blocks = min(_BLOCKS, self.repeats)

@@ -121,7 +121,7 @@ def _closed_kl(
         return None
     try:
         kl = kl_divergence(q["fn"], p["fn"])
-    except NotImplementedError:
+    except NotImplementedError:  # this pair has no closed form
         return None
     kl = sum_dims(scale_and_mask(kl, 1.0, q["mask"]), structure, count)
     return kl if kl.dim() == 2 else None  # a prior that depends on an enumerated latent

@@ -346,7 +346,7 @@ def _kl_or_draw(q: Any, p: Any, value: Tensor, closed: bool) -> Tensor:
     if closed:
         try:
             return kl_divergence(q, p)
-        except NotImplementedError:
+        except NotImplementedError:  # this pair has no closed form, so it is drawn
             pass
     return q.log_prob(value) - p.log_prob(value)
 
