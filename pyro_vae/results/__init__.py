@@ -15,8 +15,9 @@ a plain dataset that makes no quantities, for a label belongs to the number that
 standard deviation of nats per datum is no longer a bound.
 """
 
-from pyro_vae.results.arviz import to_arviz
+from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
+from pyro_vae.results.files import atomic_path, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity
@@ -27,12 +28,15 @@ __all__ = [
     "MEASURES",
     "REDUCTIONS",
     "UNITS",
+    "ArvizGroups",
     "IncomparableError",
     "Quantity",
     "Result",
+    "atomic_path",
     "label",
     "load_result",
     "make_result",
     "sha256_of",
     "to_arviz",
+    "write_text",
 ]

@@ -1,0 +1,11 @@
+"""`posterior_quality`: can this posterior be trusted, per datum and in words."""
+
+from pyro_vae.diagnostics.posterior.quality import khat_threshold, posterior_quality, worst_data
+from pyro_vae.diagnostics.posterior.reference import HmcReference
+
+__all__ = [
+    "HmcReference",
+    "khat_threshold",
+    "posterior_quality",
+    "worst_data",
+]
