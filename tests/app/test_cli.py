@@ -268,7 +268,7 @@ def test_a_fault_of_ours_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise KeyError("inside")
 
-    monkeypatch.setattr("pyro_vae.data.datasets.describe_dataset", broken)
+    monkeypatch.setattr("pyro_vae.data.describe_dataset", broken)
     done = call("fit --data digits")
     assert done.exit_code == 1
     assert "this is a fault of pyro_vae" in done.stderr
