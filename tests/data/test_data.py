@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from pyro_vae.data import (
+    DataFile,
     Dataset,
     DatasetError,
     check_dataset,
@@ -25,8 +26,8 @@ from pyro_vae.data import (
     describe_dataset,
     load_dataset,
 )
-from pyro_vae.data import datasets as data
-from pyro_vae.data.datasets import DataFile
+from pyro_vae.data import catalogue as table
+from pyro_vae.data import files as on_disk
 
 FAILURE_RATE = 2e-5  # of each statistical check, over all its pixels
 REAL_DATA = os.environ.get("PYRO_VAE_DATA")
@@ -66,11 +67,10 @@ def file_of(path, folder):
     return DataFile(path, len(content), hashlib.sha256(content).hexdigest())
 
 
-def with_files(monkeypatch, name, *files, **changes):
-    """Puts other files, and perhaps another downloader, under the name of a data set."""
-    entry = data._CATALOGUE[name]
-    info = dataclasses.replace(entry.info, files=tuple(files))
-    monkeypatch.setitem(data._CATALOGUE, name, dataclasses.replace(entry, info=info, **changes))
+def with_files(monkeypatch, name, *files):
+    """Puts other files under the name of a data set."""
+    info = dataclasses.replace(describe_dataset(name), files=tuple(files))
+    monkeypatch.setitem(table._catalogue(), name, info)
 
 
 def contents_of(arrays):
@@ -728,7 +728,7 @@ def test_larochelles_text_becomes_packed_bits(tmp_path, monkeypatch):
         load_dataset("binarized_mnist", tmp_path, download=True)  # not the published texts
     for part in pixels:
         digest = hashlib.sha256(texts[f"binarized_mnist_{part}.amat"]).hexdigest()
-        monkeypatch.setitem(data._AMAT_SHA256, part, f"sha256:{digest}")
+        monkeypatch.setitem(on_disk._AMAT_SHA256, part, f"sha256:{digest}")
     packed = {part: np.packbits(x.astype(np.uint8), axis=1) for part, x in pixels.items()}
     file = DataFile("binarized_mnist.npz", 2000, "0" * 64, contents_of(packed))
     with_files(monkeypatch, "binarized_mnist", file)
