@@ -53,8 +53,10 @@ class Tempered:
         self._captured: dict[int, Callable[..., Any] | None] = {}
         self._capture = capture
 
-    def __call__(self, u: Float[Tensor, "chains batch dim"], beta: float = 1.0) -> Point:
-        """Evaluates the target at `u`; never gives a nan."""
+    def __call__(
+        self, u: Float[Tensor, "chains batch dim"], beta: float | Float[Tensor, " batch"] = 1.0
+    ) -> Point:
+        """Evaluates the target at `u`, at one temperature or one a datum; never gives a nan."""
         self.evaluations += 1
         weight = torch.as_tensor(beta, dtype=u.dtype, device=u.device)
         u = u.detach().contiguous()  # a captured graph knows the strides it was captured with

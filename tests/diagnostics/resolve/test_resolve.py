@@ -1,4 +1,4 @@
-"""The ladder: every rung's formula against closed forms, and what passes against exact posteriors."""
+"""The ladder: formulas against closed forms, and what passes against exact posteriors."""
 
 import math
 
@@ -71,11 +71,11 @@ def test_moments_are_matched_with_the_right_density():
     covariance = torch.diag_embed(torch.rand(6, 3) + 0.5) + 0.3
     loc = torch.randn(6, 3)
     exact = Normal(loc, torch.linalg.cholesky(covariance))
-    poor = Normal(loc + 1.0, 0.6 * exact.chol)
+    poor = Normal(loc + 1.5, 0.5 * exact.chol)
     u = poor.draw(1000)
     before = WeightedDraws(u, exact.log_prob(u) + 2.0, poor.log_prob(u))
     after = match_moments(lambda at: exact.log_prob(at) + 2.0, before, enough=0.5)
-    assert pareto_khat(before.log_weights).min() > 0.7
+    assert pareto_khat(before.log_weights).median() > 0.7
     assert pareto_khat(after.log_weights).max() <= 0.5
     evidence = after.log_weights.logsumexp(0) - math.log(1000)
     error = (after.log_weights - evidence).exp().std(0) / math.sqrt(1000)
@@ -148,7 +148,7 @@ def test_what_cannot_be_resolved_is_named():
     found = resolve(counts, poor_guide, torch.tensor([9.0]), budget=1e-9, progress=False)
     assert found.unresolved == [0]
     assert "no usable draws" in found.table()
-    assert any("datum 0" in line for line in found.result.verdict)
+    assert "No rung gave usable draws for datum 0" in str(found.result)
 
 
 @pytest.mark.parametrize(
