@@ -7,16 +7,15 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vae.inference.estimators.base import (
     Coefficients,
     Estimator,
     Weights,
+    closed_kl,
     is_number,
     log_p_of,
     log_q_of,
@@ -30,7 +29,6 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     draw_traces,
-    is_delta,
     sum_dims,
     sum_sites,
     weighted_sites,
@@ -86,15 +84,12 @@ class AnalyticELBO(_BesideTheTable):
     def _terms(
         self, guide_trace: Trace, model_trace: Trace, count: int, structure: ProgramStructure
     ) -> Weights:
-        model_sites, guide_sites = weighted_sites(model_trace), weighted_sites(guide_trace)
-        closed = {
-            name: kl
-            for name, kl in (
-                (name, _closed_kl(name, guide_sites, model_sites, structure, count))
-                for name in structure.latents
-            )
-            if kl is not None
-        }
+        closed = {}
+        for name in structure.latents:
+            kl = closed_kl(name, guide_trace, model_trace)
+            kl = None if kl is None else sum_dims(kl, structure, count)
+            if kl is not None and kl.dim() == 2:  # a prior may depend on an enumerated latent
+                closed[name] = kl
         self.sampled_sites = tuple(name for name in structure.latents if name not in closed)
 
         def is_drawn(name: str, _site: Any) -> bool:
@@ -105,34 +100,6 @@ class AnalyticELBO(_BesideTheTable):
         for kl in closed.values():
             total = total - kl
         return total
-
-
-def _closed_kl(
-    name: str, guide_sites: dict, model_sites: dict, structure: ProgramStructure, count: int
-) -> Tensor | None:
-    """KL(q || p) of one site given the latents above it, or None where it must be drawn."""
-    q, p = guide_sites[name], model_sites[name]
-    earlier = {n for n in list(model_sites)[: list(model_sites).index(name)] if n in guide_sites}
-    drawn_before = set(list(guide_sites)[: list(guide_sites).index(name)])
-    # Pyro registers a KL for Delta that leaves out the Jacobian an autoguide's Delta carries.
-    if not earlier <= drawn_before or q["mask"] is not p["mask"] or is_delta(q["fn"]):
-        return None
-    if _is_masked(q["fn"]) or _is_masked(p["fn"]):  # Pyro's KL takes what both masks leave
-        return None
-    try:
-        kl = kl_divergence(q["fn"], p["fn"])
-    except NotImplementedError:  # this pair has no closed form
-        return None
-    kl = sum_dims(scale_and_mask(kl, 1.0, q["mask"]), structure, count)
-    return kl if kl.dim() == 2 else None  # a prior that depends on an enumerated latent
-
-
-def _is_masked(fn: Any) -> bool:
-    while not isinstance(fn, dist.MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
-    return True
 
 
 @final

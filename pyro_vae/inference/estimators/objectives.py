@@ -16,13 +16,14 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Independent
 
 from pyro_vae.inference.estimators.base import (
     Coefficients,
     Estimator,
     Traces,
     Weights,
+    closed_kl,
     is_number,
     log_p_of,
     log_q_of,
@@ -34,7 +35,9 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    Site,
     draw_traces,
+    site_log_prob,
     subsamples,
     sum_dims,
     sum_traces,
@@ -184,9 +187,9 @@ class FreeBits(_Objective):
     ) -> Float[Tensor, "groups particles batch"]:
         """KL(q || p) at one site, or its estimate by the draw, for each group."""
         q, p = guide.nodes[name], model.nodes[name]
-        closed = _prior_is_drawn_first(name, guide, model)
         if self.groups == "site":
-            kl = scale_and_mask(_kl_or_draw(q["fn"], p["fn"], q["value"], closed), 1.0, q["mask"])
+            kl = closed_kl(name, guide, model)
+            kl = site_log_prob(q) - site_log_prob(p) if kl is None else kl
             return sum_dims(kl, structure, count)[None]
         for role, site in (("guide", q), ("model", p)):
             if not _has_independent_dims(site["fn"]):
@@ -194,9 +197,9 @@ class FreeBits(_Objective):
                     f"the dimensions of the {role}'s site '{name}' ({type(site['fn']).__name__}) "
                     "depend on each other, so that none has a KL of its own; pass groups='site'"
                 )
-        kl = _kl_or_draw(q["fn"].base_dist, p["fn"].base_dist, q["value"], closed)
-        mask = q["mask"][..., None] if isinstance(q["mask"], Tensor) else q["mask"]
-        kl = scale_and_mask(kl, 1.0, mask)
+        kl = closed_kl(name, guide, model, by_dimension=True)
+        if kl is None:
+            kl = _log_prob_by_dimension(q) - _log_prob_by_dimension(p)
         kl = kl[(None,) * (structure.max_plate_nesting + 2 - kl.dim())]
         return sum_dims(kl.movedim(-1, 0), structure, count)  # groups lie left of the particles
 
@@ -330,25 +333,10 @@ def _has_independent_dims(fn: Any) -> bool:
     return plain and not fn.base_dist.event_shape
 
 
-def _prior_is_drawn_first(name: str, guide: Trace, model: Trace) -> bool:
-    """Whether the guide draws what a site's prior depends on before it draws the site.
-
-    Otherwise those latents depend on the site's own draw, and KL(q || p) at their values is no part
-    of the bound.
-    """
-    order, sites = list(weighted_sites(guide)), list(weighted_sites(model))
-    earlier = {other for other in sites[: sites.index(name)] if other in order}
-    return earlier <= set(order[: order.index(name)])
-
-
-def _kl_or_draw(q: Any, p: Any, value: Tensor, closed: bool) -> Tensor:
-    """KL(q || p) where a closed form is to be had, otherwise log q - log p at the draw."""
-    if closed:
-        try:
-            return kl_divergence(q, p)
-        except NotImplementedError:  # this pair has no closed form, so it is drawn
-            pass
-    return q.log_prob(value) - p.log_prob(value)
+def _log_prob_by_dimension(site: Site) -> Tensor:
+    """The log-probability of each dimension of a site's event, with the site's mask."""
+    mask = site["mask"][..., None] if isinstance(site["mask"], Tensor) else site["mask"]
+    return scale_and_mask(site["fn"].base_dist.log_prob(site["value"]), 1.0, mask)
 
 
 def _check_option(name: str, value: Any) -> None:
