@@ -47,7 +47,8 @@ def log_weights(
         guide: The program of the approximate posterior, called as `guide(x)`.
         x: The data; a tuple stands for several arguments, a dict for keyword arguments.
         num_particles: Draws from the guide for each datum.
-        joint: True for models with global latents: one weight per particle on the full data.
+        joint: True for models with global latents: one weight per particle on the full data. It
+            is the sum over all sites, whatever plates they are in, sequential ones too.
         seed: Seeds the draws and leaves the caller's random state alone. With None the draws come
             from the global stream, and equal those of `pyro.infer.Trace_ELBO` from the same state.
 

@@ -20,9 +20,14 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.programs.traces import (
     Arguments,
+    JointOnlyError,
+    NoParametersError,
+    PointMassError,
     Program,
     ProgramError,
     ProgramStructure,
+    SitesError,
+    SupportError,
     enumerating,
     fixed_draws,
     keep_random_state,
@@ -61,7 +66,9 @@ def inspect_programs(
         model: The generative program.
         guide: The program of the approximate posterior.
         arguments: From `as_arguments`.
-        joint: One weight per particle on all data, for models with global latents.
+        joint: One weight per particle on all data, for models with global latents. Plates then
+            play no part (a sequential `for i in pyro.plate` has no dim for weights per datum, but
+            its sites are sites like any other).
         num_particles: With 1, the check that particles can be vectorised is left out.
 
     Returns:
@@ -79,15 +86,8 @@ def inspect_programs(
     with torch.no_grad(), keep_random_state(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
-        try:
-            guide_trace, model_trace = trace_programs(model, guide, arguments)
-        except RuntimeError:  # how Pyro answers a latent that the guide observes
-            args, kwargs = arguments
-            _check_guide_draws(weighted_sites(poutine.trace(guide).get_trace(*args, **kwargs)))
-            raise
+        guide_trace, model_trace = _trace_same_latents(model, guide, arguments, {"parallel"})
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
-        _check_guide_draws(guide_sites)
-        _check_latents(guide_sites, model_sites)
         measure = _check_observed(model_sites)
         shapes = {
             (role, name): site_log_prob(site).shape
@@ -105,7 +105,7 @@ def inspect_programs(
             ),
             observed=tuple(n for n, s in model_sites.items() if s["is_observed"]),
             enumerated=tuple(
-                n for n, s in model_sites.items() if _is_left_to_sum(n, s, guide_sites)
+                n for n, s in model_sites.items() if n not in guide_sites and not s["is_observed"]
             ),
         )
         if not joint:
@@ -161,26 +161,62 @@ def _refuse_modules_in_training() -> Iterator[None]:
         handle.remove()
 
 
-def _check_guide_draws(guide_sites: dict[str, dict]) -> None:
+def _trace_same_latents(
+    model: Program, guide: Program, arguments: Arguments, summed: set[str]
+) -> tuple[Trace, Trace]:
+    """Traces guide and model; refuses a pair that does not sample the same latents.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        arguments: Of both.
+        summed: The kinds of enumeration whose latents the guide may leave out.
+    """
+    try:
+        guide_trace, model_trace = trace_programs(model, guide, arguments)
+    except RuntimeError:  # how Pyro answers a latent that the guide observes
+        args, kwargs = arguments
+        alone = poutine.trace(guide).get_trace(*args, **kwargs)
+        _check_guide_draws(weighted_sites(alone), {"not seen": {}})
+        raise
+    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+    _check_guide_draws(guide_sites, model_sites)
+    _check_latents(guide_sites, model_sites, summed)
+    return guide_trace, model_trace
+
+
+def _check_guide_draws(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
+    swapped = not any(site.get("is_observed", True) for site in model_sites.values())
     for name, site in guide_sites.items():
-        if site["is_observed"] and type(site["fn"]).__name__ != "Unit":  # pyro.factor
-            raise ProgramError(
+        factor = type(site["fn"]).__name__ == "Unit"  # pyro.factor
+        if site["is_observed"] and (swapped or not factor):
+            raise SitesError(
                 f"the guide's site '{name}' is observed, so the guide is no density of the "
-                "latents; take obs= out of the guide, or sample the site there"
+                "latents; "
+                + (
+                    "the model observes nothing: were they passed in the other order?"
+                    if swapped
+                    else "take obs= out of the guide, or sample the site there"
+                )
             )
 
 
-def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
+def _check_latents(
+    guide_sites: dict[str, dict], model_sites: dict[str, dict], summed: set[str]
+) -> None:
+    if not model_sites:
+        raise SitesError("the model has no site; draw latents and observe data with pyro.sample")
     for name, site in model_sites.items():
-        if _is_left_to_sum(name, site, guide_sites):
-            continue
-        if not site["is_observed"] and name not in guide_sites:
-            raise ProgramError(
-                f"the model's latent site '{name}' is missing from the guide; sample it there "
-                "under the same name, or, if it is discrete, sum it out of the model"
+        left_to_sum = site["infer"].get("enumerate") in summed
+        if not site["is_observed"] and name not in guide_sites and not left_to_sum:
+            raise SitesError(
+                f"the model's latent site '{name}' is missing from the guide, so Pyro would draw "
+                "it from the prior and bound nothing; sample it in the guide under the same name, "
+                "or, if it is discrete, have it summed out (infer={'enumerate': 'parallel'}, which "
+                "fit needs TraceEnum_ELBO for)"
             )
         if site["is_observed"] and name in guide_sites:
-            raise ProgramError(
+            raise SitesError(
                 f"site '{name}' is observed in the model but stands in the guide as well; take it "
                 "out of the guide, or give it another name"
             )
@@ -190,18 +226,12 @@ def _check_latents(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -
             and name not in model_sites
             and not site["infer"].get("is_auxiliary")
         ):
-            raise ProgramError(
+            raise SitesError(
                 f"the guide samples site '{name}', which the model does not have, so the weights "
                 "would bound nothing; sample it in the model as well, or mark it "
                 "infer={'is_auxiliary': True} if the density of another site accounts for it, as "
                 "Pyro's autoguides do"
             )
-
-
-def _is_left_to_sum(name: str, site: dict[str, Any], guide_sites: dict[str, dict]) -> bool:
-    """Whether a latent of the model is marked for enumeration and left out of the guide."""
-    marked = site["infer"].get("enumerate") == "parallel"
-    return marked and not site["is_observed"] and name not in guide_sites
 
 
 def _check_enumerated(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
@@ -239,7 +269,7 @@ def _check_point_mass(guide: Program, arguments: Arguments, guide_trace: Trace) 
         again = poutine.trace(same_data).get_trace(*args, **kwargs)
         fixed = [n for n in fixed if torch.equal(deltas[n]["value"], again.nodes[n]["value"])]
     if fixed:
-        raise ProgramError(
+        raise PointMassError(
             f"the guide's site '{fixed[0]}' is a Delta: a point has no density, so its objective "
             "is a MAP objective and neither a bound nor an importance weight exists; use a guide "
             "with a density, such as a Normal"
@@ -270,7 +300,7 @@ def _check_observed(model_sites: dict[str, dict]) -> str:
         for mask in _masks(site):
             inside = inside | ~torch.as_tensor(mask, device=inside.device)
         if not bool(inside.all()):
-            raise ProgramError(
+            raise SupportError(
                 f"the data at site '{name}' lie outside the support of their distribution "
                 f"({support}): " + _support_advice(support)
             )
@@ -371,10 +401,9 @@ def _find_batch(
     batch_size = max(sizes.values())
     for (role, name), size in sizes.items():
         if size != batch_size:
-            raise ProgramError(
+            raise JointOnlyError(
                 f"the {role}'s site '{name}' has one value for the whole batch of {batch_size}, "
-                f"not one per datum; give the plate '{plate.name}' its size, or pass joint=True "
-                "for one weight per particle on all data"
+                f"not one per datum; give the plate '{plate.name}' its size"
             )
     _check_subsamples(guide_trace, model_trace, plate, guide_plate)
     return plate.dim, batch_size
@@ -398,17 +427,16 @@ def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
                 "same plate in both"
             )
         loop = " (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else ""
-        raise ProgramError(
+        raise JointOnlyError(
             f"no site of the {role} is in a vectorised pyro.plate{loop}, so it does not say which "
             "data are independent; write `with pyro.plate('data', len(x)):` around site "
-            f"'{next(iter(sites), 'x')}', or pass joint=True"
+            f"'{next(iter(sites), 'x')}'"
         )
     name = _outside(deepest[0], stacks)[0]
     kind = "observed" if sites[name]["is_observed"] else "latent"
-    raise ProgramError(
+    raise JointOnlyError(
         f"the {role}'s {kind} site '{name}' is outside the batch plate '{deepest[0].name}'; put it "
-        "there, make a global latent a parameter, or pass joint=True for one weight per particle "
-        "on all data"
+        "there, make a global latent a parameter"
     )
 
 
@@ -519,10 +547,10 @@ def _check_independent(
             sum_dims(site_log_prob(sites[name]), structure, 1)[..., 0] if name in sites else None
         )
         if after is None or not _agree(before, after):
-            raise ProgramError(
+            raise JointOnlyError(
                 f"the density of one datum at the model's site '{name}' depends on the latents of "
                 "other data, so log weights per datum do not exist; make each row depend on its "
-                "own latents, or pass joint=True for one weight per particle on all data"
+                "own latents"
             )
 
 
@@ -604,23 +632,13 @@ def check_parameters(
 ) -> list[str]:
     """Refuses pairs that SVI would train in part or not at all; returns the parameters' names."""
     with keep_random_state(), torch.enable_grad():
+        summed = {"parallel", "sequential"} if enumerates else set()
         with poutine.trace(param_only=True) as params:
-            guide_trace, model_trace = trace_programs(model, guide, arguments)
+            guide_trace, model_trace = _trace_same_latents(model, guide, arguments, summed)
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
-        for name, site in model_sites.items():
-            if (
-                not site["is_observed"]
-                and name not in guide_sites
-                and not (enumerates and site["infer"].get("enumerate"))
-            ):
-                raise ProgramError(
-                    f"the model's latent site '{name}' is missing from the guide, so Pyro would "
-                    "draw it from the prior and optimise no bound; sample it in the guide, or sum "
-                    "it out with TraceEnum_ELBO and infer={'enumerate': 'parallel'}"
-                )
         registered = [site["value"].unconstrained() for site in params.trace.nodes.values()]
         if not registered:
-            raise ProgramError(
+            raise NoParametersError(
                 "neither model nor guide has a parameter; register modules with "
                 "pyro.module('name', module)"
             )

@@ -27,10 +27,15 @@ from torch import Tensor, nn
 __all__ = [
     "Arguments",
     "FittedProgram",
+    "JointOnlyError",
+    "NoParametersError",
+    "PointMassError",
     "Program",
     "ProgramError",
     "ProgramStructure",
     "Site",
+    "SitesError",
+    "SupportError",
     "as_arguments",
     "batch_length",
     "bytes_of_run",
@@ -67,6 +72,34 @@ Site = dict[str, Any]
 
 class ProgramError(ValueError):
     """A model or guide is not of the form that the tool needs; the message names the site."""
+
+
+class SitesError(ProgramError):
+    """Model and guide do not sample the same latents, so no objective of theirs is a bound."""
+
+
+class SupportError(ProgramError):
+    """Observed values lie outside the support of their distribution."""
+
+
+class NoParametersError(ProgramError):
+    """There is nothing to train."""
+
+
+class PointMassError(ProgramError):
+    """The guide is a point, so its objective is a MAP objective."""
+
+
+class JointOnlyError(ProgramError):
+    """Data have no weights of their own; together they may have one.
+
+    Attributes:
+        reason: Why, without the advice to pass joint=True.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}, or pass joint=True for one weight per particle on all data")
+        self.reason = reason
 
 
 @dataclass(frozen=True)

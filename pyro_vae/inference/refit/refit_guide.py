@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae.inference.programs import (
     Arguments,
+    JointOnlyError,
     Program,
     ProgramError,
     ProgramStructure,
@@ -711,12 +712,9 @@ def inspect_refittable(model: Program, guide: Program, arguments: Arguments) -> 
         )
     try:
         structure = inspect_programs(model, guide, arguments)
-    except ProgramError as error:
-        sentence, _, joint = str(error).partition(", or pass joint=True")
-        if not joint:
-            raise
+    except JointOnlyError as error:
         raise ProgramError(
-            f"{sentence}; parameters per datum and a gap per datum need latents per datum"
+            f"{error.reason}; parameters per datum and a gap per datum need latents per datum"
         ) from error
     if structure.scale != 1.0:
         raise ProgramError(

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.programs import (
     Arguments,
+    JointOnlyError,
+    NoParametersError,
     Program,
     ProgramError,
     ProgramStructure,
+    SupportError,
     as_arguments,
     batch_length,
     check_parameters,
@@ -210,12 +213,19 @@ def prepare(
     with _running_modules() as modules:  # training mode would move what evaluation may not
         rows, per_datum, fixed = _rows_to_inspect(model, guide, data, batch_size)
         probe = as_arguments(data.first(rows, stream=2))
-        used = check_parameters(model, guide, probe, isinstance(loss, TraceEnum_ELBO))
-        structure, joint = _inspect(model, guide, probe)
+        try:
+            used = check_parameters(model, guide, probe, isinstance(loss, TraceEnum_ELBO))
+        except NoParametersError as error:  # often the least of the pair's faults
+            _, _, refusal = _inspect(model, guide, probe)
+            if refusal is None:
+                raise
+            fault = refusal.reason if isinstance(refusal, JointOnlyError) else refusal
+            raise NoParametersError(f"{fault}; besides, {error}") from error
+        structure, joint, _ = _inspect(model, guide, probe)
         plates = _look_at_plates(model, guide, data, batch_size)
         if plates.subsampled and rows < data.length and batch_size in (None, data.length):
             # N/B is that of all the data, which such a program cuts itself
-            structure, joint = _inspect(model, guide, as_arguments(data.first(data.length, 2)))
+            structure, joint, _ = _inspect(model, guide, as_arguments(data.first(data.length, 2)))
             plates = _look_at_plates(model, guide, data, data.length)
         if isinstance(guide, AutoGuide):
             own = [name for name in plates.latents if name not in plates.global_latents]
@@ -322,15 +332,23 @@ def _traces(
 
 def _inspect(
     model: Program, guide: Program, probe: Arguments
-) -> tuple[ProgramStructure | None, bool]:
-    """How log weights can be had: per datum, jointly (global latents), or not at all."""
+) -> tuple[ProgramStructure | None, bool, ProgramError | None]:
+    """How log weights can be had: per datum, jointly (global latents), or not at all.
+
+    Returns:
+        The structure, if there is one; whether it is a joint one; why there are no weights per
+        datum.
+    """
+    refusal: ProgramError | None = None
     for joint in (False, True):
         try:
-            return inspect_programs(model, guide, probe, joint=joint, num_particles=1), joint
+            found = inspect_programs(model, guide, probe, joint=joint, num_particles=1)
+            return found, joint, refusal
+        except SupportError:
+            raise
         except ProgramError as error:
-            if "support" in str(error):
-                raise
-    return None, False
+            refusal = refusal or error
+    return None, False, refusal
 
 
 def _look_at_plates(

@@ -21,7 +21,7 @@ from torch.distributions import constraints
 
 from pyro_vae import log_weights
 from pyro_vae.inference.log_weights import effective_sample_size, elbo, importance_bound
-from pyro_vae.inference.programs import as_arguments, inspect_programs
+from pyro_vae.inference.programs import ProgramError, as_arguments, inspect_programs
 
 N, K, D, H = 5, 7, 3, 2  # data, particles, features, latents: all different
 SEED = 3
@@ -769,6 +769,26 @@ def test_bayesian_regression_by_pyro_sample_has_joint_weights() -> None:
         pyro.set_rng_seed(SEED)
         expected = -Trace_ELBO(num_particles=K).loss(model, guide, x, y)
     assert float(weights.mean()) == pytest.approx(expected, rel=1e-10)
+
+
+def test_sequential_plates_have_joint_weights() -> None:
+    """At the exact posterior the weight is the evidence, whichever plate the sites are in."""
+    x = torch.randn(N)
+
+    def model(x: Tensor) -> None:
+        for n in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z_{n}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x_{n}", dist.Normal(z, 1.0), obs=x[n])
+
+    def exact(x: Tensor) -> None:
+        for n in pyro.plate("data", len(x)):
+            pyro.sample(f"z_{n}", dist.Normal(x[n] / 2, math.sqrt(0.5)))
+
+    evidence = normal(x, 0.0, math.sqrt(2.0)).sum()
+    weights = log_weights(model, exact, x, K, joint=True)
+    torch.testing.assert_close(weights, evidence.expand(K, 1), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ProgramError, match="cannot hold a batch"):
+        log_weights(model, exact, x, K)
 
 
 class Triangular(dist.TorchDistribution):

@@ -96,6 +96,65 @@ def test_mini_batches_that_share_latents_are_refused(build, says):
         prepared(build(), batch_size=NUM_DATA - 1)
 
 
+def drawn(name, loc, **options):
+    with pyro.plate("data"):
+        return pyro.sample(name, dist.Normal(loc, 1.0).expand([NUM_DATA]), **options)
+
+
+def observing(name="z"):
+    def model(x):
+        pyro.sample("x", dist.Normal(drawn(name, 0.0), 1.0).to_event(1), obs=x[:, 0])
+
+    return model
+
+
+FAULTY = {  # pairs without a parameter, whose fault is another one
+    "another name": (observing("code"), lambda x: drawn("z", 0.0), "'code' is missing from the"),
+    "one too many": (
+        observing(),
+        lambda x: (drawn("z", 0.0), pyro.sample("surplus", dist.Normal(0.0, 1.0))),
+        "'surplus', which the model does not have",
+    ),
+    "outside": (
+        lambda x: drawn("x", drawn("z", 0.0), obs=x[:, 0]),
+        lambda x: pyro.sample("z", dist.Normal(x[:, 0], 1.0)),
+        "no site of the guide is in a vectorised pyro.plate(?!.*joint=True)",
+    ),
+    "swapped": (lambda x: drawn("z", 0.0), observing(), "'x' is observed.* in the other order"),
+    "swapped factor": (
+        lambda x: drawn("z", 0.0),
+        lambda x: pyro.factor("x", -drawn("z", 0.0).square().sum()),
+        "'x' is observed.* in the other order",
+    ),
+    "data sampled": (
+        observing(),
+        lambda x: (drawn("z", 0.0), pyro.sample("x", dist.Normal(0.0, 1.0))),
+        "'x' is observed in the model but stands in the guide",
+    ),
+    "empty": (lambda x: None, lambda x: None, "the model has no site"),
+    "noise": (
+        lambda x: drawn("x", drawn("z", 0.0) + torch.rand(()), obs=x[:, 0]),
+        lambda x: drawn("z", 0.0),
+        "the model is not deterministic.*neither model nor guide has a parameter",
+    ),
+}
+
+
+CASES = [(n, t) for n in FAULTY for t in (False, True) if not t or n not in ("outside", "noise")]
+
+
+@pytest.mark.parametrize(("name", "trainable"), CASES)
+def test_the_fault_of_a_pair_is_named_with_or_without_parameters(name, trainable):
+    model, guide, says = FAULTY[name]
+
+    def with_parameter(x):
+        pyro.param("unused", torch.zeros(()))
+        guide(x)
+
+    with pytest.raises(ProgramError, match=says):
+        prepared((model, with_parameter if trainable else guide))
+
+
 def test_held_out_data_are_refused_or_cut_to_what_a_trial_needs():
     x = torch.randn(300, DATA_DIM)
     found = prepared(amortised())
