@@ -42,6 +42,17 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's thread count": (torch.get_num_threads, torch.set_num_threads),
     "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    **{
+        f"torch's precision of {name}": (
+            partial(getattr, product, "fp32_precision"),
+            partial(setattr, product, "fp32_precision"),
+        )
+        for name, product in {
+            "CPU products": torch.backends.mkldnn.matmul,
+            "CUDA products": torch.backends.cuda.matmul,
+            "CUDA convolutions": torch.backends.cudnn.conv,
+        }.items()
+    },
     "torch's deterministic mode": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,

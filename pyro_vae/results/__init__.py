@@ -19,7 +19,7 @@ from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
 from pyro_vae.results.files import atomic_path, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
-from pyro_vae.results.provenance import sha256_of
+from pyro_vae.results.provenance import float32_precision, sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity
 from pyro_vae.results.result import Result, load_result
 
@@ -33,6 +33,7 @@ __all__ = [
     "Quantity",
     "Result",
     "atomic_path",
+    "float32_precision",
     "label",
     "load_result",
     "make_result",

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from hashlib import sha256
@@ -13,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["git_state", "sha256_of", "sha256_of_index", "software", "to_json"]
+__all__ = [
+    "float32_precision",
+    "git_state",
+    "sha256_of",
+    "sha256_of_index",
+    "software",
+    "to_json",
+]
 
 
 def sha256_of(*arrays: Any) -> str:
@@ -85,7 +93,7 @@ def to_json(value: Any, where: str) -> Any:
 
 
 def software() -> dict[str, Any]:
-    """Versions, commit and thread count, which change the last bits of a run."""
+    """Versions, commit, and what else changes the last bits of a run."""
     import torch
 
     commit, dirty = git_state()
@@ -97,7 +105,36 @@ def software() -> dict[str, Any]:
         "torch": torch.__version__,
         "pyro": _version("pyro-ppl"),
         "num_threads": torch.get_num_threads(),
+        "blas": _blas(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+@functools.cache
+def _blas() -> str | None:
+    import torch
+
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return found and found[1]
+
+
+def float32_precision() -> str:
+    """The precision that products of float32 matrices have at the moment.
+
+    Returns:
+        Such as "ieee", or "bf16 (CPU), tf32 (CUDA)" where `torch.set_float32_matmul_precision` or
+        `torch.backends` allow less.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    allowed = {"CPU": backends.mkldnn.matmul, "CUDA": backends.cuda.matmul}
+    less = {
+        place: product.fp32_precision
+        for place, product in allowed.items()
+        if product.fp32_precision not in ("none", "ieee")
+    }
+    return ", ".join(f"{precision} ({place})" for place, precision in less.items()) or "ieee"
 
 
 @functools.cache

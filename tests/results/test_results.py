@@ -184,6 +184,8 @@ def test_provenance_names_version_commit_seed_config_and_data():
     assert recorded["num_threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", recorded["created"])
     assert {"version", "commit", "dirty", "python", "pyro", "function"} <= recorded.keys()
+    assert f"BLAS_INFO={recorded['blas']}" in torch.__config__.show()
+    assert recorded["processor"].endswith(torch.backends.cpu.get_cpu_capability())
     assert isinstance(result.attrs["provenance"], str)
     assert result.attrs["provenance"].isascii()
 

@@ -31,6 +31,7 @@ from pyro_vae.inference.programs import (
     ProgramError,
     describe_programs,
     evaluation_mode,
+    ieee_precision,
     keep_random_state,
     leaves,
     program_scope,
@@ -38,7 +39,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.svi import TrainingData, TrainingError, deferred_interrupt
 from pyro_vae.models.parts import mlp
-from pyro_vae.results import Result, label, make_result
+from pyro_vae.results import Result, float32_precision, label, make_result
 
 __all__ = ["DivergenceFit", "fit_divergence"]
 
@@ -183,7 +184,7 @@ def fit_divergence(
     )
     _check_data(x, validation)
     start, generator, _ = unwrap_programs(generator, generator)
-    with program_scope(seed), torch.enable_grad():
+    with program_scope(seed, training=True), torch.enable_grad():
         store = pyro.get_param_store()
         caller = store.get_state()
         own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
@@ -313,7 +314,8 @@ class _Run:
             if x is None:
                 continue
             x = x[:_EVALUATION_DATA]
-            with keep_random_state(), evaluation_mode(self.generator, self.critic):
+            evaluation = evaluation_mode(self.generator, self.critic)
+            with keep_random_state(), evaluation, ieee_precision():
                 pyro.set_rng_seed(self.settings.seed)  # the same draws after every epoch
                 on_data, on_samples = self._judge(x), self._judge(self._samples(x))
             row[prefix + "bound"] = float(
@@ -337,6 +339,7 @@ class _Run:
             **asdict(self.settings),
             "batch_size": self.batch_size,
             "num_data": self.data.length,
+            "float32_precision": float32_precision(),
         }
         return DivergenceFit(
             generator=FittedProgram(self.generator, state),

@@ -44,6 +44,7 @@ from pyro_vae.inference.programs import (
     Program,
     batch_length,
     describe_programs,
+    ieee_precision,
     keep_random_state,
     program_scope,
     tensors_of,
@@ -183,21 +184,23 @@ def fit_em(
         progress=progress,
     )
     settings.check()
-    if method == "generalized":
-        if sample_weights is not None or tuple(hold):
-            raise ValueError(
-                "the generalised method knows neither sample_weights nor hold; weight the model's "
-                "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
-            )
-        end = fit_generalized(model, x, settings)
-    elif isinstance(model, StatisticsModel):
-        end = _fit_on_statistics(model, x, sample_weights, hold, settings)
-    else:
+    generalized = method == "generalized"
+    if generalized and (sample_weights is not None or tuple(hold)):
+        raise ValueError(
+            "the generalised method knows neither sample_weights nor hold; weight the model's "
+            "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
+        )
+    if not generalized and not isinstance(model, StatisticsModel):
         raise ValueError(
             f"method={method!r} needs a model with sufficient statistics, such as a "
             "GaussianMixture (the mixture itself, not its .model); for any other program pass "
             "method='generalized'"
         )
+    with ieee_precision():  # a bound that never falls has no bits to lose
+        if isinstance(model, StatisticsModel) and not generalized:
+            end = _fit_on_statistics(model, x, sample_weights, hold, settings)
+        else:
+            end = fit_generalized(model, x, settings)
     config = {
         "format": 1,
         "model": describe_programs(end.model, end.model),  # the guide is its own, or none

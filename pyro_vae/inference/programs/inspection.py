@@ -30,6 +30,7 @@ from pyro_vae.inference.programs.traces import (
     SupportError,
     enumerating,
     fixed_draws,
+    ieee_precision,
     keep_random_state,
     modules_of,
     site_log_prob,
@@ -83,7 +84,7 @@ def inspect_programs(
     """
     provisional = ProgramStructure(None, 1, 0, 1.0, "mixed", False, True, (), ())
     check_module_names(model, guide)
-    with torch.no_grad(), keep_random_state(), _refuse_modules_in_training():
+    with torch.no_grad(), keep_random_state(), ieee_precision(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
         guide_trace, model_trace = _trace_same_latents(model, guide, arguments, {"parallel"})

@@ -8,8 +8,9 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import CellType
 from typing import Any
 
@@ -45,6 +46,7 @@ __all__ = [
     "enumerating",
     "evaluation_mode",
     "fixed_draws",
+    "ieee_precision",
     "in_particle_plate",
     "keep_random_state",
     "map_batch",
@@ -178,7 +180,7 @@ def map_batch(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def program_scope(seed: int | None = None) -> Iterator[None]:
+def program_scope(seed: int | None = None, *, training: bool = False) -> Iterator[None]:
     """Runs a user's programs so that the caller's world is afterwards what it was.
 
     Inside, the parameter store starts as a copy of the caller's. Parameters that belong to a
@@ -188,6 +190,8 @@ def program_scope(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: Seeds torch, NumPy and `random` inside; their states are restored at the end. With
             None, random numbers are taken from the caller's streams, as Pyro's own tools do.
+        training: Leaves float32 products to the precision that the caller chose for their speed;
+            everything else runs in `ieee_precision`.
     """
     store = pyro.get_param_store()
     settings = pyro.settings.get()
@@ -208,6 +212,7 @@ def program_scope(seed: int | None = None) -> Iterator[None]:
             # Parameters are held fixed on purpose.
             warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
             stack.enter_context(_OwnNames())
+            stack.enter_context(_float32_products(None if training else "ieee"))
             if seed is not None:
                 stack.enter_context(keep_random_state())
                 pyro.set_rng_seed(seed)
@@ -217,6 +222,47 @@ def program_scope(seed: int | None = None) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def ieee_precision() -> AbstractContextManager[None]:
+    """Computes float32 products in float32, whatever the caller allows for their speed.
+
+    `torch.set_float32_matmul_precision` and `torch.backends` let products of matrices, convolutions
+    and recurrent cells round their factors to bfloat16 or TF32, also on a CPU. Sums over many
+    pixels then move by nats.
+    """
+    return _float32_products("ieee")
+
+
+@contextmanager
+def _float32_products(precision: str | None) -> Iterator[None]:
+    """Sets the precision of float32 products, if one is given, and restores it at the end."""
+    backends: Any = torch.backends
+    cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
+    products = [cpu.matmul, cpu.conv, cpu.rnn, cuda.matmul, cudnn.conv, cudnn.rnn]
+    before = [product.fp32_precision for product in products]
+    switches: list[tuple[Any, Any, Any]] = [  # older ones
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False),
+    ]
+    older = []
+    for read, write, full in switches:
+        with suppress(RuntimeError):  # torch refuses to read one that contradicts `products`
+            older.append((write, read(), full))
+    try:
+        if precision is not None:
+            for write, _, full in older:
+                write(full)
+            for product in products:
+                product.fp32_precision = precision
+        yield
+    finally:
+        for write, value, _ in older:
+            write(value)
+        for product, value in zip(products, before, strict=True):
+            product.fp32_precision = "none"
+            if product.fp32_precision != value:  # else it is inherited, as it was
+                product.fp32_precision = value
 
 
 class _OwnNames(Messenger):

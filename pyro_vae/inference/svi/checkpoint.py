@@ -169,7 +169,7 @@ def _missing(path: Path) -> CheckpointError:
 
 
 def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuses to go on with a run of other settings; warns of another number of threads.
+    """Refuses to go on with a run of other settings; warns of other last bits.
 
     Args:
         folder: The run folder.
@@ -192,13 +192,13 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
                 f"{folder} was trained with {key} {before.get(key)!r}, not {now[key]!r}; resume "
                 "with the same setting, or start a new run in another folder"
             )
-    if before["num_threads"] != now["num_threads"]:
-        warnings.warn(
-            f"resuming with {now['num_threads']} threads what was begun with "
-            f"{before['num_threads']}: the last bits of the result will differ from an "
-            "uninterrupted run",
-            stacklevel=4,  # the caller of fit
-        )
+    for key, what in (("num_threads", "threads"), ("float32_precision", "precision")):
+        if before.get(key) != now[key]:
+            warnings.warn(
+                f"resuming with {now[key]} {what} what was begun with {before.get(key)}: the last "
+                "bits of the result will differ from an uninterrupted run",
+                stacklevel=4,  # the caller of fit
+            )
 
 
 def holds_run(folder: str | Path) -> str | None:

@@ -33,6 +33,7 @@ from pyro_vae.inference.programs import (
     common_owner,
     describe_programs,
     evaluation_mode,
+    ieee_precision,
     keep_random_state,
     modules_of,
     program_scope,
@@ -56,7 +57,7 @@ from pyro_vae.inference.svi.step import (
     refuse_infinite,
     without_validation,
 )
-from pyro_vae.results import Result
+from pyro_vae.results import Result, float32_precision
 
 __all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
 
@@ -221,7 +222,7 @@ def fit(
                 module.to(device)
         x, validation = move_data(x, device), move_data(validation, device)
     check_module_names(model, guide)
-    with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
+    with program_scope(seed, training=True), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
         store = pyro.get_param_store()
         caller = store.get_state()
@@ -408,7 +409,7 @@ class _Run:
         arguments, length = as_arguments(x), batch_length(x)
         structure = self.prepared.structure
         evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
-        with torch.no_grad(), keep_random_state(), evaluation:
+        with torch.no_grad(), keep_random_state(), evaluation, ieee_precision():
             pyro.set_rng_seed(self.settings.seed)
             if structure is None:
                 value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
@@ -469,6 +470,7 @@ class _Run:
                 "num_data": self.data.length,
                 "data_sha256": self.data_sha256,
                 "num_threads": torch.get_num_threads(),
+                "float32_precision": float32_precision(),
                 "dtype": str(next(iter(self._parameters().values())).dtype).removeprefix("torch."),
             },
         }

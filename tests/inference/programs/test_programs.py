@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -19,7 +19,17 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae import log_weights
+from pyro_vae import (
+    compare_estimators,
+    draw_posterior,
+    elbo_gap,
+    fit,
+    log_evidence,
+    log_weights,
+    posterior_quality,
+    predictive_check,
+    sample_posterior,
+)
 from pyro_vae.inference.programs import (
     FittedProgram,
     as_arguments,
@@ -98,6 +108,150 @@ def test_the_callers_world_is_afterwards_what_it_was(fails: bool) -> None:
         log_weights(model, guide, x, K, seed=1)
     assert world() == before
     assert set(before["values"]) == {"loc", "scale"}
+
+
+# --- the precision of products --------------------------------------------------------------------
+
+PRODUCTS = {
+    "CPU": torch.backends.mkldnn.matmul,
+    "CPU convolutions": torch.backends.mkldnn.conv,
+    "CUDA": torch.backends.cuda.matmul,
+    "CUDA convolutions": torch.backends.cudnn.conv,
+}
+
+
+def precisions() -> dict[str, str]:
+    """What torch says of every product, and of its older switches where it says it."""
+    found = {name: product.fp32_precision for name, product in PRODUCTS.items()}
+    for name, read in {
+        "older": torch.get_float32_matmul_precision,
+        "older cuDNN": lambda: torch.backends.cudnn.allow_tf32,
+    }.items():
+        try:
+            found[name] = str(read())
+        except RuntimeError:
+            found[name] = "contradicted"
+    return found
+
+
+def everything_in_bfloat16() -> None:
+    torch.backends.fp32_precision = "bf16"
+
+
+def products_in_tf32() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+
+
+CHOICES: dict[str, Callable[[], None]] = {
+    "torch's own": lambda: None,
+    "medium": partial(torch.set_float32_matmul_precision, "medium"),
+    "high": partial(torch.set_float32_matmul_precision, "high"),
+    "all of them": everything_in_bfloat16,
+    "one of them": products_in_tf32,
+}
+
+
+@pytest.fixture(params=CHOICES)
+def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The precisions that a caller may have chosen, and torch's own afterwards."""
+    before = {product: product.fp32_precision for product in PRODUCTS.values()}
+    CHOICES[request.param]()
+    yield request.param
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for product, precision in before.items():
+        product.fp32_precision = precision
+
+
+def test_evaluation_is_in_full_precision_and_leaves_the_callers_choice(chosen: str) -> None:
+    before, seen = precisions(), []
+
+    def watched(x: Tensor) -> None:
+        seen.append({name: product.fp32_precision for name, product in PRODUCTS.items()})
+        model(x)
+
+    def unruly_too(x: Tensor) -> None:
+        watched(x)
+        torch.set_float32_matmul_precision("medium")
+        raise Unruly
+
+    x, quiet = torch.randn(N), {"progress": False}
+    few = {"num_particles": 8, **quiet}
+    tools: list[Callable[[], object]] = [
+        lambda: log_weights(watched, guide, x, K),
+        lambda: draw_posterior(watched, guide, x, num_draws=K),
+        lambda: log_evidence(watched, guide, x, **few),
+        lambda: elbo_gap(watched, guide, x, richer=(), max_steps=20, **few),
+        lambda: posterior_quality(watched, guide, x, checks=(), **few),
+        lambda: compare_estimators(watched, guide, x, ["PathwiseELBO"], [2], repeats=8, **quiet),
+        lambda: sample_posterior(watched, x, num_warmup=2, num_samples=4, **quiet),
+        lambda: predictive_check(watched, guide, x, num_draws=20),
+    ]
+    for tool in tools if chosen == "medium" else tools[:1]:
+        seen.clear()
+        tool()
+        assert seen
+        assert all(set(found.values()) == {"ieee"} for found in seen)
+        assert precisions() == before
+    with pytest.raises(Unruly):
+        log_weights(unruly_too, guide, x, K)
+    assert precisions() == before
+
+
+def test_training_is_in_the_callers_precision_which_is_recorded(chosen: str) -> None:
+    before, seen = precisions(), []
+
+    def watched(x: Tensor) -> None:
+        seen.append((torch.is_grad_enabled(), torch.backends.mkldnn.matmul.fp32_precision))
+        model(x)
+
+    found = fit(watched, guide, torch.randn(N), epochs=2, progress=False)
+    assert {precision for steps, precision in seen if steps} == {before["CPU"]}
+    assert seen[-1] == (False, "ieee")  # the bound of the last epoch
+    says = {
+        "medium": "bf16 (CPU), tf32 (CUDA)",
+        "high": "tf32 (CPU), tf32 (CUDA)",
+        "all of them": "bf16 (CPU)",
+        "one of them": "tf32 (CPU)",
+    }
+    assert found.config["fit"]["float32_precision"] == says.get(chosen, "ieee")
+    assert precisions() == before
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_coarse_precision_moves_no_log_weight(device: str) -> None:
+    """784 pixels through a layer of 400: in bfloat16 a datum's log-probability moves by 0.1 nats.
+
+    Where the processor has no such products, torch takes others, and the last bits still differ.
+    """
+    decoder = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 784)).to(device)
+    x = torch.bernoulli(torch.full((64, 784), 0.3)).to(device)
+
+    def pixels(x: Tensor) -> None:
+        net = pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(20), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=3 * net(z)).to_event(1), obs=x)
+
+    def prior(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(20), 1.0).to_event(1))
+
+    full = log_weights(pixels, prior, x, K, seed=1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(log_weights(pixels, prior, x, K, seed=1), full)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    with program_scope(1):
+        z = trace_programs(pixels, prior, ((x,), {}), K, 1)[0].nodes["z"]["value"]
+    exact = decoder.double()(z.double()) * 3
+    expected = dist.Bernoulli(logits=exact).log_prob(x.double()).sum(-1)
+    # A sum of 784 terms of about 1, each of 400 products: within float32 rounding.
+    torch.testing.assert_close(full.double(), expected, rtol=0, atol=784 * 2**-20)
 
 
 def test_a_caught_error_leaves_no_hook_behind() -> None:

@@ -1236,7 +1236,7 @@ def test_other_data_are_refused(tmp_path):
         fit(module.model, module.guide, x.flip(0), epochs=2, checkpoint=tmp_path, resume=True)
 
 
-def test_another_number_of_threads_is_said(tmp_path):
+def test_another_number_of_threads_or_precision_is_said(tmp_path):
     train(tmp_path / "run", epochs=3)
     torch.set_num_threads(2)
     try:
@@ -1244,6 +1244,14 @@ def test_another_number_of_threads_is_said(tmp_path):
             train(tmp_path / "run", epochs=4, resume=True)
     finally:
         torch.set_num_threads(1)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with pytest.warns() as said:
+            train(tmp_path / "run", epochs=5, resume=True)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+    sentences = " ".join(str(warning.message) for warning in said)
+    assert "resuming with bf16 (CPU) precision what was begun with ieee" in sentences
 
 
 ENDLESS = """
