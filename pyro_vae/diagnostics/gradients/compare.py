@@ -28,6 +28,7 @@ from pyro_vae.diagnostics.gradients.references import Reference
 from pyro_vae.diagnostics.gradients.sampler import Bench, own_parameters
 from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
 from pyro_vae.inference.programs import (
+    FilledGaps,
     Program,
     batch_length,
     program_scope,
@@ -125,7 +126,7 @@ def compare_estimators(
         )
     candidates = candidates_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
-    with program_scope(seed), torch.enable_grad():
+    with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
         bench = Bench.of(model, guide, x, parameters, joint, seed, candidates)
         with bench.keep_gradients():

@@ -12,6 +12,7 @@ from pyro_vae.inference.em.loop import EMSettings, Ending, Reached, drive, rando
 from pyro_vae.inference.em.protocol import StatisticsModel
 from pyro_vae.inference.programs import (
     EnumeratedProgram,
+    FilledGaps,
     Program,
     climb,
     keep_random_state,
@@ -62,7 +63,7 @@ def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> E
 def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> Ending:
     """One start to its end."""
     start, model, guide = unwrap_programs(model, guide)
-    with program_scope(settings.seed), torch.enable_grad():
+    with program_scope(settings.seed), FilledGaps(), torch.enable_grad():
         store = pyro.get_param_store()
         given = store.get_state()
         own = {n: v.detach().clone().requires_grad_() for n, v in given["params"].items()}

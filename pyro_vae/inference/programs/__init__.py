@@ -13,6 +13,7 @@ from pyro_vae.inference.programs.simulate import Simulation, simulate, without_d
 from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
 from pyro_vae.inference.programs.traces import (
     Arguments,
+    FilledGaps,
     FittedProgram,
     JointOnlyError,
     NoParametersError,
@@ -61,6 +62,7 @@ from pyro_vae.inference.programs.unconstrained import (
 __all__ = [
     "Arguments",
     "EnumeratedProgram",
+    "FilledGaps",
     "FittedProgram",
     "JointOnlyError",
     "LabelledSites",

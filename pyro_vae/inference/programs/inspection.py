@@ -13,7 +13,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from pyro_vae.inference.programs.traces import (
     ieee_precision,
     keep_random_state,
     modules_of,
+    shown_value,
     site_log_prob,
     subsamples,
     sum_dims,
@@ -297,29 +297,19 @@ def _check_observed(model_sites: dict[str, dict]) -> str:
         except (AttributeError, NotImplementedError):  # a user's distribution need not state one
             measures.add("mixed")
             continue
-        inside = support.check(site["value"])
-        for mask in _masks(site):
-            inside = inside | ~torch.as_tensor(mask, device=inside.device)
-        if not bool(inside.all()):
+        value = shown_value(site)
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise SupportError(
+                f"the data at site '{name}' have missing values (NaN) that no mask covers; mask "
+                "them, as in dist.Normal(...).mask(~x.isnan()), or leave those data out"
+            )
+        if not bool(support.check(value).all()):
             raise SupportError(
                 f"the data at site '{name}' lie outside the support of their distribution "
                 f"({support}): " + _support_advice(support)
             )
         measures.add(_measure_of(support))
     return measures.pop() if len(measures) == 1 else "mixed"
-
-
-def _masks(site: dict[str, Any]) -> list[Any]:
-    """The masks of a site: of poutine.mask, and of the distributions inside its own."""
-    masks, fn = [] if site["mask"] is None else [site["mask"]], site["fn"]
-    events = 0  # dims that Independent took from the masks inside it
-    while fn is not None:
-        if isinstance(fn, MaskedDistribution):
-            mask = torch.as_tensor(fn._mask)
-            masks.append(mask.expand(fn.batch_shape).flatten(-events).all(-1) if events else mask)
-        events += getattr(fn, "reinterpreted_batch_ndims", 0)
-        fn = getattr(fn, "base_dist", None)
-    return masks
 
 
 def _support_advice(support: Any) -> str:

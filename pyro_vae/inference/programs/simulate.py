@@ -89,9 +89,10 @@ def simulate(model: Program, x: Any) -> Simulation:
     def replace(argument: Any) -> Any:
         for name, value in observed.items():
             same = isinstance(argument, Tensor) and argument.shape == value.shape
-            if same and torch.equal(argument, value):
+            if same and torch.equal(argument.nan_to_num(), value.nan_to_num()):
                 replaced.add(name)
-                return drawn[name].to(argument)
+                new = drawn[name].to(argument)
+                return torch.where(argument.isnan(), argument, new)  # what was missing stays so
         return argument
 
     new = tuple(map(replace, args)), {name: replace(value) for name, value in kwargs.items()}

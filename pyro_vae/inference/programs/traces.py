@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import CellType
 from typing import Any
 
@@ -19,14 +19,17 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import Independent, transform_to
 
 __all__ = [
     "Arguments",
+    "FilledGaps",
     "FittedProgram",
     "JointOnlyError",
     "NoParametersError",
@@ -54,6 +57,7 @@ __all__ = [
     "program_scope",
     "rerun_traces",
     "run_programs",
+    "shown_value",
     "site_log_prob",
     "site_log_probs",
     "site_values",
@@ -213,6 +217,8 @@ def program_scope(seed: int | None = None, *, training: bool = False) -> Iterato
             warnings.filterwarnings("ignore", ".*not registered .* because requires_grad=False")
             stack.enter_context(_OwnNames())
             stack.enter_context(_float32_products(None if training else "ieee"))
+            if training:
+                stack.enter_context(FilledGaps())
             if seed is not None:
                 stack.enter_context(keep_random_state())
                 pyro.set_rng_seed(seed)
@@ -485,9 +491,54 @@ def weighted_sites(trace: Trace) -> dict[str, dict[str, Any]]:
 def site_log_prob(site: Site) -> Tensor:
     """A site's log-probability in nats, with its mask and without its scale; computed once."""
     if "masked_log_prob" not in site:
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        log_prob = site["fn"].log_prob(shown_value(site), *site["args"], **site["kwargs"])
         site["masked_log_prob"] = scale_and_mask(log_prob, 1.0, site["mask"])
     return site["masked_log_prob"]
+
+
+def shown_value(site: Any) -> Any:
+    """A site's value; of an observed one, with a point of the support under its masks.
+
+    Nothing depends on what is there, but a missing value (NaN) would be refused by torch's checks,
+    and 0 times its gradient is NaN.
+    """
+    value = site["value"]
+    if not (site["is_observed"] and isinstance(value, Tensor)):
+        return value
+    hidden = _hidden(site)
+    if hidden is None:
+        return value
+    try:
+        support = site["fn"].support
+        point = transform_to(support)(torch.zeros_like(value))
+    except (AttributeError, NotImplementedError):  # it states none, or is discrete
+        point = torch.zeros_like(value)
+    return torch.where(hidden, point.to(value), value)
+
+
+def _hidden(site: Any) -> Tensor | None:
+    """Which entries of a site's value are under a mask, of poutine.mask or of its distribution."""
+    fn = site["fn"]
+    masks = [(site["mask"], len(fn.event_shape))]
+    while isinstance(fn, MaskedDistribution | Independent | ExpandedDistribution):
+        masks.append((getattr(fn, "_mask", None), len(fn.event_shape)))
+        fn = fn.base_dist
+    hidden = [
+        ~torch.as_tensor(mask, device=site["value"].device)[(..., *(None,) * events)]
+        for mask, events in masks
+        if mask is not None and mask is not True
+    ]
+    return reduce(torch.logical_or, hidden) if hidden else None
+
+
+class FilledGaps(Messenger):
+    """Fills missing values under masks, for losses that ask the distributions themselves."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            value, shown = msg["value"], shown_value(msg)
+            if shown is not value:
+                msg["value"] = torch.where(value.isnan(), shown, value)
 
 
 def site_values(trace: Trace, name: str, structure: ProgramStructure) -> Tensor:

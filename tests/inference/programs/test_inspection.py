@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyro_vae import log_weights
 from pyro_vae.inference.programs import (
     ProgramError,
+    SupportError,
     check_module_names,
     check_parameters,
     inspect_programs,
@@ -38,8 +39,9 @@ def guide(x: Tensor, also: Callable[[Tensor], Any] = id) -> None:
         also(x)
 
 
-def weigh(pair: tuple[Callable, Callable], joint: bool = False) -> Tensor:
-    return log_weights(pair[0], pair[1], torch.randn(N, D), K, joint=joint)
+def weigh(pair: tuple[Callable, Callable], joint: bool = False, x: Tensor | None = None) -> Tensor:
+    x = torch.randn(N, D) if x is None else x
+    return log_weights(pair[0], pair[1], x, K, joint=joint)
 
 
 # --- one refusal after another --------------------------------------------------------------------
@@ -374,6 +376,22 @@ def test_masked_data_may_lie_off_the_support() -> None:
         assert inspect_programs(masked, normal, ((x,), {})).measure == "binary"
         with pytest.raises(ProgramError, match="site 'x' lie outside the support"):
             inspect_programs(masked, normal, ((off,), {}))
+
+
+def test_missing_data_need_a_mask() -> None:
+    x = torch.randn(N, D)
+    x[1, 2] = torch.nan
+
+    def m(x: Tensor, mask: Callable[[Tensor], Any]) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(H)).to_event(1))
+            features = dist.Normal(z.sum(-1, True), torch.ones(D), validate_args=False)
+            pyro.sample("x", features.mask(mask(x)).to_event(1), obs=x)
+
+    for mask in (torch.isfinite, lambda x: False):
+        assert weigh((partial(m, mask=mask), guide), x=x).isfinite().all()
+    with pytest.raises(SupportError, match=r"site 'x' have missing values \(NaN\) that no mask"):
+        weigh((partial(m, mask=lambda x: x != 0), guide), x=x)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroParam
@@ -30,6 +30,7 @@ from pyro_vae import (
     predictive_check,
     sample_posterior,
 )
+from pyro_vae.inference.estimators.table import PathwiseELBO
 from pyro_vae.inference.programs import (
     FittedProgram,
     as_arguments,
@@ -252,6 +253,70 @@ def test_a_coarse_precision_moves_no_log_weight(device: str) -> None:
     expected = dist.Bernoulli(logits=exact).log_prob(x.double()).sum(-1)
     # A sum of 784 terms of about 1, each of 400 products: within float32 rounding.
     torch.testing.assert_close(full.double(), expected, rtol=0, atol=784 * 2**-20)
+
+
+# --- missing data ---------------------------------------------------------------------------------
+
+
+SEEN = torch.arange(N * D).reshape(N, D) % 4 > 0
+
+
+def ragged(how: str) -> tuple[Callable, Callable]:
+    """z ~ N(0, 1), x_d ~ N(z, spread_d) where it was seen; the guide leaves out what was not."""
+
+    def model(x: Tensor) -> None:
+        spread = pyro.param("spread", torch.ones(D), constraint=constraints.positive)
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            features = dist.Normal(z[..., None], spread)
+            if how == "features":
+                pyro.sample("x", features.mask(SEEN).to_event(1), obs=x)
+            elif how == "data":
+                with poutine.mask(mask=SEEN.all(1)):
+                    pyro.sample("x", features.to_event(1), obs=x)
+            else:
+                with pyro.plate("features", D, dim=-2), poutine.mask(mask=SEEN.T):
+                    pyro.sample("x", dist.Normal(z, spread[:, None]), obs=x.T)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.2))
+        with pyro.plate("data", N):
+            loc = slope * torch.where(SEEN, x, 0.0).sum(-1)
+            pyro.sample("z", dist.Normal(loc, 0.6))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("how", ["features", "data", "plate"])
+def test_missing_data_under_a_mask_weigh_what_any_other_values_do(how: str) -> None:
+    model, guide = ragged(how)
+    filled = torch.randn(N, D)
+    missing = torch.where(SEEN, filled, torch.nan)
+    quiet = {"progress": False}
+    few = {"num_particles": 40, **quiet}
+    tools: dict[str, Callable[[Tensor], Any]] = {
+        "log_weights": lambda x: log_weights(model, guide, x, K, seed=1).detach(),
+        "log_evidence": lambda x: log_evidence(model, guide, x, **few).log_evidence,
+        "elbo_gap": lambda x: elbo_gap(model, guide, x, richer=(), max_steps=40, **few).gap,
+        "posterior_quality": lambda x: posterior_quality(model, guide, x, checks=(), **few).khat,
+        "sample_posterior": lambda x: sample_posterior(
+            model, x, num_warmup=3, num_samples=4, **quiet
+        ).latents["z"],
+        "compare_estimators": lambda x: (
+            compare_estimators(model, guide, x, [Trace_ELBO()], [2], repeats=8, **quiet).variance
+        ),
+        **{
+            f"fit with {type(loss).__name__}": lambda x, loss=loss: (
+                fit(model, guide, x, loss=loss, learning_rate=0.1, epochs=3, **quiet)
+            ).parameters["spread"]
+            for loss in (Trace_ELBO(), TraceMeanField_ELBO(), PathwiseELBO())
+        },
+    }
+    for name, tool in tools.items() if how == "features" else [*tools.items()][:1]:
+        found, expected = (torch.as_tensor(np.asarray(tool(x))) for x in (missing, filled))
+        assert expected.isfinite().any(), name
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num()), name
+    assert not torch.equal(tools["log_weights"](1 + filled), tools["log_weights"](filled))
 
 
 def test_a_caught_error_leaves_no_hook_behind() -> None:

@@ -32,6 +32,25 @@ def test_simulated_data_follow_the_model(linear):
     assert abs(z.var() - 1) < STANDARD_ERRORS * (2 / 9000) ** 0.5
 
 
+def test_what_is_missing_from_the_data_is_missing_from_those_simulated(linear):
+    x = torch.zeros(3000, D)
+    x[::2, 1] = torch.nan
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            features = dist.Normal(z[..., None], torch.ones(D)).mask(~x.isnan())
+            pyro.sample("x", features.to_event(1), obs=x)
+
+    with program_scope(0):
+        drawn = simulate(model, x)
+    data = drawn.arguments[0][0]
+    assert drawn.replaced
+    assert torch.equal(data.isnan(), x.isnan())
+    shown = data[~x.isnan()]  # of variance 2, and mean 0
+    assert abs(shown.mean()) < STANDARD_ERRORS * (1 + 1 / D) ** 0.5 / 3000**0.5
+
+
 def test_a_factor_cannot_be_simulated():
     def with_factor(x):
         with pyro.plate("data", len(x)):
