@@ -13,6 +13,7 @@ from pyro_vae import LinearGaussian, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap, elbo_surgery, gap_on_both
 from pyro_vae.diagnostics.gap.elbo_gap import LEDGER
 from pyro_vae.inference.programs import ProgramError
+from pyro_vae.inference.refit.refit_guide import refit_guide
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 # 4 standard errors: one comparison of a mean fails at a rate of 6e-5.
@@ -58,6 +59,30 @@ def test_an_exact_guide_has_no_gap(pair: LinearGaussian, evidence: str) -> None:
         assert abs(found[name]).max() < 0.02  # a search that cannot rise may fall a little
     if evidence == "exact":
         assert abs(found["gap"]).max() < 1e-8
+
+
+def test_the_data_are_those_of_the_batch_plate_wherever_it_lies() -> None:
+    """Three data of two features, which lie in an outer plate and come first."""
+    x = torch.randn(2, 3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("features", 2, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def exact(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[1], dim=-1):
+            pyro.sample("z", dist.Normal(x.sum(0) / 3, math.sqrt(1 / 3)))
+
+    covariance = torch.eye(2) + torch.ones(2, 2)
+    evidence = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(x.T)
+    found = ledger_of(model, exact, x, evidence="importance", richer=("full",), max_steps=20)
+    # A search that cannot rise may fall a little.
+    assert found.log_evidence.values == pytest.approx(evidence.numpy(), abs=0.02)
+    assert abs(found["gap"]).max() < 0.02
+    with pytest.raises(ValueError, match="refitted to 3 data and got 2"):
+        refit_guide(model, exact, x, max_steps=20, progress=False)(x[:, :2])
 
 
 def test_the_gap_of_each_datum_is_its_divergence(pair: LinearGaussian) -> None:

@@ -1,6 +1,5 @@
 """Work over many data in chunks that fit in memory, which a file lets go on where it stopped."""
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,13 +12,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.inference.programs import (
+    Axes,
     Program,
     ProgramStructure,
     as_arguments,
+    batch_axes,
     bytes_of_run,
     inspect_programs,
     map_batch,
     modules_of,
+    take,
 )
 from pyro_vae.inference.svi import CheckpointError, load_tensors, save_tensors
 from pyro_vae.results import sha256_of
@@ -38,6 +40,7 @@ class ChunkPlan:
     num_data: int
     data_chunk: int
     particle_chunk: int
+    axes: Axes = ()
 
     def parts(self) -> Iterator[tuple[int, Any]]:
         """Chunks of the data, each with the number of its first datum."""
@@ -46,7 +49,7 @@ class ChunkPlan:
             return
         for start in range(0, self.num_data, self.data_chunk):
             part = slice(start, start + self.data_chunk)
-            yield start, map_batch(self.x, operator.itemgetter(part))
+            yield start, map_batch(self.x, take(part), self.axes)
 
     def particles(self, num_particles: int) -> list[int]:
         """Chunks of the particles."""
@@ -84,23 +87,28 @@ def plan_chunks(
     room = max_memory * 2**30 / per_particle  # particles times data
     particles = int(min(num_particles, max(room, 1)))
     data = int(min(num_data, max(room // particles, 1), max_data or num_data))
-    part = map_batch(x, lambda a: a[:data])
-    if data < num_data and not _can_slice(model, guide, part, structure, data):
-        data, particles = num_data, int(min(num_particles, max(room / num_data, 1)))
-    return ChunkPlan(x, structure, num_data, data, particles)
+    if data < num_data and (axes := _axes_to_slice(model, guide, x, structure, data)) is not None:
+        return ChunkPlan(x, structure, num_data, data, particles, axes)
+    if data < num_data:
+        particles = int(min(num_particles, max(room / num_data, 1)))
+    return ChunkPlan(x, structure, num_data, num_data, particles)
 
 
-def _can_slice(
-    model: Program, guide: Program, part: Any, structure: ProgramStructure, length: int
-) -> bool:
-    """Whether the programs take a part of the data as they take all of them."""
+def _axes_to_slice(
+    model: Program, guide: Program, x: Any, structure: ProgramStructure, length: int
+) -> Axes | None:
+    """The axes along which the programs take a part of the data as they take all of them."""
     if structure.scale != 1.0 or structure.batch_dim is None:
-        return False
-    try:
-        found = inspect_programs(model, guide, as_arguments(part), num_particles=1)
-    except (RuntimeError, ValueError, IndexError):  # plates or parameters of a fixed size
-        return False
-    return found.batch_size == length
+        return None
+    for axes in batch_axes(x, structure.batch_size):
+        part = as_arguments(map_batch(x, take(slice(length)), axes))
+        try:
+            found = inspect_programs(model, guide, part, num_particles=1)
+        except (RuntimeError, ValueError, IndexError):  # plates or parameters of a fixed size
+            continue
+        if found.batch_size == length:
+            return axes
+    return None
 
 
 def identity_of(

@@ -30,7 +30,6 @@ from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_thresho
 from pyro_vae.inference.programs import (
     FilledGaps,
     Program,
-    batch_length,
     program_scope,
     tensors_of,
     unwrap_programs,
@@ -142,7 +141,7 @@ def compare_estimators(
             "parameters": {name: list(group) for name, group in bench.groups.items()},
             "reference": reference if isinstance(reference, str) else given,
             "joint": joint,
-            "num_data": batch_length(x),
+            "num_data": bench.num_data,
         },
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),

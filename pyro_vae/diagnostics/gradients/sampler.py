@@ -25,9 +25,9 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     as_arguments,
-    batch_length,
     check_module_names,
     check_parameters,
+    count_data,
     inspect_programs,
     keep_random_state,
     tensors_of,
@@ -63,6 +63,7 @@ class Bench:
     structure: ProgramStructure | None
     leaves: dict[str, Tensor]
     groups: dict[str, tuple[str, ...]]
+    num_data: int
     per: float
     joint: bool
     seed: int
@@ -99,8 +100,11 @@ class Bench:
         check_parameters(model, guide, arguments, enumerates)
         leaves, users = _leaves_of(model, guide, arguments)
         groups = _group(users, parameters)
-        length = batch_length(x)
-        per = structure.batch_size * structure.scale if structure is not None else float(length)
+        with keep_random_state(), torch.no_grad():
+            _, model_trace = trace_programs(model, guide, arguments)
+        counts = count_data(model_trace)
+        count = counts[0][0] if counts else 1
+        per = structure.batch_size * structure.scale if structure is not None else float(count)
         notes: list[str] = []
         return cls(
             model=model,
@@ -110,6 +114,7 @@ class Bench:
             structure=structure,
             leaves=leaves,
             groups=groups,
+            num_data=count,
             per=1.0 if joint else per,
             joint=joint,
             seed=seed,

@@ -42,7 +42,6 @@ from pyro_vae.inference.em.protocol import StatisticsModel, StatisticsProblem
 from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
-    batch_length,
     describe_programs,
     ieee_precision,
     keep_random_state,
@@ -206,7 +205,6 @@ def fit_em(
         "model": describe_programs(end.model, end.model),  # the guide is its own, or none
         "fit_em": {
             **settings.described(),
-            "num_data": batch_length(x),
             "data_sha256": sha256_of(*tensors_of(x) or [torch.empty(0)]),
             "num_threads": torch.get_num_threads(),
             **end.facts,
@@ -235,6 +233,7 @@ def _fit_on_statistics(
     best, failures, ends = _best_of_restarts(problem, settings)
     problem.write(best.parameters)
     facts = {
+        "num_data": problem.num_data,
         "converged": best.converged,
         "final_bounds": ends,
         "singular_starts": failures,

@@ -81,7 +81,7 @@ def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) ->
             for part, values in store.get_state().items()
         }
         values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
-    facts = {"converged": reached.converged, "gap": "difference"}
+    facts = {"num_data": program.length, "converged": reached.converged, "gap": "difference"}
     return Ending(model, guide, state, values, measure_of(program.elbo.trace), reached, facts)
 
 

@@ -5,6 +5,7 @@ from pyro_vae.inference.programs.inspection import (
     check_module_names,
     check_parameters,
     common_scale,
+    count_data,
     inspect_programs,
     is_delta,
     leaves,
@@ -13,6 +14,7 @@ from pyro_vae.inference.programs.simulate import Simulation, simulate, without_d
 from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
 from pyro_vae.inference.programs.traces import (
     Arguments,
+    Axes,
     FilledGaps,
     FittedProgram,
     JointOnlyError,
@@ -24,6 +26,7 @@ from pyro_vae.inference.programs.traces import (
     Site,
     SupportError,
     as_arguments,
+    batch_axes,
     batch_length,
     bytes_of_run,
     common_owner,
@@ -47,6 +50,7 @@ from pyro_vae.inference.programs.traces import (
     sum_dims,
     sum_sites,
     sum_traces,
+    take,
     tensors_of,
     trace_programs,
     unwrap_programs,
@@ -61,6 +65,7 @@ from pyro_vae.inference.programs.unconstrained import (
 
 __all__ = [
     "Arguments",
+    "Axes",
     "EnumeratedProgram",
     "FilledGaps",
     "FittedProgram",
@@ -77,6 +82,7 @@ __all__ = [
     "SupportError",
     "as_arguments",
     "as_run",
+    "batch_axes",
     "batch_length",
     "bytes_of_run",
     "check_module_names",
@@ -84,6 +90,7 @@ __all__ = [
     "climb",
     "common_owner",
     "common_scale",
+    "count_data",
     "describe_programs",
     "draw_traces",
     "enumerating",
@@ -115,6 +122,7 @@ __all__ = [
     "sum_sites",
     "sum_traces",
     "support_of",
+    "take",
     "tensors_of",
     "trace_programs",
     "unwrap_programs",

@@ -12,12 +12,11 @@ from pyro.ops import packed
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.inference.programs.inspection import check_module_names, check_parameters
+from pyro_vae.inference.programs.inspection import check_module_names, check_parameters, count_data
 from pyro_vae.inference.programs.traces import (
     Program,
     ProgramError,
     as_arguments,
-    batch_length,
     keep_random_state,
     trace_programs,
     weighted_sites,
@@ -87,12 +86,13 @@ class EnumeratedProgram:
     def __init__(self, model: Program, x: Any) -> None:
         self.program, self.arguments = model, as_arguments(x)
         self.model = config_enumerate(model, "parallel")
-        self.length = batch_length(x)
         store = pyro.get_param_store()
         foreign = set(store.keys())
         with torch.no_grad(), keep_random_state():
             _, trace = trace_programs(self.model, no_guide, self.arguments)
         self._check(trace)
+        counts = count_data(trace)
+        self.length = counts[0][0] if counts else 1
         check_module_names(model, no_guide)
         used = check_parameters(self.model, no_guide, self.arguments, enumerates=True)
         self.foreign = foreign - set(used)

@@ -48,6 +48,7 @@ __all__ = [
     "inspect_programs",
     "is_delta",
     "leaves",
+    "count_data",
 ]
 
 
@@ -435,6 +436,30 @@ def _outside(plate: Any, stacks: dict[str, list]) -> list[str]:
     """The sites that are not in a plate."""
     where = (plate.name, plate.dim)
     return [n for n, stack in stacks.items() if where not in [(f.name, f.dim) for f in stack]]
+
+
+def count_data(model_trace: Trace) -> list[tuple[int, int]]:
+    """How many data a run of the model says there are, and how many of them it saw.
+
+    That is the size of the outermost plate around every site; with global latents, of each plate
+    around everything observed, of which more than one may hold data; empty if there is none.
+    """
+    sites = list(weighted_sites(model_trace).values())
+    for some in (sites, [site for site in sites if site["is_observed"]]):
+        stacks = [{f.name: f for f in site["cond_indep_stack"]} for site in some]
+        common = [f for n, f in stacks[0].items() if all(n in s for s in stacks)] if stacks else []
+        if common:
+            counts = [_count_in(plate, some) for plate in common]
+            return counts[:1] if some is sites else counts
+    return []
+
+
+def _count_in(plate: Any, sites: list[dict[str, Any]]) -> tuple[int, int]:
+    if plate.size != -1:
+        return plate.full_size or plate.size, plate.size
+    shapes = [site_log_prob(site).shape for site in sites]
+    size = max(shape[plate.dim] if len(shape) >= -plate.dim else 1 for shape in shapes)
+    return size, size
 
 
 def _check_declared(

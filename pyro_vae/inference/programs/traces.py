@@ -29,6 +29,7 @@ from torch.distributions import Independent, transform_to
 
 __all__ = [
     "Arguments",
+    "Axes",
     "FilledGaps",
     "FittedProgram",
     "JointOnlyError",
@@ -41,6 +42,7 @@ __all__ = [
     "SitesError",
     "SupportError",
     "as_arguments",
+    "batch_axes",
     "batch_length",
     "bytes_of_run",
     "common_owner",
@@ -65,6 +67,7 @@ __all__ = [
     "sum_dims",
     "sum_sites",
     "sum_traces",
+    "take",
     "tensors_of",
     "trace_programs",
     "unwrap_programs",
@@ -73,6 +76,7 @@ __all__ = [
 
 Program = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Axes = tuple[int | None, ...]
 Site = dict[str, Any]
 
 
@@ -164,23 +168,64 @@ def tensors_of(x: Any) -> list[Tensor]:
     return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
 
 
-def batch_length(x: Any) -> int:
-    """Number of data in `x`: the length of its first tensor (1 if it has none)."""
-    return next((len(a) for a in tensors_of(x) if a.dim() > 0), 1)
+def batch_axes(x: Any, size: int | None = None) -> list[Axes]:
+    """The axes that so many data may lie along in the arguments of `x`, the likeliest first.
+
+    Data often lie along the first axis, but sequences have time there as often as not. Which it is
+    the programs say: their batch plate has the size of the part that they are given.
+
+    Args:
+        x: In one of the forms of `as_arguments`.
+        size: Number of data, as the batch plate has it; None for the length of the first tensor,
+            which says less.
+
+    Returns:
+        Ways to cut the data, each with an axis for every argument, or None where it is no tensor or
+        is not cut. Empty if no tensor has so many entries along any axis.
+    """
+    args, kwargs = as_arguments(x)
+    shapes = [a.shape if isinstance(a, Tensor) else torch.Size() for a in (*args, *kwargs.values())]
+    if size is None:
+        return [_axes(shapes, 0, next((shape[0] for shape in shapes if shape), 1))]
+    first = next((shape for shape in shapes if size in shape), torch.Size())
+    return [_axes(shapes, axis, size) for axis in range(len(first)) if first[axis] == size]
 
 
-def map_batch(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to the tensors of `x` as long as the first; the others are passed on."""
-    length = batch_length(x)
+def _axes(shapes: list[torch.Size], axis: int, size: int) -> Axes:
+    """Data along this axis of each argument, or along the first of those that lack it."""
+    return tuple(
+        next((i for i in (axis, 0) if i < len(shape) and shape[i] == size), None)
+        for shape in shapes
+    )
 
-    def apply(a: Any) -> Any:
-        return change(a) if isinstance(a, Tensor) and a.dim() > 0 and len(a) == length else a
 
+def batch_length(x: Any, axes: Axes) -> int:
+    """Number of data in `x` along `axes` (1 if none is cut)."""
+    args, kwargs = as_arguments(x)
+    given = zip((*args, *kwargs.values()), axes, strict=True)
+    return next((a.shape[axis] for a, axis in given if axis is not None), 1)
+
+
+def map_batch(x: Any, change: Callable[[Tensor, int], Tensor], axes: Axes) -> Any:
+    """Applies `change` to the tensors of `x` with their axis of the data; the others are passed on.
+
+    `take` is such a change.
+    """
+    args, kwargs = as_arguments(x)
+    changed = [
+        a if axis is None else change(a, axis)
+        for a, axis in zip((*args, *kwargs.values()), axes, strict=True)
+    ]
     if isinstance(x, tuple):
-        return tuple(apply(a) for a in x)
-    if isinstance(x, Mapping):
-        return {name: apply(a) for name, a in x.items()}
-    return apply(x)
+        return tuple(changed)
+    return dict(zip(kwargs, changed, strict=True)) if isinstance(x, Mapping) else changed[0]
+
+
+def take(part: slice | Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Takes some of the data: a slice, or those at indices."""
+    if isinstance(part, slice):
+        return lambda a, axis: a[(*(slice(None),) * axis, part)]
+    return lambda a, axis: a.index_select(axis, part.to(a.device))
 
 
 @contextmanager

@@ -41,7 +41,6 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     as_arguments,
-    batch_length,
     bytes_of_run,
     inspect_programs,
     is_delta,
@@ -348,12 +347,6 @@ class RefittedGuide:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the guide with its distributions replaced."""
-        length = batch_length(args if args else kwargs)
-        if length != self.layout.num_data:
-            raise ValueError(
-                f"this guide was refitted to {self.layout.num_data} data and got {length}; pass "
-                "the same data, or refit it to these"
-            )
         noise: dict[str, Tensor] = {}
         if self.family != "same":
             layout = self.layout
@@ -389,6 +382,12 @@ class _Replace(Messenger):
         name = msg["name"]
         if name not in self.layout.sites or msg["done"]:
             return
+        length = msg["fn"].batch_shape[self.layout.batch_dim]
+        if length != self.layout.num_data:
+            raise ValueError(
+                f"this guide was refitted to {self.layout.num_data} data and got {length}; pass "
+                "the same data, or refit it to these"
+            )
         moved = _rebuild(msg["fn"], lambda leaf: self._move(name, leaf, detach=False))
         if name in self.noise:
             value = _from_noise(moved, self.noise[name])

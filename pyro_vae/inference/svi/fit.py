@@ -28,7 +28,6 @@ from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
     as_arguments,
-    batch_length,
     check_module_names,
     common_owner,
     describe_programs,
@@ -149,8 +148,8 @@ def fit(
     Args:
         model: The generative program, called as `model(x)`.
         guide: The program of the approximate posterior.
-        x: The data; a tuple for several arguments, a dict for keywords. Tensors as long as the
-            first are cut into mini-batches together.
+        x: The data; a tuple for several arguments, a dict for keywords. Mini-batches are cut along
+            the axis that the model's batch plate goes with: the first, or the one after time.
         loss: Any Pyro ELBO, Pyro's own or ours; `Trace_ELBO()` if None.
         optimizer: A function from parameters to a torch optimizer
             (`functools.partial(torch.optim.SGD, lr=0.1)`), or a `PyroOptim`. If None, one fused
@@ -406,7 +405,7 @@ class _Run:
 
     def _bound(self, x: Any) -> dict[str, float]:
         """The ELBO per datum by one particle, its parts and its standard error over data."""
-        arguments, length = as_arguments(x), batch_length(x)
+        arguments, length = as_arguments(x), self.prepared.length_of(x)
         structure = self.prepared.structure
         evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
         with torch.no_grad(), keep_random_state(), evaluation, ieee_precision():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.programs import (
     Arguments,
+    Axes,
     JointOnlyError,
     NoParametersError,
     Program,
@@ -28,11 +29,14 @@ from pyro_vae.inference.programs import (
     ProgramStructure,
     SupportError,
     as_arguments,
+    batch_axes,
     batch_length,
     check_parameters,
+    count_data,
     inspect_programs,
     keep_random_state,
     map_batch,
+    take,
     tensors_of,
     trace_programs,
     weighted_sites,
@@ -61,6 +65,11 @@ class TrainingData:
         transform: As for `fit`.
         seed: Seeds shuffling, the draws of `transform` and the streams of `generator`.
 
+    Attributes:
+        axes: The axes that data lie along, as `batch_axes` has them: the first one until the
+            programs have said otherwise; None throughout where no part can be taken.
+        length: Number of data.
+
     Raises:
         ValueError: If there are no data.
     """
@@ -68,7 +77,9 @@ class TrainingData:
     def __init__(
         self, x: Any, transform: Callable[[Tensor, torch.Generator], Tensor] | None, seed: int
     ) -> None:
-        self.x, self.length, self.transform = x, batch_length(x), transform
+        self.x, self.transform = x, transform
+        self.axes: Axes = next(iter(batch_axes(x)), ())
+        self.length = batch_length(x, self.axes)
         if self.length == 0:
             raise ValueError("there are no data to fit: the first tensor of x has length 0")
         self.seed = seed
@@ -108,11 +119,13 @@ class TrainingData:
 
     def batch(self, index: Tensor | None, noise: torch.Generator | None = None) -> Any:
         """The data at `index` (all if None), in the form of `x`, transformed."""
-        x = self.x if index is None else map_batch(self.x, lambda a: a[index.to(a.device)])
+        x = self.x if index is None else map_batch(self.x, take(index), self.axes)
         if self.transform is None:
             return x
         todo = [self.transform]  # for the first tensor alone
-        return map_batch(x, lambda a: todo.pop()(a, noise or self.noise) if todo else a)
+        return map_batch(
+            x, lambda a, _: todo.pop()(a, noise or self.noise) if todo else a, self.axes
+        )
 
 
 def _stream_seed(seed: int, stream: int) -> int:
@@ -143,6 +156,7 @@ class Preparation:
         fixed: Whether the programs take all data and no fewer.
         subsampled: The plate that the model itself subsamples, if it does.
         max_plate_nesting: For the loss.
+        data: The training data, which know along which axes they lie.
         modules: Those that run, however the programs reach them.
         foreign: Names of the caller's parameters that these programs do not use.
     """
@@ -154,6 +168,7 @@ class Preparation:
     fixed: bool
     subsampled: Any
     max_plate_nesting: int
+    data: TrainingData
     modules: tuple[nn.Module, ...]
     foreign: frozenset[str]
 
@@ -161,6 +176,11 @@ class Preparation:
     def takes_some(self) -> bool:
         """Whether the bound of some data can be had without that of all."""
         return self.structure is not None and not (self.joint or self.per_datum or self.fixed)
+
+    def length_of(self, x: Any) -> int:
+        """How many data there are in such data as those of the training."""
+        cut = any(axis is not None for axis in self.data.axes)
+        return batch_length(x, self.data.axes) if cut else self.data.length
 
     def num_data(self, seen: int) -> int:
         """How many data the loss of a batch speaks for: a subsampled plate scales it to all."""
@@ -211,6 +231,7 @@ def prepare(
     """
     foreign = frozenset(pyro.get_param_store().keys())
     with _running_modules() as modules:  # training mode would move what evaluation may not
+        _locate_data(model, data, batch_size)
         rows, per_datum, fixed = _rows_to_inspect(model, guide, data, batch_size)
         probe = as_arguments(data.first(rows, stream=2))
         try:
@@ -251,6 +272,7 @@ def prepare(
         fixed=fixed,
         subsampled=subsampled,
         max_plate_nesting=_max_plate_nesting(loss, plates.depth),
+        data=data,
         modules=tuple(modules),
         foreign=foreign - set(used),
     )
@@ -280,6 +302,44 @@ def _few(data: TrainingData, batch_size: int | None) -> int:
     return min(batch_size or _DEFAULT_BATCH, data.length)
 
 
+def _locate_data(model: Program, data: TrainingData, batch_size: int | None) -> None:
+    """Finds how many data there are, and their axes, from the size of the model's batch plate.
+
+    A run on a few along the first axis tells nearly always: its plate has their number.
+    """
+    few = _few(data, batch_size)
+    if few == data.length > 1 and len(batch_axes(data.x, few)) > 1:  # a square says nothing
+        few -= 1
+    if _sees(model, data, few):
+        return
+    counts = [size for size, _ in _count(model, data, data.length)]
+    if not counts:  # no plate says it, or the fault shows in a moment
+        return
+    size = data.length if data.length in counts else counts[0]
+    uncut: Axes = (None,) * len(data.axes)
+    for axes in (*batch_axes(data.x, size), uncut):
+        data.axes, data.length = axes, size
+        part = min(_few(data, batch_size), size - 1)
+        if part > 0 and axes != uncut and _sees(model, data, part):
+            return
+
+
+def _sees(model: Program, data: TrainingData, rows: int) -> bool:
+    """Whether the model's plate has the size of the part of the data that it is given."""
+    return any(rows in counts for counts in _count(model, data, rows))
+
+
+def _count(model: Program, data: TrainingData, rows: int) -> list[tuple[int, int]]:
+    """What `count_data` says of the first rows; nothing where the model fails on them."""
+    args, kwargs = as_arguments(data.first(rows, stream=2))
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), torch.no_grad(), keep_random_state():
+        try:
+            return count_data(poutine.trace(model).get_trace(*args, **kwargs))
+        except Exception:  # a fault of another kind shows again on all data
+            return []
+
+
 def _rows_to_inspect(
     model: Program, guide: Program, data: TrainingData, batch_size: int | None
 ) -> tuple[int, str, bool]:
@@ -289,6 +349,14 @@ def _rows_to_inspect(
         The number; the name of a parameter with a value for each datum, or ""; whether the
         programs take all data and no fewer.
     """
+    if not any(axis is not None for axis in data.axes):
+        if batch_size is not None and batch_size < data.length:
+            raise ProgramError(
+                f"the plate of the data keeps its size {data.length} whichever part of x the model "
+                f"is given, so there are no mini-batches of {batch_size}; pass batch_size=None, or "
+                "give the plate the size of its data"
+            )
+        return data.length, "", True
     if isinstance(guide, AutoGuide):  # makes its parameters when it first runs
         return data.length, "", False
     if data.length == 1:
@@ -404,7 +472,7 @@ def check_held_out(prepared: Preparation, validation: Any) -> Any:
         ValueError: If they are empty.
         ProgramError: If the guide has values for each training datum.
     """
-    length = batch_length(validation)
+    length = prepared.length_of(validation)
     if length == 0:
         raise ValueError("the validation data are empty; pass validation=None or some data")
     if prepared.per_datum:
@@ -414,4 +482,4 @@ def check_held_out(prepared: Preparation, validation: Any) -> Any:
         )
     if prepared.joint:
         return validation
-    return map_batch(validation, lambda a: a[: min(length, _DEFAULT_BATCH)])
+    return map_batch(validation, take(slice(_DEFAULT_BATCH)), prepared.data.axes)

@@ -124,6 +124,30 @@ def test_chunks_only_change_the_draws(linear, x):
         assert (parts.log_evidence != whole.log_evidence).any()
 
 
+@pytest.mark.parametrize("steps", [3, N])
+def test_sequences_with_time_first_are_cut_by_data(steps):
+    x, seen = torch.randn(steps, N), []
+
+    def model(x):
+        seen.append(tuple(x.shape))
+        with pyro.plate("data", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for t, row in enumerate(x):
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=row)
+
+    def exact(x):
+        precision = 1 + len(x)
+        with pyro.plate("data", x.shape[1]):
+            pyro.sample("z", dist.Normal(x.sum(0) / precision, precision**-0.5))
+
+    found = log_evidence(model, exact, x, num_particles=50, max_memory=1e-6, progress=False)
+    covariance = torch.eye(steps) + torch.ones(steps, steps)
+    expected = dist.MultivariateNormal(torch.zeros(steps), covariance).log_prob(x.T)
+    assert found.log_evidence.values == pytest.approx(expected.numpy(), abs=1e-12)
+    assert seen[-1][0] == steps
+    assert seen[-1][1] < N  # in parts
+
+
 def test_programs_of_a_fixed_size_are_cut_by_particles_alone(x):
     locs = torch.randn(N, H)
 

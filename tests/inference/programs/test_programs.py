@@ -34,6 +34,7 @@ from pyro_vae.inference.estimators.table import PathwiseELBO
 from pyro_vae.inference.programs import (
     FittedProgram,
     as_arguments,
+    batch_axes,
     batch_length,
     evaluation_mode,
     fixed_draws,
@@ -41,6 +42,7 @@ from pyro_vae.inference.programs import (
     map_batch,
     modules_of,
     program_scope,
+    take,
     trace_programs,
     unwrap_programs,
 )
@@ -525,15 +527,31 @@ def test_fitted_programs_are_transparent(fitted: FittedProgram) -> None:
 
 
 def test_arguments_of_every_kind() -> None:
-    x, y, scale = torch.zeros(N, D), torch.ones(N), torch.ones(D)
+    x, y = torch.zeros(N, D), torch.ones(N)
     assert as_arguments(x) == ((x,), {})
     assert as_arguments((x, y)) == ((x, y), {})
     assert as_arguments({"x": x}) == ((), {"x": x})
     assert as_arguments(()) == ((), {})
-    assert [batch_length(a) for a in (x, (y, x), {"n": 3, "x": x}, (), 4)] == [N, N, N, 1, 1]
-    first = map_batch((x, y, scale, "label"), lambda a: a[:2])
-    assert [len(a) for a in first] == [2, 2, D, 5]
-    assert len(map_batch({"x": x}, lambda a: a[:2])["x"]) == 2
+    lengths = [batch_length(a, batch_axes(a)[0]) for a in (x, (y, x), {"n": 3, "x": x}, (), 4)]
+    assert lengths == [N, N, N, 1, 1]
+
+
+def test_data_are_taken_along_the_axis_of_their_plate() -> None:
+    x, y, scale = torch.randn(D, N), torch.randn(N), torch.ones(D)
+    arguments = (scale, x, "label", y)
+    (axes,) = batch_axes(arguments, N)
+    assert axes == (None, 1, None, 0)
+    assert batch_length(arguments, axes) == N
+    for part, expected in ((slice(1, 3), [1, 2]), (torch.tensor([4, 0]), [4, 0])):
+        taken = map_batch(arguments, take(part), axes)
+        assert torch.equal(taken[1], x[:, expected])
+        assert torch.equal(taken[3], y[expected])
+        assert taken[0] is scale
+        assert taken[2] == "label"
+    assert batch_axes({"x": torch.zeros(N, N), "y": y}, N) == [(0, 0), (1, 0)]  # a square
+    assert batch_axes(x, K) == []
+    taken = map_batch({"n": 3, "x": x}, take(slice(2)), batch_axes({"n": 3, "x": x}, D)[0])
+    assert torch.equal(taken["x"], x[:2])
 
 
 global_net = nn.Linear(1, 1)

@@ -538,6 +538,66 @@ def test_models_that_subsample():
         assert math.isclose(found.history.data_passes[-1], passes)
 
 
+def sequences(first):
+    """A sequence's level z ~ N(0, 1), x_t ~ N(z, s): data along the first axis, or the second."""
+
+    def rows(x):
+        return x.T if first == "time" else x
+
+    def model(x, lengths):
+        x = rows(x)
+        scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            seen = torch.arange(x.shape[1]) < lengths[:, None]
+            steps = dist.Normal(z[..., None], scale.expand(x.shape)).mask(seen)
+            pyro.sample("x", steps.to_event(1), obs=x)
+
+    def guide(x, lengths):
+        slope, bias = pyro.param("slope", torch.zeros(())), pyro.param("bias", torch.zeros(()))
+        with pyro.plate("data", len(rows(x))):
+            pyro.sample("z", dist.Normal(slope * rows(x).mean(1) + bias, 0.5))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_time_may_come_first(steps):
+    """Mini-batches are of sequences, not of steps: all is as with the data along the first axis."""
+    x, lengths = torch.randn(9, steps), torch.arange(9) % steps + 1
+    found = {}
+    for first, data in {"data": (x, lengths), "time": (x.T.contiguous(), lengths)}.items():
+        held_out = (data[0] + 1, lengths)
+        found[first] = fit(
+            *sequences(first), data, batch_size=4, epochs=3, learning_rate=0.1, validation=held_out
+        )
+    for name, value in found["data"].parameters.items():
+        torch.testing.assert_close(found["time"].parameters[name], value, rtol=1e-10, atol=1e-10)
+    for name in ("loss", "bound", "validation_bound", "data_passes"):
+        torch.testing.assert_close(*(torch.tensor(f.history[name].values) for f in found.values()))
+    assert found["time"].config["fit"]["num_data"] == 9
+
+
+def test_programs_that_bring_their_data_speak_of_their_plate():
+    x = linear_data(150)[:, 0]
+
+    def model():
+        bare_model(x)
+
+    def guide():
+        bare_guide(x)
+
+    found, expected = (
+        fit(m, g, data, epochs=2, batch_size=size)
+        for m, g, data, size in ((model, guide, (), None), (bare_model, bare_guide, x, 150))
+    )
+    assert found.config["fit"]["num_data"] == 150
+    for name in ("loss", "bound"):
+        assert found.history[name].values == pytest.approx(expected.history[name].values)
+    with pytest.raises(ProgramError, match=r"keeps its size 150.*pass batch_size=None"):
+        fit(model, guide, (), epochs=1, batch_size=20)
+
+
 def test_programs_of_a_fixed_size_and_without_arguments():
     x = linear_data(150)
 
