@@ -237,6 +237,28 @@ def test_one_online_step_on_all_data_is_an_exact_one():
     assert (other.parameters["locs"] - exact.parameters["locs"]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("method", "num_seeds", "num_passes"),
+    [(method, 2, 2) for method in ON_STATISTICS if method != "online"] + [("online", 5, 20)],
+)
+def test_weighted_data_have_their_weighted_mean(method, num_seeds, num_passes):
+    """One component, whose exact mean is known; mini-batches come near it, others are on it."""
+    rng = np.random.default_rng(4)
+    rows = torch.as_tensor(rng.normal(size=(43, 1)))
+    weights = (1.5 * rows[:, 0]).exp()  # the few that count most would vanish in their batches
+    exact = float((weights * rows[:, 0]).sum() / weights.sum())
+    options: dict[str, Any] = {"method": method, "max_iterations": num_passes, "tolerance": 0.0}
+    options |= {"record": "passes", "sample_weights": weights, "batch_size": 5}
+    found = [
+        float(fit_em(GaussianMixture(1, 1), rows, seed=seed, **options).parameters["locs"])
+        for seed in range(num_seeds)
+    ]
+    error = float(np.std(found, ddof=1)) / num_seeds**0.5
+    assert error < (0.02 if method == "online" else 1e-12)
+    assert np.mean(found) == pytest.approx(exact, abs=6 * error + 1e-12)  # t of 4 degrees: 0.4 %
+    assert abs(exact - float(rows.mean())) > 20 * error  # weights do matter here
+
+
 def test_many_draws_are_the_posterior():
     """Monte-Carlo EM's first M step; shares of S draws have a standard error below 0.5/sqrt(S)."""
     exact = run("exact", max_iterations=1).parameters["weights"]

@@ -193,9 +193,8 @@ def _online(
             record.passes += len(rows) / problem.num_data
             if shown:
                 _measure(problem, record, "E", iteration, parameters, q)
-            of_batch = of_batch * (
-                problem.total_weight / max(float(problem.counts(of_batch).sum()), 1e-300)
-            )
+            # By the share of rows, not of weight: so each batch is unbiased for all of the data.
+            of_batch = of_batch * (problem.num_data / len(rows))
             number += 1
             seen += len(rows)
             step = number**-settings.step_exponent
