@@ -352,6 +352,7 @@ def units_section(work: Work) -> Section:
     effects = unit_effects(vae.decode, codes[:500])
     work.results.update(surgery=surgery, units=effects)
     activity, effect = surgery["activity"].values, effects["effect"].values
+    errors = np.hypot(effects["effect_se"].values, effects["quadrature_error"].values)
     above = surgery.provenance["config"]["active_above"]
     active = activity > above
     order = np.argsort(-activity)
@@ -359,7 +360,7 @@ def units_section(work: Work) -> Section:
         {
             "unit": f"z{i + 1}",
             "activity": f"{activity[i]:.4f}",
-            "effect on a pixel": f"{effect[i]:.4f} ± {float(effects['effect_se'][i]):.4f}",
+            "effect on a pixel": f"{effect[i]:.4f} ± {errors[i]:.4f}",
             "": "active" if active[i] else "collapsed",
         }
         for i in order

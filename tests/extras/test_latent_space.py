@@ -95,12 +95,30 @@ def test_a_traversal_moves_one_unit_at_a_time() -> None:
 
 def test_the_effect_of_a_unit_of_a_linear_decoder_is_its_column() -> None:
     weights = torch.tensor([[1.0, 0.0, 0.3], [2.0, 0.0, 0.1]])
-    result = unit_effects(lambda z: z @ weights.T, torch.randn(5, 3), num_values=400)
-    # The quantiles' variance is a little under 1: their tails are cut at 1/800.
+    result = unit_effects(lambda z: z @ weights.T, torch.randn(5, 3))
     wanted = weights.square().mean(0).sqrt()
-    assert result["effect"].values == pytest.approx(wanted.numpy(), rel=0.005)
+    assert result["effect"].values == pytest.approx(wanted.numpy(), rel=1e-12)
     assert float(result["effect"][1]) == 0.0  # exactly: a collapsed unit does nothing
-    assert result["effect_se"].values == pytest.approx([0, 0, 0], abs=1e-9)
+    for error in ("effect_se", "quadrature_error"):
+        assert result[error].values == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("function", "exact"),
+    [
+        (lambda z: 3 * z, 3.0),
+        (lambda z: z**2, math.sqrt(2)),
+        (lambda z: z**3, math.sqrt(15)),
+        (torch.exp, math.sqrt(math.e * (math.e - 1))),  # of a log-normal
+        (torch.relu, math.sqrt(0.5 - 0.5 / math.pi)),  # a kink: the rule is not exact, and says so
+        (lambda z: (z > 0).to(z), 0.5),
+    ],
+)
+def test_the_effect_is_the_standard_deviation_under_the_prior(function, exact) -> None:
+    result = unit_effects(function, torch.randn(2, 1))
+    error = float(result["quadrature_error"][0])
+    assert abs(float(result["effect"][0]) - exact) <= error + 1e-9
+    assert error < 0.08 * exact
 
 
 def test_the_effect_of_a_gated_unit_depends_on_the_code() -> None:
@@ -108,14 +126,12 @@ def test_the_effect_of_a_gated_unit_depends_on_the_code() -> None:
         return (z[..., :1] * z[..., 1:]).expand(*z.shape[:-1], 4)
 
     codes = torch.randn(60, 2) + 1.0
-    result = unit_effects(decoder, codes, num_values=300)
+    result = unit_effects(decoder, codes)
     for unit, other in ((0, 1), (1, 0)):
         squares = codes[:, other].square()  # of z_i z_j with z_i ~ N(0, 1) the variance is z_j^2
         wanted, error = squares.mean().sqrt(), squares.std() / math.sqrt(60)
-        assert float(result["effect"][unit]) == pytest.approx(float(wanted), rel=0.01)
-        assert float(result["effect_se"][unit]) == pytest.approx(
-            float(error / (2 * wanted)), rel=0.02
-        )
+        assert float(result["effect"][unit]) == pytest.approx(float(wanted), rel=1e-12)
+        assert float(result["effect_se"][unit]) == pytest.approx(float(error / (2 * wanted)))
     with pytest.raises(ValueError, match="at least 2 codes"):
         unit_effects(decoder, codes[:1])
 

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor
 
 from pyro_vae.extras.latents import magnification, shortest_path
 from pyro_vae.extras.latents.paths import (
+    _chords,
     curve_energy,
     curve_length,
     pulled_back_metric,
@@ -81,10 +83,52 @@ def test_the_metric_needs_no_gradient_mode_and_leaves_none() -> None:
 def test_a_circle_of_latitude_has_its_length() -> None:
     path = straight_path(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0]), 9)
     torch.testing.assert_close(path[:, 1], torch.arange(9) / 4.0)
+    length, error = curve_length(sphere, path)
+    assert float(length) == pytest.approx(2 * math.cos(1.0), rel=1e-8)
     # n chords of an arc of angle a on a circle of radius r sum to 2 r n sin(a / 2n).
-    chords = 8 * 5
-    wanted = 2 * math.cos(1.0) * chords * math.sin(2.0 / (2 * chords))
-    assert float(curve_length(sphere, path, refine=5)) == pytest.approx(wanted, rel=1e-12)
+    coarse, fine = (2 * math.cos(1.0) * n * math.sin(1.0 / n) for n in (8 * 8, 8 * 21))
+    assert float(error) == pytest.approx(2 * (fine - coarse), rel=1e-6)
+
+
+@pytest.mark.parametrize("waves", [1.5, 8.0, 40.0, 64.0])
+def test_a_ripple_has_its_length_also_where_it_fits_the_points(waves: float) -> None:
+    """The arc of a sine, against quadrature; 64 waves vanish at 8 chords a side."""
+
+    def ripple(z: Tensor) -> Tensor:
+        return torch.cat([z, 0.1 * (2 * math.pi * waves * z).sin()], dim=-1)
+
+    def speed(t: float) -> float:
+        return math.hypot(1, 0.2 * math.pi * waves * math.cos(2 * math.pi * waves * t))
+
+    wave, _ = quad(speed, 0, 1 / waves, epsabs=1e-12, points=[0.25 / waves, 0.75 / waves])
+    path = straight_path(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), 9)
+    lengths, errors = curve_length(ripple, path)
+    for length, error, times in zip(lengths.tolist(), errors.tolist(), (1, 2), strict=True):
+        assert length == pytest.approx(times * waves * wave, rel=1e-4)
+        assert abs(length - times * waves * wave) <= error < 0.02 * length
+    chords = _chords(ripple, path[0], 8)
+    assert float(chords) < (1 - 1e-6 * waves**2) * float(lengths[0])  # which is no length
+
+
+def test_kinks_are_in_the_error() -> None:
+    """Lines folded where no point hits, as networks of rectifiers do; one in ten may be unlucky."""
+    path = straight_path(torch.zeros(1), torch.ones(1), 5)
+    folds = torch.rand(40).tolist()
+    inside = 0
+    for fold in folds:
+        length, error = curve_length(lambda z, at=fold: torch.cat([z, (z - at).abs()], -1), path)
+        assert float(length) == pytest.approx(math.sqrt(2), rel=2e-3)
+        inside += abs(float(length) - math.sqrt(2)) <= float(error)
+    assert inside >= 36
+
+
+def test_lengths_in_single_precision_are_near() -> None:
+    start, end = torch.tensor([0.3, 0.1]), torch.tensor([0.9, 1.4])
+    path = straight_path(start, end, 32)
+    exact, _ = curve_length(sphere, path)
+    length, error = curve_length(sphere, path.float())
+    assert length.dtype == torch.float32
+    assert abs(float(length) - float(exact)) <= float(error) < 1e-3
 
 
 def test_a_straight_line_at_even_steps_has_half_its_squared_length_as_energy() -> None:
@@ -187,6 +231,8 @@ def test_no_path_is_longer_than_the_straight_one_nor_shorter_than_the_chord() ->
     assert bool((found["length"] < found["straight_length"]).any())
     assert not found["converged"].values.all()
     assert found.isel(pair=0).quantity("length").bound == "upper"
+    assert found.isel(pair=0).quantity("straight_length").bound == "exact"
+    assert bool((found["length_error"] <= 1e-3 * found["length"]).all())
 
 
 def test_equal_ends_are_a_path_of_length_zero() -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -163,38 +164,39 @@ def unit_effects(
     .. math:: e_i = \Bigl( \mathbb E_{z_{-i}} \operatorname{Var}_{z_i \sim \mathcal N(0, 1)}
                     f_d(z) \Bigr)^{1/2} \quad \text{averaged over the features } d
 
-    with the other units at the codes given. A unit that the decoder ignores has exactly 0.
+    with the other units at the codes given. A unit that the decoder ignores has exactly 0. The
+    variance is taken by Gauss-Hermite quadrature, which is exact where the decoder is a polynomial
+    of the unit of a degree below `num_values`.
 
     Args:
         decoder: The decoder.
         codes: Where the other units are, such as codes of data; at least 2.
-        num_values: Values of the unit, even in probability under N(0, 1).
+        num_values: Nodes of the quadrature, at least 3.
 
     Returns:
-        Variables over `unit`: `effect`, a standard deviation in the data's own units, with its
-        standard error over codes `effect_se`.
+        Variables over `unit`, in the data's own units: `effect`, a standard deviation, with its
+        standard error over codes `effect_se`; `quadrature_error`, by how much the rule with one
+        node fewer differs (near kinks and steps of the decoder the two err to opposite sides).
 
     Raises:
         ValueError: If there are too few codes or values.
     """
-    if len(codes) < 2 or num_values < 2:
-        raise ValueError("unit_effects needs at least 2 codes and 2 values.")
-    share = (torch.arange(num_values, dtype=torch.float64) + 0.5) / num_values
-    values = torch.special.ndtri(share).to(codes)
-    found, errors = [], []
+    if len(codes) < 2 or num_values < 3:
+        raise ValueError("unit_effects needs at least 2 codes and 3 values.")
+    columns: dict[str, list[float]] = {name: [] for name in _UNIT_COLUMNS}
     for unit in range(codes.shape[1]):
-        moved = codes.repeat(num_values, 1, 1)
-        moved[..., unit] = values[:, None]
-        variance = decoder(moved).double().var(0, correction=0).mean(-1)
+        variance = _variance_over_unit(decoder, codes, unit, num_values)
         effect = variance.mean().sqrt()
+        other = _variance_over_unit(decoder, codes, unit, num_values - 1).mean().sqrt()
         error = variance.std() / math.sqrt(len(codes))
-        found.append(float(effect))
-        errors.append(float(error / (2 * effect)) if effect > 0 else 0.0)  # d sqrt(v) = dv / 2 sqrt
-    text = "standard deviation of a feature while this unit is drawn from N(0, 1)"
+        columns["effect"].append(float(effect))
+        # d sqrt(v) = dv / 2 sqrt(v)
+        columns["effect_se"].append(float(error / (2 * effect)) if effect > 0 else 0.0)
+        columns["quadrature_error"].append(abs(float(effect - other)))
     return make_result(
         {
-            "effect": ("unit", found, _number("none", text)),
-            "effect_se": ("unit", errors, _number("none", "over codes")),
+            name: ("unit", values, _number("none", _UNIT_COLUMNS[name]))
+            for name, values in columns.items()
         },
         function="unit_effects",
         config={"num_codes": len(codes), "num_values": num_values},
@@ -202,6 +204,27 @@ def unit_effects(
         data_sha256=sha256_of(codes),
         coords={"unit": list(range(codes.shape[1]))},
     )
+
+
+_UNIT_COLUMNS = {
+    "effect": "standard deviation of a feature while this unit is drawn from N(0, 1)",
+    "effect_se": "over codes",
+    "quadrature_error": "change of the effect with one node fewer",
+}
+
+
+def _variance_over_unit(
+    decoder: Decoder, codes: Float[Tensor, "data latent"], unit: int, num_values: int
+) -> Float[Tensor, " data"]:
+    """The variance of a feature, averaged over features, under N(0, 1) of one unit."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(num_values)
+    moved = codes.repeat(num_values, 1, 1)
+    moved[..., unit] = torch.as_tensor(nodes).to(codes)[:, None]
+    decoded = decoder(moved).double()
+    away = decoded - decoded[num_values // 2]  # exactly 0 where the decoder ignores the unit
+    share = torch.as_tensor(weights / weights.sum()).to(away)
+    mean = torch.tensordot(share, away, 1)
+    return torch.tensordot(share, (away - mean).square(), 1).mean(-1)
 
 
 # --- what a code holds ----------------------------------------------------------------------------
