@@ -312,11 +312,14 @@ class MIWAE(_Grouped):
 class PIWAE(_Grouped):
     """The model climbs the importance bound of all K particles, the guide the MIWAE bound.
 
+    The guide's gradient is not that of the value, which is the bound of all K.
+
     References:
         Rainforth et al. (2018), Tighter variational bounds are not necessarily better, section 4.3.
     """
 
     value_name = "IWAE"
+    unbiased = False
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         _, w, reinforce = self._groups(log_weights)

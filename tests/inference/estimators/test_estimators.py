@@ -728,6 +728,63 @@ def test_a_guide_gradient_without_its_square_is_found_biased():
         assert_unbiased(gradient, exact.mean(0), exact.std(0) / math.sqrt(REPEATS))
 
 
+class OneNormal(Pca):
+    """`Pca` with one latent, drawn by a distribution of the test's choice."""
+
+    latents = 1
+
+    def programs(self, v: dict[str, Tensor], normal: type = dist.Normal) -> tuple:
+        model, _ = super().programs(v)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", normal(v["loc"], v["scale"]).to_event(1))
+
+        return model, guide
+
+
+OF_ITS_VALUE: dict[str, Callable] = {  # by the name of the value, for the default options
+    "ELBO": mean_log_weight,
+    "IWAE": log_mean_exp,
+    "Renyi": renyi(0.5),
+    "MIWAE": mean_of_groups,
+    "CIWAE": lambda w: 0.5 * mean_log_weight(w) + 0.5 * log_mean_exp(w),
+}
+ON_A_NORMAL = [n for n in table.estimator_names() if n not in ("SleepPhi", "StraightThrough")]
+
+
+@pytest.mark.parametrize("name", ON_A_NORMAL)
+def test_an_estimator_says_whether_its_gradient_is_that_of_its_value(name):
+    """Expectations over two particles by sums over a grid, good to 1e-6 for these densities."""
+    estimator = make_estimator(name, 2)
+    nodes = torch.linspace(-7.0, 7.0, 141)
+    weights = (-0.5 * nodes**2).exp()
+    chance = torch.cartesian_prod(weights, weights).prod(1) / weights.sum() ** 2
+    noise = torch.cartesian_prod(nodes, nodes).T  # [particles, outcomes]
+    pca = OneNormal()
+    leaves = spread(pca.values, len(chance))
+    grid = noise.repeat_interleave(len(pca.x), 1)[..., None]
+    normal = scripted(dist.Normal, lambda d: d.loc + d.scale * grid, tuple(grid.shape))
+    model, guide = pca.programs(leaves, normal)
+    x = pca.x.repeat(len(chance), 1)
+    found = {
+        n: torch.einsum("c,c...->...", chance, g.view(len(chance), len(pca.x), *g.shape[1:]))
+        for n, g in each_gradient(estimator, model, guide, x, leaves).items()
+    }
+    value = OF_ITS_VALUE[estimator.value_name](pca.log_weights(leaves, grid))
+    exact = torch.autograd.grad(
+        (chance.repeat_interleave(len(pca.x)) * value).sum(), list(leaves.values())
+    )
+    bias = differences(
+        found,
+        {
+            n: g.view(len(chance), len(pca.x), *g.shape[1:]).sum(0)
+            for n, g in zip(leaves, exact, strict=True)
+        },
+    )
+    assert bias < 1e-5 if type(estimator).unbiased else bias > 0.01, bias
+
+
 def at_the_posterior() -> tuple[Callable, Callable, Tensor, dict[str, Tensor]]:
     pca = Pca(data=5)
     w = pca.values["w"]
