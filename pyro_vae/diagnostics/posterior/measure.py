@@ -124,8 +124,14 @@ class QualityWork:
             checks=[check for check in CHECKS_OF_REFERENCE if options.runs(check)],
             num_test_draws=options.num_test_draws,
             num_permutations=options.num_permutations,
+            resolve=self._resolve(),
             seed=_drawn_seed(),
         )
+
+    def _resolve(self) -> float | None:
+        """The p-value that a single datum needs to be found among all."""
+        options = self.options
+        return None if options.joint else options.limits.level / self.plan.num_data
 
     def _stein(self, part: Any) -> tuple[Columns, list[str]]:
         """The kernel Stein discrepancy, or why there is none."""
@@ -153,6 +159,7 @@ class QualityWork:
             torch.cat(scores),
             num_bootstrap=options.num_permutations,
             seed=_drawn_seed(),
+            resolve=self._resolve(),
         )
         # A latent that a mask switches off has no density, hence no score.
         partly = ~potential.active.all(1)

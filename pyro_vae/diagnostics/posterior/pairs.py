@@ -1,24 +1,32 @@
 """Sums over all pairs of draws, batched over data, in blocks that fit in memory."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 __all__ = [
+    "MOST_RESAMPLES",
     "PairSums",
     "centred",
     "check_two_samples",
     "finite_data",
     "median_distance",
     "pair_sums",
+    "resampled_p_values",
     "squares",
 ]
 
+MOST_RESAMPLES = 100_000
+"""How many permutations or sets of signs a datum can get in all."""
+
 _ENTRIES = 2**17  # numbers in a block of pairs: 1 MiB, which stays in the cache
 _MEDIAN_DRAWS = 1000  # draws whose distances give the median
+_COLUMNS = 2_000  # resamples at once
+_GROWTH = 4  # by which the number of resamples grows where none reached the statistic
 
 Block = Callable[[slice, slice], Float64[Tensor, "data rows draws"]]
 """The values of all pairs (row, draw) for a slice of the data and a slice of the rows."""
@@ -100,6 +108,40 @@ def pair_sums(block: Block, num_data: int, weights: Float64[Tensor, "draws colum
             found.append((sums.sum(1), sums @ own, quadratic))
         parts.append([torch.stack(terms).sum(0) for terms in zip(*found, strict=True)])
     return PairSums(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
+
+
+def resampled_p_values(
+    reached: Callable[[Int64[Tensor, " data"], int], Int64[Tensor, " data"]],
+    num_data: int,
+    num_resamples: int,
+    resolve: float | None,
+) -> Float64[Tensor, " batch"]:
+    r"""p-values by resampling, (1 + count) / (1 + B), with a larger B where they are small.
+
+    A p-value of u has the same meaning whatever B: going on only where no resample reached the
+    statistic keeps its probability at most u, for what is small at the end was small before.
+
+    Args:
+        reached: For some data, how many of so many new resamples reach their statistic.
+        num_data: How many data there are.
+        num_resamples: B of all data.
+        resolve: Data that no resample reached get more of them, 100,000 at most, until
+            1 / (1 + B) is at most this times their number; None for no more.
+    """
+    counts = reached(torch.arange(num_data), num_resamples)
+    made = torch.full_like(counts, num_resamples)
+    last = num_resamples
+    while resolve is not None and bool((counts == 0).any()):
+        rest = torch.nonzero(counts == 0)[:, 0]
+        wanted = min(math.ceil(1 / (resolve * len(rest))), MOST_RESAMPLES)
+        if last >= wanted:
+            break
+        more = min((_GROWTH - 1) * last, wanted - last)
+        for first in range(0, more, _COLUMNS):
+            counts[rest] += reached(rest, min(_COLUMNS, more - first))
+        made[rest] += more
+        last += more
+    return ((1 + counts) / (1 + made)).double()
 
 
 def median_distance(draws: Float64[Tensor, "batch draws dim"]) -> Float64[Tensor, " batch"]:

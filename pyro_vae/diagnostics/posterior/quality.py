@@ -77,7 +77,8 @@ def posterior_quality(
         limits: What counts as good enough; `verdict.Limits()` if None.
         num_test_draws: Draws of each side for the checks, at most.
         num_permutations: Behind the p-values of energy distance and MMD, and signs behind that of
-            the Stein discrepancy.
+            the Stein discrepancy. Data that none of them reaches get as many more as it takes to
+            find them among all, up to 100,000.
         **settings: Of `reference.HmcReference`, with `reference="hmc"`.
 
     Returns:

@@ -207,6 +207,7 @@ def reference_columns(
     checks: Sequence[str],
     num_test_draws: int,
     num_permutations: int,
+    resolve: float | None,
     seed: int,
 ) -> Columns:
     """Every number that compares a guide with its reference; nan where that has not converged.
@@ -223,6 +224,7 @@ def reference_columns(
         checks: `"energy"`, `"mmd"` and `"classifier"`, those to run.
         num_test_draws: Draws of each side for these, at most: they compare all pairs.
         num_permutations: Behind their p-values.
+        resolve: Where more of them are needed, see `permutation_p_values`.
         seed: Of permutations and folds.
     """
     draws = draws.detach().cpu().double()
@@ -241,11 +243,13 @@ def reference_columns(
     for order in (1, 2):
         distance = wasserstein(draws, reference.draws, order)
         columns[f"wasserstein_{order}"] = distance
+    columns |= {name: torch.full_like(ess, math.nan) for name in _names_of(checks)}
     if checks and bool(converged.any()):
         thinned = _thinned(theirs, reference, ess[converged].min(), num_test_draws)
-        columns |= _tests(ours[:num_test_draws], thinned, checks, num_permutations, seed)
-    elif checks:
-        columns |= {name: torch.full_like(ess, math.nan) for name in _names_of(checks)}
+        sample = ours[:num_test_draws, converged]
+        found = _tests(sample, thinned[:, converged], checks, num_permutations, resolve, seed)
+        for name, value in found.items():
+            columns[name][converged] = value
     unmarked = ("rhat", "reference_ess", "reference_converged")
     return {
         name: value if name in unmarked else _marked(value, converged)
@@ -319,6 +323,7 @@ def _tests(
     reference: Float64[Tensor, "others batch dim"],
     checks: Sequence[str],
     num_permutations: int,
+    resolve: float | None,
     seed: int,
 ) -> Columns:
     columns: Columns = {}
@@ -328,7 +333,7 @@ def _tests(
         if name in checks:
             columns[name] = distances[name](ours, theirs)
             columns[f"{name}_p_value"] = permutation_p_values(
-                ours, theirs, name, num_permutations, seed
+                ours, theirs, name, num_permutations, seed, resolve=resolve
             )
     if "classifier" in checks:
         found = classifier_two_sample(ours, theirs, folds=_FOLDS, seed=seed)

@@ -13,6 +13,7 @@ from pyro_vae.diagnostics.posterior.pairs import (
     finite_data,
     median_distance,
     pair_sums,
+    resampled_p_values,
     squares,
 )
 
@@ -42,6 +43,7 @@ def kernel_stein_discrepancy(
     standardise: bool = True,
     num_bootstrap: int = 500,
     seed: int = 0,
+    resolve: float | None = None,
 ) -> SteinDiscrepancy:
     r"""The squared kernel Stein discrepancy of draws from the density whose gradient is given.
 
@@ -68,6 +70,7 @@ def kernel_stein_discrepancy(
         num_bootstrap: Sets of signs. The least p-value is one over one more than that. All data
             share them.
         seed: Of the signs.
+        resolve: As in `two_sample.permutation_p_values`: more sets of signs where p is least.
 
     Raises:
         ValueError: If there are fewer than 2 draws, draws and scores differ in shape, or an option
@@ -102,18 +105,22 @@ def kernel_stein_discrepancy(
     width = median_distance(x) if bandwidth is None else x.new_tensor([bandwidth])
     width = width.expand(len(x))[:, None, None]
     x, s = x / width, s * width
-    signs = torch.randint(
-        2, (x.shape[1], num_bootstrap), generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
-    def block(data: slice, rows: slice) -> Tensor:
-        return _stein_kernel(x[data, rows], s[data, rows], x[data], s[data], radial)
+    def reached(data: Tensor, count: int) -> Tensor:
+        signs = torch.randint(2, (x.shape[1], count), generator=generator)
+        z, own = x[data], s[data]
 
-    sums = pair_sums(block, len(x), (2.0 * signs - 1).to(x))
-    num_pairs = x.shape[1] * (x.shape[1] - 1)
-    count = (sums.quadratic >= sums.total[:, None]).sum(1)
-    p = ((1 + count) / (1 + num_bootstrap)).double()
-    value = sums.total / (num_pairs * width[:, 0, 0].square())
+        def block(place: slice, rows: slice) -> Tensor:
+            return _stein_kernel(z[place, rows], own[place, rows], z[place], own[place], radial)
+
+        sums = pair_sums(block, len(z), (2.0 * signs - 1).to(z))
+        total[data] = sums.total
+        return (sums.quadratic >= sums.total[:, None]).sum(1)
+
+    p = resampled_p_values(reached, len(x), num_bootstrap, resolve)
+    value = total / (x.shape[1] * (x.shape[1] - 1) * width[:, 0, 0].square())
     return SteinDiscrepancy(value.masked_fill(broken, math.nan), p.masked_fill(broken, math.nan))
 
 

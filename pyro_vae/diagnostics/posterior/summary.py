@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.diagnostics.posterior.assess import Finding, Limits, Verdict
+from pyro_vae.diagnostics.posterior.pairs import MOST_RESAMPLES
 from pyro_vae.results import Result
 
 __all__ = ["blind_spots", "verdict_notes", "worst_data"]
@@ -217,6 +218,9 @@ def _tests(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[s
     if not found:
         return []
     how = "" if joint else f" at a false discovery rate of {limits.level:g}"
+    fewest = math.ceil(len(next(iter(columns.values()))) / (limits.level * (1 + MOST_RESAMPLES)))
+    if fewest > 1:
+        how += f" ({MOST_RESAMPLES:,} permutations cannot find fewer than {fewest} data)"
     return [
         f"tests of whether the guide is exact find a difference{how}: {', '.join(found)}."
         if not joint

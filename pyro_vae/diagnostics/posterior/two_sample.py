@@ -20,6 +20,7 @@ from pyro_vae.diagnostics.posterior.pairs import (
     finite_data,
     median_distance,
     pair_sums,
+    resampled_p_values,
     squares,
 )
 
@@ -218,6 +219,7 @@ def permutation_p_values(
     seed: int = 0,
     *,
     bandwidth: float | None = None,
+    resolve: float | None = None,
 ) -> Float64[Tensor, " batch"]:
     r"""p-values of the hypothesis that both samples have the same distribution, for each datum.
 
@@ -232,6 +234,9 @@ def permutation_p_values(
         num_permutations: B. All data share the permutations.
         seed: Of the permutations.
         bandwidth: Of the kernel, for `"mmd"`.
+        resolve: Data that no permutation reached get more of them, 100,000 at most, until
+            1 / (1 + B) is at most this times their number: the level over the number of data lets
+            Benjamini & Hochberg's procedure find them, however few they are. None for no more.
 
     Raises:
         ValueError: If one of the two has fewer than 2 draws, or an option is none of the above.
@@ -240,27 +245,27 @@ def permutation_p_values(
         effective sample size first.
 
     References:
-        Gretton et al. (2012), section 5; Phipson & Smyth (2010), Permutation p-values should never
-        be zero.
+        Gretton et al. (2012); Phipson & Smyth (2010), Permutation p-values should never be zero;
+        Besag & Clifford (1991), Sequential Monte Carlo p-values.
     """
     if num_permutations < 1:
         raise ValueError(f"num_permutations must be at least 1, not {num_permutations}")
+    check_two_samples(sample, reference, least=2)
     n, pooled = len(sample), len(sample) + len(reference)
-    random = torch.rand(
-        num_permutations,
-        pooled,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=torch.float64,
-    )
-    chosen = torch.cat([torch.arange(n)[None], random.argsort(1)[:, :n]])
-    shares = torch.zeros(len(chosen), pooled, dtype=torch.float64).scatter_(1, chosen, 1.0).T
-    sums = _sums(sample, reference, statistic, bandwidth, shares)
-    values = _statistic(sums, n, len(reference))
-    # Equal statistics may differ in their last bits.
-    slack = 1e-11 * sums.total.abs() / pooled**2
-    count = (values[:, 1:] >= (values[:, 0] - slack)[:, None]).sum(1)
-    p = (1 + count) / (1 + num_permutations)
-    return p.double().masked_fill(~finite_data(sample, reference), math.nan)
+    generator = torch.Generator().manual_seed(seed)
+
+    def reached(data: Tensor, count: int) -> Tensor:
+        random = torch.rand(count, pooled, generator=generator, dtype=torch.float64)
+        chosen = torch.cat([torch.arange(n)[None], random.argsort(1)[:, :n]])
+        shares = torch.zeros(len(chosen), pooled, dtype=torch.float64).scatter_(1, chosen, 1.0).T
+        sums = _sums(sample[:, data], reference[:, data], statistic, bandwidth, shares)
+        values = _statistic(sums, n, pooled - n)
+        # Equal statistics may differ in their last bits.
+        slack = 1e-11 * sums.total.abs() / pooled**2
+        return (values[:, 1:] >= (values[:, 0] - slack)[:, None]).sum(1)
+
+    p = resampled_p_values(reached, sample.shape[1], num_permutations, resolve)
+    return p.masked_fill(~finite_data(sample, reference), math.nan)
 
 
 def _distance(

@@ -128,6 +128,34 @@ def test_a_posterior_that_is_wrong_by_a_stated_amount_fails(x, fault):
     assert (beside.c2st_accuracy > 0.5 + 3 * beside.c2st_accuracy_se).all()
 
 
+def test_the_few_posteriors_that_are_wrong_are_found_among_many():
+    """Ten of 100, 0.3 times as wide: with 100 permutations alone none could be reported."""
+    size, wrong = 100, 10
+    data = torch.zeros(size, 2)
+    scale = torch.ones(size, 1)
+    scale[:wrong] = 0.3
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5 * scale).to_event(1))
+
+    reference = 0.5**0.5 * torch.randn(500, size, 2)
+    checks = ["stein", "energy", "mmd"]
+    found = posterior_quality(model, guide, data, reference=reference, checks=checks, **FAST)
+    (said,) = [note for note in notes_of(found).split("\n") if "tests of whether" in note]
+    for title in ("the kernel Stein discrepancy", "the energy distance", "the kernel two-sample"):
+        count = int(said.split(title)[1].split(" for ")[1].split()[0])
+        # A false discovery rate of 0.01: two false ones have probability 0.005.
+        assert wrong <= count <= wrong + 1, said
+    for name in ("ksd_p_value", "energy_p_value", "mmd_p_value"):
+        assert (found[name][wrong:] <= 0.01).sum() < 10  # 90 exact ones: 1e-7
+
+
 def test_weights_mend_a_guide_that_is_too_wide_and_not_one_that_is_too_narrow(x):
     wide = posterior_quality(correlated, gaussian(scale=2.0), x, checks=[], progress=False)
     assert wide.trust_weights.all()

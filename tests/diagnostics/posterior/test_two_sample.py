@@ -251,6 +251,20 @@ def test_p_values_are_uniform_where_nothing_is_wrong(statistic, others):
     assert stats.kstest(too_small.numpy(), "uniform").statistic > bound
 
 
+def test_more_permutations_where_none_reached_keep_p_values_right():
+    sample, reference = torch.randn(8, 500, 1), torch.randn(7, 500, 1)
+    sample[:, :3] += 10  # of 6435 ways to share these out, the observed one alone is as extreme
+    p = permutation_p_values(sample, reference, num_permutations=19, resolve=0.01 / 500)
+    assert 1 / (1 + 20_000) <= float(p[:3].max()) < 7 / 6435
+    right = p[3:].sort().values
+    # Dvoretzky, Kiefer & Wolfowitz: above the diagonal by this much with probability 1e-4.
+    level = torch.arange(1, 498) / 497
+    assert bool((level <= right + math.sqrt(-math.log(1e-4) / (2 * 497))).all())
+    assert 0 < float(right.min()) < 1 / 20  # which the first permutations could not say
+    none = permutation_p_values(sample, reference, num_permutations=19)
+    assert float(none.min()) == 1 / 20
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("statistic", ["energy", "mmd"])
 def test_every_fault_is_seen(statistic, fault):
