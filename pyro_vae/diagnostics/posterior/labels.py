@@ -13,6 +13,7 @@ __all__ = ["labelled_variables"]
 _TEXTS = {
     "khat": ("none", "none", "Pareto k-hat of the importance weights"),
     "khat_moments": ("none", "none", "largest k-hat of weight x squared deviation of a latent"),
+    "widening": ("none", "none", "largest ratio of a weighted sd to q's, over directions"),
     "ess": ("particles", "none", "effective sample size of the importance weights"),
     "kl_guide_posterior": ("nats", "lower", "KL(q || p(z | x)), log evidence - ELBO"),
     "kl_posterior_guide": ("nats", "none", "KL(p(z | x) || q), self-normalised; at most log S"),

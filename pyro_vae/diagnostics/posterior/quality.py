@@ -53,7 +53,8 @@ def posterior_quality(
     evidence of importance weights (where these are usable) or of a reference that converged; no,
     too, where neither is at hand. `trust_weights`: may importance-weighted draws be used? Yes,
     where k-hat is at most min(1 - 1/log10 S, 0.7), that of weight x squared deviation too is
-    within its limit, enough draws are effective, and no reference contradicts. `trustworthy` is
+    within its limit, enough draws are effective, the weights do not widen the guide by more than
+    their limit, and no reference contradicts. `trustworthy` is
     both, and `reason` says in words what speaks against a datum.
 
     Args:
@@ -84,7 +85,8 @@ def posterior_quality(
     Returns:
         Over `datum` (no such dimension if joint): `trustworthy`, `trust_guide`, `trust_weights`,
         `reason`; `khat`, `khat_moments` (no less: that of weight x squared deviation, on which
-        corrected sds rest), `ess`; `kl_guide_posterior` and `kl_posterior_guide` in nats and
+        corrected sds rest), `widening` (the largest ratio of a weighted sd to the guide's, over
+        latents and directions), `ess`; `kl_guide_posterior` and `kl_posterior_guide` in nats and
         `total_variation`, by importance weights; over `latent` besides: `mean` and `sd` of the
         guide, `corrected_mean` and `corrected_sd` by Pareto-smoothed weights, and the
         `mean_correction` (in corrected sds) and `scale_correction` (log ratio of sds) between them.

@@ -135,8 +135,9 @@ def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
 def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
     limits_said = (
         f"the limits: k-hat at most min(1 - 1/log10 S, 0.7) = {verdict.threshold:.2f} at S = "
-        f"{num_particles} draws ({limits.khat_moments:g} for weight x squared deviation), and "
-        f"{limits.ess:g} effective draws; means within {limits.mean:g} sd, sds within a factor of "
+        f"{num_particles} draws ({limits.khat_moments:g} for weight x squared deviation), "
+        f"{limits.ess:g} effective draws, at most {limits.widening:.2f} times as wide as the "
+        f"guide's; means within {limits.mean:g} sd, sds within a factor of "
         f"{math.exp(limits.scale):.2f}, total variation at most {limits.total_variation:g}."
     )
     if not verdict.num_comparisons:

@@ -17,6 +17,8 @@ __all__ = ["weighted_columns"]
 
 Columns = dict[str, Tensor]
 
+_SINGULAR = 1e-10  # share of the greatest variance below which a direction has none
+
 
 def weighted_columns(
     draws: Float[Tensor, "draws batch dim"], log_weights: Float[Tensor, "draws batch"]
@@ -36,13 +38,15 @@ def weighted_columns(
 
     Returns:
         `khat`, `khat_moments` (the larger of it and the k-hats of :math:`w (z - m)^2`, on which
-        corrected standard deviations rest), `ess`, `kl_guide_posterior`, `kl_posterior_guide`,
+        corrected standard deviations rest), `widening` (the largest ratio of the weighted sd to
+        that of q, over latents and directions), `ess`, `kl_guide_posterior`, `kl_posterior_guide`,
         `total_variation` of shape `[batch]`; `mean`, `sd` (of q), `corrected_mean`, `corrected_sd`
         in units of the latents,
         `mean_correction` (q's mean less the corrected one, in corrected sds) and
         `scale_correction` (log of the ratio of q's sd to the corrected one) of shape
-        `[batch, dim]`. All but `ess` with a standard error ``_se``, of the delta method; those of
-        the two corrections allow for both moments being of the same draws.
+        `[batch, dim]`. All but `ess`, `khat_moments` and `widening` with a standard error ``_se``,
+        of the delta method; those of the two corrections allow for both moments being of the same
+        draws.
 
     Note: KL(p || q) is at most log(draws), however large it is in truth.
     """
@@ -55,6 +59,7 @@ def weighted_columns(
         "khat": tail.khat,
         "khat_se": tail.khat_se,
         "khat_moments": _khat_of_squares(draws - moments["corrected_mean"], log_weights, tail.khat),
+        "widening": _widening(draws, smoothed, moments["scale_correction"]),
         "ess": effective_sample_size(log_weights),
     }
     return columns | _divergences(log_weights) | moments
@@ -77,6 +82,36 @@ def _khat_of_squares(
     # Where weights are all equal, a latent does not move or takes few values: nothing to be heavy.
     flat = ~of_each.isfinite() | (khat == -math.inf)[:, None]
     return torch.maximum(of_each.masked_fill(flat, -math.inf).amax((0, 2)), khat)
+
+
+def _widening(
+    draws: Float64[Tensor, "draws batch dim"],
+    weights: Float64[Tensor, "draws batch"],
+    scale_correction: Float64[Tensor, "batch dim"],
+) -> Float64[Tensor, " batch"]:
+    """The largest ratio of a weighted sd to that of q: of a latent, or of a linear combination.
+
+    The largest eigenvalue of a covariance of n draws in d dimensions is too large by a factor up to
+    (1 + sqrt(d / n))^2 (Marchenko & Pastur), which is taken out with n the effective draws; for one
+    latent there is nothing to take out.
+    """
+    of_latents = (-scale_correction).exp().amax(1)
+    count, _, dim = draws.shape
+    if count <= dim or dim == 1:
+        return of_latents
+    broken = ~(draws.isfinite().all((0, 2)) & weights.isfinite().all(0))
+    z = (draws - draws.mean(0)).movedim(0, 1).masked_fill(broken[:, None, None], 0.0)
+    share = weights.mT.masked_fill(broken[:, None], 1 / count)[..., None]
+    sd = z.std(1, keepdim=True)
+    z = z / torch.where(sd > 0, sd, 1.0)
+    values, axes = torch.linalg.eigh(z.mT @ z / (count - 1))
+    known = values > _SINGULAR * values[:, -1:]
+    z = z @ torch.where(known[:, None], axes / values.clamp_min(1e-300).sqrt()[:, None], 0.0)
+    z = z - (share * z).sum(1, keepdim=True)
+    largest = torch.linalg.eigvalsh((share * z).mT @ z * (count / (count - 1)))[:, -1]
+    noise = 1 + ((known.sum(1) - 1).clamp_min(0) * share.square().sum((1, 2))).sqrt()
+    directions = largest.clamp_min(0.0).sqrt() / noise
+    return torch.maximum(of_latents, directions.masked_fill(broken, math.nan))
 
 
 def _divergences(log_weights: Float64[Tensor, "draws batch"]) -> Columns:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.diagnostics.posterior.assess import Limits
 from pyro_vae.inference.log_weights import weighted_columns
@@ -128,6 +128,58 @@ def test_squares_can_be_heavy_where_weights_look_light():
     for scale in (0.99, 1.5):
         light = weighted_columns(*drawn(torch.tensor(0.0), torch.tensor(scale), 1000))
         assert (light["khat_moments"] <= limit).all()
+
+
+def narrow(num_narrow):
+    """Half as wide in some of 3 latents."""
+    scale = torch.tensor([0.5] * num_narrow + [1.0] * (3 - num_narrow))
+    q = Normal(torch.zeros(3), scale)
+    z = q.sample((1000, 200))
+    return z, (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1)
+
+
+def mean_field():
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+    q = Normal(torch.zeros(2), 0.6)
+    z = q.sample((1000, 200))
+    p = MultivariateNormal(torch.zeros(2), covariance)
+    return z, p.log_prob(z) - q.log_prob(z).sum(-1)
+
+
+@pytest.mark.parametrize("draw", [lambda k=k: narrow(k) for k in (1, 2, 3)] + [mean_field])
+def test_weights_that_widen_a_guide_much_are_not_trusted(draw):
+    """They give wrong standard deviations, and k-hat does not see it where few latents are narrow.
+
+    The rates are stated by `Limits`: 0.17 or more without this rule, 0.01 or less with it.
+    """
+    found, limits = weighted_columns(*draw()), Limits()
+    off = (found["corrected_sd"].log().abs() > limits.scale).any(1)
+    passing = (found["khat"] <= 1 - 1 / 3) & (found["ess"] >= limits.ess)
+    false = off & passing
+    assert false.sum() > 200 * 0.08
+    assert (false & (found["widening"] <= limits.widening)).sum() < 200 * 0.03
+
+
+@pytest.mark.parametrize(("scale", "dim"), [(0.97, 20), (0.85, 2), (1.4, 3)])
+def test_guides_that_are_right_a_little_narrow_or_wide_are_hardly_widened(scale, dim):
+    q = Normal(torch.tensor(0.0), torch.tensor(scale))
+    z = q.sample((1000, 30, dim))
+    found = weighted_columns(z, (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1))
+    assert (found["widening"] <= Limits().widening).all()
+
+
+def test_the_widening_is_that_of_gaussians():
+    """Of the long direction of correlated latents, which no margin shows; broken data have none."""
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 1.0]])
+    q = Normal(torch.zeros(2), 1.0)
+    z = q.sample((20_000, 5))
+    log_weights = MultivariateNormal(torch.zeros(2), covariance).log_prob(z) - q.log_prob(z).sum(-1)
+    log_weights[3, 4] = math.inf
+    found = weighted_columns(z, log_weights)["widening"]
+    assert found[:4] == pytest.approx(math.sqrt(1.6), rel=0.05)
+    assert not found[4].isfinite() or found[4] < 1
+    constant = torch.cat([z, torch.ones(20_000, 5, 1)], 2)
+    assert weighted_columns(constant, log_weights)["widening"][:4] == pytest.approx(found[:4])
 
 
 def test_squares_of_latents_with_few_values_or_none_are_not_heavy():
