@@ -133,10 +133,35 @@ def test_a_fault_shows_in_the_checks_that_can_see_it(linear, fault):
     if fault == "shifted":
         assert (found.bias_direction == 1).all()
         assert "the guide is too high" in notes_of(found)
+        sd = linear.posterior(torch.zeros(1, D)).variance[0].sqrt().detach().numpy()
+        assert (abs(found.bias - 0.5 * sd) < 4.5 * found.bias_se).all()
     if fault in ("narrow", "wide"):
         assert (np.sign(found.spread) == (1 if fault == "narrow" else -1)).all()
         assert "too low" not in notes_of(found)
         assert "too high" not in notes_of(found)
+
+
+def exponential(x):
+    """Whose latent has Exp(1) as its posterior, whatever x."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Exponential(1.0, validate_args=False))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(("shift", "biased"), [(0.0, False), (0.5, True)])
+def test_a_guide_of_another_shape_is_called_biased_only_if_its_mean_is_off(shift, biased):
+    """Mean and standard deviation may be exact: ranks are not symmetric all the same."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(1.0 + shift + 0 * x, 1.0))
+
+    found = run(exponential, guide, torch.zeros(N), num_simulations=500)
+    assert found.symmetry_p_value.item() < 1e-4
+    assert found.bias_direction.item() == (1 if biased else 0)
+    assert abs(found.bias.item() - shift) < 4.5 * found.bias_se.item()
+    assert ("the guide is too high" in notes_of(found)) == biased
+    assert ("another shape" in notes_of(found)) != biased
 
 
 def bimodal(x):

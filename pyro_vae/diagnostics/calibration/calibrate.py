@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from scipy import stats
 from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.calibration.ecdf import ecdf, ecdf_band, ecdf_p_value
@@ -17,6 +18,7 @@ from pyro_vae.diagnostics.calibration.notes import LEVEL, SCOPE, calibration_wor
 from pyro_vae.diagnostics.calibration.ranks import (
     chi_square_p_value,
     coverage,
+    mean_bias,
     rank_shape,
     sbc_ranks,
     tarp,
@@ -86,8 +88,10 @@ def calibrate(
     Returns:
         Over `simulation`: `ranks` (also over `latent`), `log_joint_ranks`, `tarp_ranks`. Over
         `latent`: p-values `ecdf_p_value`, `chi_square_p_value` and `symmetry_p_value` (VSBC), and
-        in standard errors `slope` and `spread` of the ranks (see `ranks.rank_shape`);
-        `bias_direction` is -1 where the guide is too low, 1 too high, 0 where VSBC does not reject.
+        in standard errors `slope` and `spread` of the ranks (see `ranks.rank_shape`); `bias`, the
+        guide's mean less the truth in units of the latent, and `bias_direction`, -1 where it shows
+        the guide too low, 1 too high, 0 where neither (VSBC alone cannot tell a bias from a guide
+        of another shape than the posterior).
         Over `level` and `latent`: `coverage`. Over `rank`: `ecdf`, `log_joint_ecdf`, `tarp_ecdf`
         and the simultaneous 95 % band `ecdf_lower`, `ecdf_upper`. Single numbers:
         `log_joint_p_value`, `tarp_p_value`, `overall_p_value` (Bonferroni over all ECDF tests).
@@ -132,7 +136,8 @@ def calibrate(
         ranks, names, blind = _run(
             model, guide, plan, num_simulations, num_draws, refit, seed, progress
         )
-    return _result(ranks, names, blind, x, num_draws, tuple(levels), joint, seed)
+    errors = ranks.pop("errors")
+    return _result(ranks, errors, names, blind, x, num_draws, tuple(levels), joint, seed)
 
 
 def _check(
@@ -178,7 +183,7 @@ def _run(
     seed: int,
     progress: bool,
 ) -> tuple[_Ranks, list[str], bool]:
-    """Ranks by what is ranked, names of the latents, and whether the guide ignores its data."""
+    """Ranks by what is ranked, with the guide's `errors`; names; whether it ignores its data."""
     pairs = simulate_pairs(model, plan)
     first = next(pairs)
     if not first.simulation.replaced:
@@ -235,6 +240,7 @@ def _rank(
 ) -> _Ranks:
     return {
         "ranks": sbc_ranks(pairs.latents, draws.latents, seed=rng),
+        "errors": mean_bias(pairs.latents, draws.latents),
         # The two log joints come from differently batched runs: where they should be equal, as
         # with discrete latents, the last bits must not decide.
         "log_joint": sbc_ranks(
@@ -265,8 +271,16 @@ def _ignores_data(first: Pairs, second: Pairs, guide: Program, plan: ChunkPlan, 
 # --- the result -----------------------------------------------------------------------------------
 
 
+def _biases(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bias of each latent's mean, its standard error, and its sign where it is sure."""
+    bias, se = errors.mean(0), errors.std(0, ddof=1) / len(errors) ** 0.5
+    bar = stats.norm.isf(LEVEL / (2 * errors.shape[1]))
+    return bias, se, (np.sign(bias) * (np.abs(bias) > bar * se)).astype(np.int64)
+
+
 def _result(
     ranks: _Ranks,
+    errors: np.ndarray,
     names: list[str],
     blind: bool,
     x: Any,
@@ -281,7 +295,7 @@ def _result(
     tests = len(names) + 2
     overall = min(1.0, tests * min(float(value.min()) for value in p.values()))
     symmetry = vsbc_p_values(own, num_draws, seed=seed)
-    direction = np.where(symmetry.mean > 0.5, -1, 1) * (symmetry.p_value <= LEVEL / len(names))
+    bias, bias_se, direction = _biases(errors)
     shape = rank_shape(own, num_draws)
     covered, covered_se = coverage(own, num_draws, levels)
     band = ecdf_band(count, num_draws)
@@ -293,8 +307,10 @@ def _result(
     variables: dict[str, Any] = {
         "ecdf_p_value": ("latent", p["ranks"], about(uniform)),
         "chi_square_p_value": ("latent", chi_square_p_value(own, num_draws), about("chi-square")),
-        "symmetry_p_value": ("latent", symmetry.p_value, about("VSBC: p-value of no bias")),
-        "bias_direction": ("latent", direction.astype(np.int64), {}),
+        "symmetry_p_value": ("latent", symmetry.p_value, about("VSBC: p-value of symmetry")),
+        "bias": ("latent", bias, about("guide's mean - truth, in units of the latent", "unbiased")),
+        "bias_se": ("latent", bias_se, {}),
+        "bias_direction": ("latent", direction, {}),
         "slope": ("latent", shape.slope, about("of the ranks, in standard errors")),
         "spread": ("latent", shape.spread, about("of the ranks, in standard errors; U positive")),
         "coverage": (("level", "latent"), covered, about("of central intervals", "unbiased")),
@@ -331,5 +347,13 @@ def _result(
             "simulation": np.arange(count),
         },
         notes=[SCOPE],
-        verdict=calibration_words(ranks, names, p, num_draws, blind=blind),
+        verdict=calibration_words(
+            ranks,
+            names,
+            p,
+            direction,
+            symmetry.p_value <= LEVEL / len(names),
+            num_draws,
+            blind=blind,
+        ),
     )

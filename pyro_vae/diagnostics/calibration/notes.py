@@ -22,6 +22,8 @@ def calibration_words(
     ranks: dict[str, np.ndarray],
     names: list[str],
     p: dict[str, np.ndarray],
+    direction: np.ndarray,
+    skewed: np.ndarray,
     num_draws: int,
     *,
     blind: bool,
@@ -32,6 +34,8 @@ def calibration_words(
         ranks: By `ranks`, `log_joint` and `tarp`.
         names: Of the latents.
         p: p-values of the same.
+        direction: Of each latent's bias: -1 where the guide's mean is too low, 1 too high, else 0.
+        skewed: Whether its ranks are not symmetric.
         num_draws: L.
         blind: Whether the guide's draws ignore its data.
     """
@@ -43,7 +47,9 @@ def calibration_words(
     bad.sort(key=lambda i: -max(abs(shape.slope[i]), abs(shape.spread[i])))
     if bad:
         listed = "; ".join(
-            f"{names[i]}: {_fault(shape.slope[i], shape.spread[i])}" for i in bad[:_SHOWN]
+            f"{names[i]}: "
+            + _fault(shape.slope[i], shape.spread[i], int(direction[i]), bool(skewed[i]))
+            for i in bad[:_SHOWN]
         )
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         notes.append(
@@ -78,14 +84,21 @@ def calibration_words(
     return notes
 
 
-def _fault(slope: float, spread: float) -> str:
-    """What the ranks of one latent say of the guide; both in standard errors."""
-    words = []
-    if abs(slope) > 3:
-        words.append("the guide is too low" if slope > 0 else "the guide is too high")
+def _fault(slope: float, spread: float, direction: int, skewed: bool) -> str:
+    """What the ranks of one latent say of the guide; slope and spread in standard errors."""
     # A shift alone lifts the spread of the ranks a little.
-    if abs(spread) > 3 and abs(spread) > abs(slope) / 2:
-        words.append("too narrow (U-shaped ranks)" if spread > 0 else "too wide (humped ranks)")
+    uneven = abs(spread) > 3 and abs(spread) > abs(slope) / 2
+    shape = ("U-shaped" if spread > 0 else "humped") if uneven else ""
+    if skewed and not direction:  # then ranks tell neither a bias nor a width
+        how = f"not symmetric, and {shape}" if shape else "not symmetric"
+        return (
+            f"the guide is of another shape than the posterior (ranks are {how}; its mean is right)"
+        )
+    words = []
+    if direction:
+        words.append("too low" if direction < 0 else "too high")
+    if uneven:
+        words.append(f"too {'narrow' if spread > 0 else 'wide'} ({shape} ranks)")
     if not words:
         return "ranks are not uniform, without bias or a wrong width"
-    return " and ".join(words) if len(words) > 1 or abs(slope) > 3 else f"the guide is {words[0]}"
+    return f"the guide is {' and '.join(words)}"

@@ -19,6 +19,7 @@ __all__ = [
     "Symmetry",
     "chi_square_p_value",
     "coverage",
+    "mean_bias",
     "rank_shape",
     "sbc_ranks",
     "tarp",
@@ -44,7 +45,8 @@ class Symmetry(NamedTuple):
 
     Attributes:
         p_value: Of the hypothesis that it is.
-        mean: The mean of p: above 1/2 the guide is too low, below it too high.
+        mean: The mean of p: above 1/2 the truth is often above the guide's draws. This is a bias
+            where guide and posterior are symmetric, and may be none where one of them is skewed.
     """
 
     p_value: Float64[np.ndarray, " dim"]
@@ -207,8 +209,23 @@ def rank_shape(ranks: Ranks, num_draws: int) -> RankShape:
     return RankShape(slope, spread if num_draws > 1 else np.zeros_like(slope))
 
 
+def mean_bias(
+    truth: Shaped[np.ndarray, "simulations dim"],
+    draws: Shaped[np.ndarray, "draws simulations dim"],
+) -> Float64[np.ndarray, "simulations dim"]:
+    """The mean of the draws less the truth: in expectation the bias of the guide's mean.
+
+    No symmetry is assumed, and the draws' own noise is part of the spread over simulations.
+    """
+    return draws.mean(0, dtype=np.float64) - truth
+
+
 def vsbc_p_values(ranks: Ranks, num_draws: int, *, seed: int | np.random.Generator = 0) -> Symmetry:
-    r"""Tests whether p = Pr_q(z < truth) is symmetric about 1/2: if not, q is biased.
+    r"""Tests whether p = Pr_q(z < truth) is symmetric about 1/2 (VSBC).
+
+    It is where guide and posterior are symmetric about one point. So if it is not, q is biased, or
+    one of the two is skewed and the other is not, or in another way: a normal guide with the mean
+    and the standard deviation of an exponential posterior is rejected. `mean_bias` tells.
 
     The statistic is the Kolmogorov-Smirnov distance between p and 1 - p. As these are one sample
     seen twice, the tables of the two-sample test do not hold (they reject too often). Given
@@ -225,7 +242,7 @@ def vsbc_p_values(ranks: Ranks, num_draws: int, *, seed: int | np.random.Generat
 
     References:
         Yao, Vehtari, Simpson & Gelman (2018), Yes, but did it work? Evaluating variational
-        inference, section 3.2; Butler (1969), A test for symmetry using the sample distribution
+        inference, proposition 2; Butler (1969), A test for symmetry using the sample distribution
         function (the law of the statistic).
     """
     check_ranks(ranks, num_draws)
