@@ -91,16 +91,17 @@ def _widening(
 ) -> Float64[Tensor, " batch"]:
     """The largest ratio of a weighted sd to that of q: of a latent, or of a linear combination.
 
-    The largest eigenvalue of a covariance of n draws in d dimensions is too large by a factor up to
-    (1 + sqrt(d / n))^2 (Marchenko & Pastur), which is taken out with n the effective draws; for one
-    latent there is nothing to take out.
+    Latents of few values are left out, as they have no tail. The largest eigenvalue of a covariance
+    of n draws in d dimensions is too large by a factor up to (1 + sqrt(d / n))^2 (Marchenko &
+    Pastur), which is taken out with n the effective draws; of one latent there is nothing to take.
     """
-    of_latents = (-scale_correction).exp().amax(1)
+    few = (draws.sort(0).values.diff(dim=0) == 0).double().mean(0) > 0.5
+    of_latents = (-scale_correction).exp().masked_fill(few, 0.0).amax(1)
     count, _, dim = draws.shape
     if count <= dim or dim == 1:
         return of_latents
-    broken = ~(draws.isfinite().all((0, 2)) & weights.isfinite().all(0))
-    z = (draws - draws.mean(0)).movedim(0, 1).masked_fill(broken[:, None, None], 0.0)
+    broken = ~(draws.isfinite().all(2).all(0) & weights.isfinite().all(0))
+    z = (draws - draws.mean(0)).masked_fill(few | broken[:, None], 0.0).movedim(0, 1)
     share = weights.mT.masked_fill(broken[:, None], 1 / count)[..., None]
     sd = z.std(1, keepdim=True)
     z = z / torch.where(sd > 0, sd, 1.0)

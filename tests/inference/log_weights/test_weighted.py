@@ -188,5 +188,8 @@ def test_squares_of_latents_with_few_values_or_none_are_not_heavy():
     found = weighted_columns(z, 0.1 * torch.randn(1000, N))
     assert found["khat_moments"].isfinite().all()
     assert (found["khat_moments"] <= Limits().khat_moments).all()
+    tilted = weighted_columns(z, 0.85 * z[..., 0])  # which widens the first latent
+    assert (tilted["corrected_sd"][:, 0] > 1.05 * tilted["sd"][:, 0]).all()
+    assert (tilted["widening"] == 0).all()
     equal = weighted_columns(torch.randn(1000, N, H), torch.zeros(1000, N))
     assert (equal["khat_moments"] == -math.inf).all()
