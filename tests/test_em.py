@@ -512,6 +512,15 @@ def test_arguments_out_of_range(options, message, monkeypatch):
         run(**options)
 
 
+def test_both_spellings_of_generalised_are_one_method():
+    fits = [
+        fit_em(poissons, counts(), method=method, max_iterations=1, progress=False)
+        for method in ("generalized", "generalised")
+    ]
+    assert [fit.config["fit_em"]["method"] for fit in fits] == ["generalized"] * 2
+    assert torch.equal(*(torch.as_tensor(fit.history.bound.values) for fit in fits))
+
+
 def test_programs_need_the_generalised_method():
     with pytest.raises(ValueError, match="generalized"):
         fit_em(poissons, counts())

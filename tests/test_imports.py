@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 import json
 import subprocess
 import sys
@@ -279,6 +280,12 @@ def test_the_public_names_are_one_list() -> None:
     }
     existing = {name for name, home in pyro_vae._HOME.items() if home in module_names(ROOT)}
     assert visible == existing, "the imports for type checkers and _HOME must name the same"
+
+
+def test_dir_lists_public_names_and_modules_only() -> None:
+    shown = {name for name in dir(pyro_vae) if not name.startswith("_")}
+    modules = {name for name in shown if inspect.ismodule(getattr(pyro_vae, name))}
+    assert shown - modules == set(pyro_vae.__all__)
 
 
 @pytest.mark.parametrize("name", pyro_vae.__all__)
