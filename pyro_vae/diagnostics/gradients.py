@@ -38,6 +38,8 @@ from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["compare_estimators"]
 
+_MOST_REPEATS, _LEAST_REPEATS = 200, 16
+_RUNS_ONE_BY_ONE = 1280  # of the programs, where particles cannot run together
 _ROUNDING = 1e3  # machine epsilons, relative to the largest gradients: less is no bias
 
 
@@ -48,7 +50,7 @@ def compare_estimators(
     estimators: Sequence[Any] | Mapping[str, Any] | None = None,
     num_particles: Sequence[int] = (1, 8, 64),
     *,
-    repeats: int = 200,
+    repeats: int | None = None,
     parameters: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     reference: Reference | None = None,
     joint: bool = False,
@@ -71,7 +73,8 @@ def compare_estimators(
             ELBOs; of instances a copy gets each number of particles. A mapping gives names of your
             choice. None tries a common set, and says which of them the guide's latents rule out.
         num_particles: The numbers of particles, K.
-        repeats: Independent gradients of each estimator, R, at least 8.
+        repeats: Independent gradients of each estimator, R, at least 8. None takes 200, or, where
+            particles run one by one, as many as 1280 runs of the programs give, from 16 to 200.
         parameters: Names or patterns (`"encoder.*"`), each a group of its own, or a mapping from
             the group's name to patterns. None groups by who uses a parameter: "model", "guide", or
             "both".
@@ -117,7 +120,7 @@ def compare_estimators(
         (('estimator', 'num_particles', 'parameter'), ['guide', 'model'])
     """
     particles = _check_particles(num_particles)
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 8:
+    if isinstance(repeats, bool) or not isinstance(repeats, int | None) or (repeats or 8) < 8:
         raise ValueError(f"repeats must be a whole number from 8, not {repeats!r}")
     if isinstance(reference, str) and reference != "none":
         raise ValueError(
@@ -128,8 +131,9 @@ def compare_estimators(
     with program_scope(seed), torch.enable_grad():
         own_parameters(start)
         bench = Bench.of(model, guide, x, parameters, joint, seed, candidates)
+        count = _repeats_of(bench, particles) if repeats is None else repeats
         with bench.keep_gradients():
-            found = measure(bench, candidates, particles, repeats, reference, progress)
+            found = measure(bench, candidates, particles, count, reference, progress)
     given = "pooled" if reference is None else "given"
     return _as_result(
         found,
@@ -137,7 +141,7 @@ def compare_estimators(
         config={
             "estimators": [candidate.name for candidate in candidates],
             "num_particles": list(particles),
-            "repeats": repeats,
+            "repeats": count,
             "parameters": {name: list(group) for name, group in bench.groups.items()},
             "reference": reference if isinstance(reference, str) else given,
             "joint": joint,
@@ -146,6 +150,13 @@ def compare_estimators(
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),
     )
+
+
+def _repeats_of(bench: Bench, particles: tuple[int, ...]) -> int:
+    """How many gradients are drawn where the caller does not say."""
+    if bench.structure is None or bench.structure.vectorizable:
+        return _MOST_REPEATS
+    return min(max(_RUNS_ONE_BY_ONE // max(particles), _LEAST_REPEATS), _MOST_REPEATS)
 
 
 def _check_particles(num_particles: Sequence[int]) -> tuple[int, ...]:
