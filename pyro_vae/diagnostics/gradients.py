@@ -27,6 +27,7 @@ from pyro_vae.diagnostics.gradient_candidates import candidates_of
 from pyro_vae.diagnostics.gradient_measurement import Measured, measure
 from pyro_vae.diagnostics.gradient_references import Reference
 from pyro_vae.diagnostics.gradient_statistics import FALSE_ALARMS, bias_threshold
+from pyro_vae.diagnostics.recommendations import EstimatorComparison
 from pyro_vae.inference.programs import (
     Program,
     batch_length,
@@ -34,7 +35,7 @@ from pyro_vae.inference.programs import (
     tensors_of,
     unwrap_programs,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import label, make_result, sha256_of
 
 __all__ = ["compare_estimators"]
 
@@ -56,7 +57,7 @@ def compare_estimators(
     joint: bool = False,
     seed: int = 0,
     progress: bool = True,
-) -> Result:
+) -> EstimatorComparison:
     r"""Measures bias, noise and cost of gradient estimators on any model and guide.
 
     Whether an estimator is biased means: is its gradient, in expectation, that of the bound whose
@@ -87,9 +88,11 @@ def compare_estimators(
         progress: Shows a bar on stderr where that is a terminal.
 
     Returns:
-        Over `estimator` and `num_particles`: `value` (the bound, nats per datum), `seconds` (the
-        processor time of the calling thread, on a GPU the elapsed time; median of 30, taken in
-        turns with the other estimators) and `bytes` (peak of what is kept for the backward pass).
+        A `Result` whose `recommend()` says which estimator to train with: a sentence, a short table
+        and a plot. Over `estimator` and `num_particles`: `value` (the bound, nats per datum),
+        `seconds` (the processor time of the calling thread, on a GPU the elapsed time; median of
+        30, or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
+        what is kept for the backward pass).
         Over these and `parameter`: `variance`,
         `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
         `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
@@ -188,7 +191,7 @@ _OF_A_GROUP = {  # unit and description
 
 def _as_result(
     found: Measured, bench: Bench, *, config: Mapping[str, Any], seed: int, data_sha256: str
-) -> Result:
+) -> EstimatorComparison:
     flat, deep = _numbers_of_estimators(found), _numbers_of_groups(found, list(bench.groups))
     _add_efficiency(flat, deep)
     floor = 1 / math.sqrt(found.repeats)
@@ -229,7 +232,7 @@ def _as_result(
         f"'biased' means a score above {threshold:.2f}: by chance at most once in "
         f"{1 / FALSE_ALARMS:,.0f} such results. An SNR below {floor:.3f} is noise."
     )
-    return make_result(
+    result = make_result(
         variables,
         function="compare_estimators",
         config=config,
@@ -245,6 +248,7 @@ def _as_result(
         },
         notes=notes,
     )
+    return EstimatorComparison(result.data_vars, result.coords, result.attrs)
 
 
 def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity
 from pyro_vae.results.result import Result, load_result
+from pyro_vae.results.table import rows_html, rows_text
 
 __all__ = [
     "BOUNDS",
@@ -33,6 +34,8 @@ __all__ = [
     "label",
     "load_result",
     "make_result",
+    "rows_html",
+    "rows_text",
     "sha256_of",
     "to_arviz",
 ]

@@ -170,12 +170,13 @@ class Result(xr.Dataset):
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items()) or "none"
         notes = [textwrap.fill(f"note: {note}", WIDTH) for note in self._notes()]
         verdict = [textwrap.fill(text, WIDTH) for text in self._verdict()]
-        return "\n".join([*verdict, self.table(), f"dimensions: {sizes}", *notes])
+        return "\n".join([*verdict, table_text(self, brief=True), f"dimensions: {sizes}", *notes])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in self._notes())
         verdict = "".join(f"<p>{html.escape(text)}</p>" for text in self._verdict())
-        return f"<div>{verdict}{table_html(self)}<ul>{notes}</ul></div>{super()._repr_html_()}"
+        table = table_html(self, brief=True)
+        return f"<div>{verdict}{table}<ul>{notes}</ul></div>{super()._repr_html_()}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the result to a NetCDF file, wholly or not at all.
