@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from pyro_vae.results import (
     provenance,
     sha256_of,
 )
+from pyro_vae.results.digits import ShortRepr
 
 HASH = "ab" * 32
 VALUES = np.array([-3.0, -5.0, -10.0, -2.0])
@@ -650,6 +651,34 @@ def test_summary_says_each_mean_and_each_note():
     first, note = result.summary().splitlines()
     assert first == f"{result.quantity('elbo')}."
     assert note == "Note: k-hat is bad."
+
+
+def test_many_rows_are_shown_by_their_ends_when_the_name_is_typed():
+    values = np.arange(30.0).reshape(10, 3)
+    result = build(
+        {name: (("a", "b"), values, label(bound="lower")) for name in ("first", "second")},
+        coords={"a": np.arange(10), "b": np.arange(3)},
+    )
+    assert len(result.table().splitlines()) == 2 + 60
+    lines = repr(result).splitlines()
+    assert len(lines) == 2 + 2 * 3 + 1
+    assert lines[-1].endswith("all 60 rows in table()")
+    assert sum("... 28 more" in line for line in lines) == 2
+
+
+def test_a_quantity_and_dataclasses_of_tensors_print_short():
+    q = bound().quantity("elbo")
+    assert repr(q) == f"<{q}>"
+
+    @dataclass(frozen=True, repr=False)
+    class Part(ShortRepr):
+        tensor: torch.Tensor
+        by_name: dict
+        words: str
+        unseen: int = field(repr=False, default=1)
+
+    part = Part(torch.zeros(3, 2), {"z": torch.zeros(4)}, "w" * 200)
+    assert repr(part) == f"Part(tensor=[3, 2], by_name={{z: [4]}}, words='{'w' * 58}…)"
 
 
 def test_html_shows_the_table_and_escapes_everything():

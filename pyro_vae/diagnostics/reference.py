@@ -22,6 +22,7 @@ from pyro_vae.inference.convergence import bulk_ess
 from pyro_vae.inference.draws import flat_latents
 from pyro_vae.inference.hmc import PosteriorSample, sample_posterior
 from pyro_vae.inference.programs import Program
+from pyro_vae.results.digits import ShortRepr
 
 __all__ = ["HmcReference", "Reference", "given_reference", "hmc_reference", "reference_columns"]
 
@@ -66,8 +67,8 @@ def _one_chain(found: Any) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Reference:
+@dataclass(frozen=True, repr=False)
+class Reference(ShortRepr):
     """Draws that a guide is compared with.
 
     Attributes:

@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pyro_vae.diagnostics.pareto import khat_threshold
+from pyro_vae.results.digits import ShortRepr
 
 __all__ = ["Finding", "Limits", "Verdict", "judge"]
 
@@ -57,8 +58,8 @@ class Limits:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(ShortRepr):
     """One reason against some of the data.
 
     Attributes:

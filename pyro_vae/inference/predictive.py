@@ -28,6 +28,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.simulation import without_data
 from pyro_vae.results.arviz import ArvizGroups
+from pyro_vae.results.digits import ShortRepr
 
 __all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior"]
 
@@ -53,8 +54,8 @@ class LatentDraws(Protocol):
         """Names of the dims of the draws."""
 
 
-@dataclass(frozen=True)
-class PredictiveDraws:
+@dataclass(frozen=True, repr=False)
+class PredictiveDraws(ShortRepr):
     """Data drawn from the posterior predictive.
 
     Attributes:
@@ -73,8 +74,8 @@ class PredictiveDraws:
         return ArvizGroups({"posterior_predictive": drawn})
 
 
-@dataclass(frozen=True)
-class PriorDraws:
+@dataclass(frozen=True, repr=False)
+class PriorDraws(ShortRepr):
     """Latents drawn from the prior, and data drawn at them.
 
     Attributes:

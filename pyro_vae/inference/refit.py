@@ -47,6 +47,7 @@ from pyro_vae.inference.programs import (
     run_programs,
     weighted_sites,
 )
+from pyro_vae.results.digits import ShortRepr
 
 __all__ = [
     "FAMILIES",
@@ -495,8 +496,8 @@ def _spline(values: Mapping[str, Tensor]) -> Any:
 # --- ascent ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Climb:
+@dataclass(repr=False)
+class Climb(ShortRepr):
     """Where `climb_each` came to, per datum.
 
     Attributes:

@@ -40,7 +40,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.step import deferred_interrupt
 from pyro_vae.networks import mlp
-from pyro_vae.results import Result, label, make_result
+from pyro_vae.results import Result, label, make_result, summary_html
 
 __all__ = ["DivergenceFit", "fit_divergence"]
 
@@ -85,6 +85,9 @@ class DivergenceFit:
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.summary(), self.history)
 
 
 def fit_divergence(

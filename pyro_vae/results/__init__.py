@@ -21,7 +21,7 @@ from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity
 from pyro_vae.results.result import Result, load_result
-from pyro_vae.results.table import rows_html, rows_text
+from pyro_vae.results.table import rows_html, rows_text, summary_html
 
 __all__ = [
     "BOUNDS",
@@ -37,5 +37,6 @@ __all__ = [
     "rows_html",
     "rows_text",
     "sha256_of",
+    "summary_html",
     "to_arviz",
 ]

@@ -45,7 +45,7 @@ class IncomparableError(ValueError):
     """Raised when two quantities are compared whose labels say that they differ in kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quantity:
     """One number with everything needed to know what it means.
 
@@ -99,6 +99,9 @@ class Quantity:
             text += {"per datum": " per datum", "total": " in total", "none": ""}[self.reduction]
         details = list(self._details())
         return f"{text} ({', '.join(details)})" if details else text
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     def _details(self) -> Iterator[str]:
         if self.bound in ("lower", "upper"):

@@ -13,7 +13,7 @@ from pyro_vae.results import labelled
 from pyro_vae.results.disk import read_dataset, save_dataset
 from pyro_vae.results.labels import LABELS
 from pyro_vae.results.quantity import Quantity
-from pyro_vae.results.table import WIDTH, table_html, table_text
+from pyro_vae.results.table import WIDTH, hidden_rows, table_html, table_text
 
 __all__ = ["Result", "load_result"]
 
@@ -170,7 +170,9 @@ class Result(xr.Dataset):
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items()) or "none"
         notes = [textwrap.fill(f"note: {note}", WIDTH) for note in self._notes()]
         verdict = [textwrap.fill(text, WIDTH) for text in self._verdict()]
-        return "\n".join([*verdict, table_text(self, brief=True), f"dimensions: {sizes}", *notes])
+        table = table_text(self, brief=True)
+        rest = f"; all {rows:,} rows in table()" if (rows := hidden_rows(self)) else ""
+        return "\n".join([*verdict, table, f"dimensions: {sizes}{rest}", *notes])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in self._notes())

@@ -19,7 +19,16 @@ from pyro_vae.results.labelled import (
     standard_error,
 )
 
-__all__ = ["WIDTH", "rows_html", "rows_text", "table_html", "table_rows", "table_text"]
+__all__ = [
+    "WIDTH",
+    "hidden_rows",
+    "rows_html",
+    "rows_text",
+    "summary_html",
+    "table_html",
+    "table_rows",
+    "table_text",
+]
 
 _HEADER = ("quantity", "value", "std. error", "unit", "kind", "particles", "data")
 
@@ -39,7 +48,7 @@ def table_rows(dataset: xr.Dataset, *, brief: bool = False) -> Iterator[tuple[st
         brief: Whether variables over further dimensions show their ends alone, where all of them
             would take more than 40 rows.
     """
-    short = brief and _count_places(dataset) > _MAX_BRIEF
+    short = brief and bool(hidden_rows(dataset))
     end_rows = 1 if short else _END_ROWS
     for name in labelled_names(dataset):
         part = dataset[[n for n in (name, f"{name}_se") if n in dataset.data_vars]]
@@ -84,6 +93,15 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def hidden_rows(dataset: xr.Dataset) -> int:
+    """Rows of a table that is too long to be shown in full when a name is typed; 0 if it is not."""
+    rows = sum(
+        math.prod(size for dim, size in dataset[name].sizes.items() if dim != "datum")
+        for name in labelled_names(dataset)
+    )
+    return rows if rows > _MAX_BRIEF else 0
+
+
 def table_text(dataset: xr.Dataset, *, brief: bool = False) -> str:
     """The table as aligned text; see `Result.table`."""
     rows = [_HEADER, *table_rows(dataset, brief=brief)]
@@ -99,12 +117,9 @@ def table_html(dataset: xr.Dataset, *, brief: bool = False) -> str:
     return _html(_HEADER, list(table_rows(dataset, brief=brief)))
 
 
-def _count_places(dataset: xr.Dataset) -> int:
-    """Rows of the whole table."""
-    return sum(
-        math.prod(size for dim, size in dataset[name].sizes.items() if dim != "datum")
-        for name in labelled_names(dataset)
-    )
+def summary_html(text: str, dataset: xr.Dataset) -> str:
+    """A sentence above the table, as HTML."""
+    return f"<p>{html.escape(text)}</p>{table_html(dataset, brief=True)}"
 
 
 def _row(title: str, name: str, chosen: xr.Dataset) -> tuple[str, ...]:
