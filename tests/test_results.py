@@ -24,9 +24,11 @@ from pyro_vae.results import (
     IncomparableError,
     Quantity,
     Result,
+    difference_text,
     label,
     load_result,
     make_result,
+    paired_difference,
     provenance,
     sha256_of,
 )
@@ -524,6 +526,8 @@ def test_difference_adds_errors_as_independent():
     assert (d.value, d.standard_error) == (2.0, pytest.approx(0.5, rel=1e-15))
     assert (d.num_particles, d.seed, d.data_standard_error) == (None, None, None)
     assert d.name == "log_evidence - elbo"
+    assert "error of the draws alone, not over data" in str(d)
+    assert "draws alone" not in str(a)
 
 
 def test_difference_knows_when_an_error_is_unknown():
@@ -536,6 +540,34 @@ def test_difference_knows_when_an_error_is_unknown():
     assert known.difference(infinite).value == math.inf
     with pytest.raises(ValueError, match="both -inf"):
         infinite.difference(infinite)
+
+
+def test_a_paired_difference_has_the_error_over_data():
+    rng = np.random.default_rng(0)
+    shared = 5 * rng.normal(size=400)  # what makes data hard for either model
+    first, second = shared + 0.5 + 0.3 * rng.normal(size=400), shared
+    se = np.full(400, 0.02)
+    d = paired_difference(bound(first, se), bound(second, se), "elbo")
+    assert d.value == pytest.approx((first - second).mean(), rel=1e-12)
+    assert d.data_standard_error == pytest.approx((first - second).std(ddof=1) / 20, rel=1e-12)
+    assert d.standard_error == pytest.approx(0.02 * 2**0.5 / 20, rel=1e-12)
+    # Unpaired, the spread of the data would hide the difference; the draws alone make it too sure.
+    assert d.data_standard_error < first.std() / 20 / 5
+    assert d.data_standard_error > 10 * d.standard_error
+    text = difference_text(d)
+    assert text == (
+        f"{d.value:.3f} ± {d.data_standard_error:.3f} nats per datum (standard error over the 400 "
+        f"data, paired; that of the draws alone is {d.standard_error:.4f})"
+    )
+    one = bound(np.array([-1.0]), np.array([0.1]))
+    assert difference_text(paired_difference(one, one, "elbo")) == (
+        "0.00 ± 0.14 nats per datum (standard error of the draws alone, for the one datum)"
+    )
+    with pytest.raises(IncomparableError):
+        paired_difference(bound(), bound(VALUES[:2], ERRORS[:2]), "elbo")
+    total = build({"elbo": ((), -3.0, label(bound="lower", reduction="total"))})
+    with pytest.raises(ValueError, match="no value for each datum"):
+        paired_difference(total, total, "elbo")
 
 
 def test_selected_data_are_not_the_whole_data():

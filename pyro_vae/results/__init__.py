@@ -19,8 +19,8 @@ from pyro_vae.results.arviz import to_arviz
 from pyro_vae.results.building import make_result
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
-from pyro_vae.results.quantity import IncomparableError, Quantity
-from pyro_vae.results.result import Result, load_result
+from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
+from pyro_vae.results.result import Result, load_result, paired_difference
 from pyro_vae.results.table import rows_html, rows_text, summary_html
 
 __all__ = [
@@ -31,9 +31,11 @@ __all__ = [
     "IncomparableError",
     "Quantity",
     "Result",
+    "difference_text",
     "label",
     "load_result",
     "make_result",
+    "paired_difference",
     "rows_html",
     "rows_text",
     "sha256_of",
