@@ -28,13 +28,11 @@ from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, fit, load_dataset, log_evidence
 from pyro_vae.data import Dataset
-from pyro_vae.diagnostics.features import Features, make_features
-from pyro_vae.diagnostics.samples import high_frequency_power, sample_quality
+from pyro_vae.extras.f_divergence import fit_divergence
+from pyro_vae.extras.samples import Features, high_frequency_power, make_features, sample_quality
 from pyro_vae.inference.estimators import make_estimator
-from pyro_vae.inference.variational_divergence import fit_divergence
-from pyro_vae.models import TwoStageVAE
-from pyro_vae.models.choices import on_levels
-from pyro_vae.plots_samples import plot_power, plot_sample_rows, plot_sharpness
+from pyro_vae.models import TwoStageVAE, on_levels
+from pyro_vae.plots import plot_power, plot_sample_rows, plot_sharpness
 from pyro_vae.results import Result
 
 Part = str | Mapping[str, Any]

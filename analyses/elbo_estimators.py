@@ -26,11 +26,16 @@ from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
-from pyro_vae.diagnostics.enumeration import enumerated_bound
-from pyro_vae.diagnostics.equal_time import train_at_equal_time, training_rows
-from pyro_vae.diagnostics.recommendations import estimator_rows, recommend_estimators, slope_rows
+from pyro_vae.diagnostics.gradients import (
+    enumerated_bound,
+    estimator_rows,
+    recommend_estimators,
+    slope_rows,
+    train_at_equal_time,
+    training_rows,
+)
 from pyro_vae.inference.estimators import make_estimator
-from pyro_vae.models.toys import BinaryLatents, RainforthToy
+from pyro_vae.models import BinaryLatents, RainforthToy
 from pyro_vae.plots import plot_estimator_cost, plot_evidence_by_estimator, plot_signal_to_noise
 from pyro_vae.results import Result
 from pyro_vae.runs import load_training_data

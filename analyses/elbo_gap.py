@@ -23,10 +23,10 @@ from torch import Tensor
 from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, fit
+from pyro_vae.app.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.gap import GapOnBoth, elbo_surgery, gap_on_both
-from pyro_vae.networks import mlp
-from pyro_vae.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
+from pyro_vae.models.parts import mlp
 from pyro_vae.plots import plot_ledger, plot_widest_gaps
 from pyro_vae.results import Result, paired_difference
 from pyro_vae.runs import load_training_data

@@ -27,10 +27,7 @@ from torch import Tensor
 from analyses.command import make_parser, run_on_one_thread
 from analyses.sections import save_figures
 from pyro_vae import GaussianMixture, fit_em, load_dataset
-from pyro_vae.data import DatasetError
-from pyro_vae.inference.em import EMFit
-from pyro_vae.models.gaussian_mixture import COVARIANCES
-from pyro_vae.pages import (
+from pyro_vae.app.pages import (
     Formula,
     Heading,
     Note,
@@ -41,7 +38,10 @@ from pyro_vae.pages import (
     Table,
     Verbatim,
 )
-from pyro_vae.plots_mixture import (
+from pyro_vae.data import DatasetError
+from pyro_vae.inference.em import EMFit
+from pyro_vae.models.mixtures import COVARIANCES
+from pyro_vae.plots import (
     plot_evidence_parts,
     plot_half_steps,
     plot_mixture,

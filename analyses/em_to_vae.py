@@ -29,12 +29,12 @@ from analyses.command import make_parser, run_on_one_thread
 from analyses.em_gmm import DATA, DATA_HELP, Sample, how_it_was_made, load
 from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, GaussianMixture, fit, fit_em, log_evidence
+from pyro_vae.app.pages import Formula, Heading, Note, Page, Paragraph, Part, Picture, Table
 from pyro_vae.diagnostics.gap import elbo_gap
-from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.inference.estimators import make_estimator
+from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.inference.programs import Program
-from pyro_vae.pages import Formula, Heading, Note, Page, Paragraph, Part, Picture, Table
-from pyro_vae.plots_mixture import plot_climb, plot_decoder, plot_evidence_parts, plot_mixture
+from pyro_vae.plots import plot_climb, plot_decoder, plot_evidence_parts, plot_mixture
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 Row = dict[str, float]

@@ -14,10 +14,10 @@ from torch import Tensor
 from analyses.latent_work import Rows, Work, make, percent, train_programs
 from analyses.sections import Section
 from pyro_vae import VAE, log_evidence
-from pyro_vae.diagnostics.latent_space import kl_from_standard_normal, relative_error
-from pyro_vae.diagnostics.samples import nearest_training_distance, precision_recall
+from pyro_vae.extras.latents import kl_from_standard_normal, relative_error
+from pyro_vae.extras.samples import nearest_training_distance, precision_recall
 from pyro_vae.inference.programs import Program, ProgramError
-from pyro_vae.plots_latent import plot_picture_rows
+from pyro_vae.plots import plot_picture_rows
 from pyro_vae.results import Result
 
 

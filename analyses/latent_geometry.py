@@ -26,18 +26,19 @@ from analyses.latent_work import (
 from analyses.sections import Section, mean_and_error
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.diagnostics.gap import elbo_surgery
-from pyro_vae.diagnostics.latent_space import (
+from pyro_vae.extras.latents import (
     attribute_effect,
     attribute_vector,
     relative_error,
+    shortest_path,
     traverse,
     unit_effects,
 )
-from pyro_vae.diagnostics.paths import shortest_path
-from pyro_vae.diagnostics.samples import nearest_training_distance
-from pyro_vae.plots import plot_latent, plot_manifold
-from pyro_vae.plots_latent import (
+from pyro_vae.extras.samples import nearest_training_distance
+from pyro_vae.plots import (
     plot_attribute_effects,
+    plot_latent,
+    plot_manifold,
     plot_paths,
     plot_picture_rows,
     plot_units,

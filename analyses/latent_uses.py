@@ -22,9 +22,8 @@ from analyses.latent_work import (
 )
 from analyses.sections import Section
 from pyro_vae import load_dataset
-from pyro_vae.diagnostics.latent_space import compression
-from pyro_vae.diagnostics.probes import FeatureSets, feature_quality
-from pyro_vae.plots_latent import plot_compression, plot_feature_quality
+from pyro_vae.extras.latents import FeatureSets, compression, feature_quality
+from pyro_vae.plots import plot_compression, plot_feature_quality
 from pyro_vae.results import Result
 
 OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}

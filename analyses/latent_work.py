@@ -10,7 +10,7 @@ from torch import Tensor
 from analyses.sections import Section
 from pyro_vae import VAE, Autoencoder, fit
 from pyro_vae.data import Dataset
-from pyro_vae.diagnostics.probes import feature_quality
+from pyro_vae.extras.latents import feature_quality
 from pyro_vae.inference.programs import Program
 from pyro_vae.results import Result
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from analyses.posterior_verdict import Measured, per_datum, with_sign
 from pyro_vae import VAE
 from pyro_vae.data import Dataset
-from pyro_vae.inference.hmc import PosteriorSample
-from pyro_vae.inference.potential import latent_potential
-from pyro_vae.inference.programs import program_scope
-from pyro_vae.plots_posterior import (
+from pyro_vae.inference.mcmc import PosteriorSample
+from pyro_vae.inference.programs import latent_potential, program_scope
+from pyro_vae.plots import (
     plot_calibration,
     plot_coverage,
     plot_khat,

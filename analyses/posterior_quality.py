@@ -40,9 +40,9 @@ from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, fit, posterior_quality
 from pyro_vae.data import Dataset
 from pyro_vae.inference.estimators import make_estimator
-from pyro_vae.inference.hmc import PosteriorSample, sample_posterior
-from pyro_vae.networks import mlp
-from pyro_vae.plots_posterior import plot_trust, plot_worst
+from pyro_vae.inference.mcmc import PosteriorSample, sample_posterior
+from pyro_vae.models.parts import mlp
+from pyro_vae.plots import plot_trust, plot_worst
 from pyro_vae.runs import load_training_data
 
 

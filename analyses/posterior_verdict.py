@@ -9,8 +9,8 @@ from scipy.stats import norm, spearmanr
 
 from analyses.sections import mean_and_error
 from pyro_vae import VAE
-from pyro_vae.diagnostics.pareto import khat_threshold
 from pyro_vae.diagnostics.posterior import worst_data
+from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
 
 LEVEL = 0.01  # of all comparisons together, and of the calibration of each guide

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from pyro_vae.files import atomic_path
-from pyro_vae.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
+from pyro_vae.app.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
+from pyro_vae.results import atomic_path
 from pyro_vae.results import rows_text as as_text
 
 __all__ = ["Section", "as_text", "mean_and_error", "save_figures", "save_sections"]

@@ -27,9 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.calibration import calibrate
-from pyro_vae.diagnostics.posterior import khat_threshold, posterior_quality
-from pyro_vae.diagnostics.reference import HmcReference
-from pyro_vae.inference.hmc import sample_posterior
+from pyro_vae.diagnostics.posterior import HmcReference, khat_threshold, posterior_quality
+from pyro_vae.inference.mcmc import sample_posterior
 from pyro_vae.inference.programs import Program
 from pyro_vae.models import LinearGaussian
 from pyro_vae.results import Result

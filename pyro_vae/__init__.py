@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.gap import elbo_gap
     from pyro_vae.diagnostics.gradients import compare_estimators
     from pyro_vae.diagnostics.posterior import posterior_quality
-    from pyro_vae.diagnostics.predictive import predictive_check
+    from pyro_vae.diagnostics.predictive_check import predictive_check
     from pyro_vae.inference.draws import draw_posterior
     from pyro_vae.inference.em import fit_em
-    from pyro_vae.inference.hmc import sample_posterior
     from pyro_vae.inference.log_weights import log_weights
+    from pyro_vae.inference.mcmc import sample_posterior
     from pyro_vae.inference.svi import fit
     from pyro_vae.models import (
         VAE,
@@ -78,8 +78,8 @@ _HOME = {
     "log_evidence": "pyro_vae.diagnostics.evidence",
     "log_weights": "pyro_vae.inference.log_weights",
     "posterior_quality": "pyro_vae.diagnostics.posterior",
-    "predictive_check": "pyro_vae.diagnostics.predictive",
-    "sample_posterior": "pyro_vae.inference.hmc",
+    "predictive_check": "pyro_vae.diagnostics.predictive_check",
+    "sample_posterior": "pyro_vae.inference.mcmc",
     "to_arviz": "pyro_vae.results",
 }
 

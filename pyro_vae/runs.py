@@ -25,18 +25,19 @@ from torch import Tensor, nn
 
 from pyro_vae.data import Dataset, load_dataset
 from pyro_vae.diagnostics.evidence import log_evidence
-from pyro_vae.inference.checkpoint import (
+from pyro_vae.inference.estimators import make_objective, objective_names
+from pyro_vae.inference.programs import keep_random_state
+from pyro_vae.inference.svi import (
     FORMAT,
     CheckpointError,
+    Fit,
+    fit,
+    history_result,
     load_tensors,
     read_json,
     read_rows,
 )
-from pyro_vae.inference.history import history_result
-from pyro_vae.inference.objective_choice import make_objective, objective_names
-from pyro_vae.inference.programs import keep_random_state
-from pyro_vae.inference.svi import Fit, fit
-from pyro_vae.models.choices import (
+from pyro_vae.models import (
     AUTOENCODERS,
     CLASSES,
     build_model,
@@ -132,7 +133,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         >>> load_run("no/such/run")
         Traceback (most recent call last):
         ...
-        pyro_vae.inference.checkpoint.CheckpointError: no/such/run is not a folder: ...
+        pyro_vae.inference.svi.checkpoint.CheckpointError: no/such/run is not a folder: ...
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -17,26 +17,28 @@ ROOT = Path(pyro_vae.__file__).parent
 
 # A module of the package imports from its own layer and from lower ones.
 LAYERS = (
-    {"files", "data", "networks", "results"},
+    {"data", "results"},
     {"models"},
     {"inference"},
     {"diagnostics"},
-    {
-        "pages",
-        "plots",
-        "plots_latent",
-        "plots_mixture",
-        "plots_posterior",
-        "plots_samples",
-        "report",
-        "runs",
-    },
-    {"cli", "demo"},
+    {"extras"},
+    {"plots"},
+    {"runs"},
+    {"app"},
     {"__main__"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # These take anybody's program, so they know none of ours, although models lie below them.
 FREE_OF_MODELS = {"inference", "diagnostics"}
+# Folders of rooms: they have no door, and a module that lies in one is a room of its own.
+FLOORS = {
+    "pyro_vae",
+    "pyro_vae.inference",
+    "pyro_vae.diagnostics",
+    "pyro_vae.extras",
+    "pyro_vae.app",
+}
+MOST_FILES = 12  # in a folder
 # These use the package, so the package knows none of them.
 USERS = {"analyses", "benchmarks", "tests"}
 
@@ -72,11 +74,14 @@ def module_names(root: Path) -> dict[str, Path]:
     return names
 
 
-def imports(root: Path, homes: Mapping[str, str]) -> list[Import]:
-    """Every import in a package; `homes` says from which module a lazy public name really comes."""
+def imports(root: Path, homes: Mapping[str, str], of: Path | None = None) -> list[Import]:
+    """Every import in a package, or in a folder `of` scripts; by way of module names of `root`.
+
+    `homes` says from which module a lazy public name really comes.
+    """
     modules = module_names(root)
     found = []
-    for source, path in modules.items():
+    for source, path in module_names(of or root).items():
         for node, at_once in statements(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
@@ -87,6 +92,7 @@ def imports(root: Path, homes: Mapping[str, str]) -> list[Import]:
                 targets = [
                     target
                     if (target := f"{origin}.{alias.name}") in modules
+                    and not exports(modules[origin], alias.name)
                     else homes.get(alias.name, origin)
                     if origin == root.name
                     else origin
@@ -96,9 +102,23 @@ def imports(root: Path, homes: Mapping[str, str]) -> list[Import]:
     return found
 
 
+def exports(door: Path, name: str) -> bool:
+    """Whether a door's name is something of that name and not the module of that name behind it."""
+    return f'"{name}"' in door.read_text(encoding="utf-8")
+
+
+def past_the_door(source: str, target: str, modules: Mapping[str, Path]) -> str | None:
+    """The door that an import of `target` goes past; None where it enters by it, or is at home."""
+    room = target.rpartition(".")[0]
+    if target not in modules or modules[target].name == "__init__.py" or room in FLOORS:
+        return None
+    return None if f"{source}.".startswith(f"{room}.") else room
+
+
 def violations(root: Path, homes: Mapping[str, str]) -> list[str]:
     """One sentence for each import that goes the wrong way."""
     found = []
+    modules = module_names(root)
     graph: dict[str, set[str]] = {}
     for source, target, at_once in imports(root, homes):
         package, _, inner = target.partition(".")
@@ -108,6 +128,8 @@ def violations(root: Path, homes: Mapping[str, str]) -> list[str]:
             continue
         if at_once and source != target:
             graph.setdefault(source, set()).add(target)
+        if door := past_the_door(source, target, modules):
+            found.append(f"{source} imports {target} past its door, {door}")
         lower, upper = inner.split(".")[0], source.split(".")[1]
         if lower not in RANK or upper not in RANK:
             found.append(f"{source} imports {target}: give both a place in LAYERS")
@@ -127,7 +149,10 @@ def violations(root: Path, homes: Mapping[str, str]) -> list[str]:
 def write(root: Path, files: Mapping[str, str]) -> Path:
     for name, text in {"__init__.py": "", **files}.items():
         path = root / "pyro_vae" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in [path.parent, *path.parent.parents]:
+            if root in folder.parents and not (folder / "__init__.py").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "__init__.py").write_text("", encoding="utf-8")
         path.write_text(text, encoding="utf-8")
     return root / "pyro_vae"
 
@@ -141,50 +166,85 @@ def test_every_module_has_a_layer() -> None:
     assert parts <= set(RANK), "give each module of the package a place in LAYERS"
 
 
+@pytest.mark.parametrize("folder", ["analyses", "benchmarks"])
+def test_scripts_enter_by_the_doors(folder: str) -> None:
+    modules = module_names(ROOT)
+    scripts = imports(ROOT, pyro_vae._HOME, ROOT.parent / folder)
+    past = [one for one in scripts if past_the_door(one.source, one.target, modules)]
+    assert scripts
+    assert past == []
+
+
+def test_rooms_are_small_enough_to_look_through() -> None:
+    sizes = {
+        str(folder.relative_to(ROOT.parent)): len(list(folder.glob("*.py")))
+        for folder in {path.parent for path in ROOT.rglob("*.py")}
+    }
+    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES} == {}
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"data.py": "import pyro_vae.models.vae"}, "pyro_vae.models.vae, which lies above"),
+        ({"data.py": "import pyro_vae.models"}, "pyro_vae.models, which lies above"),
         ({"models/vae.py": "from pyro_vae.inference.svi import fit"}, "which lies above it"),
         ({"models/vae.py": "from pyro_vae import fit"}, "pyro_vae.inference.svi, which lies above"),
         ({"models/vae.py": "from ..inference import svi"}, "pyro_vae.inference, which lies above"),
         ({"models/__init__.py": "from ..runs import load"}, "pyro_vae.runs, which lies above"),
         (
-            {"data.py": "def f():\n    from pyro_vae import cli"},
-            "pyro_vae.cli, which lies above it",
+            {"app/__init__.py": "", "data.py": "def f():\n    from pyro_vae import app"},
+            "pyro_vae.app, which lies above it",
         ),
         ({"inference/svi.py": "from pyro_vae.models import VAE"}, "may know none of ours"),
         ({"diagnostics/gap.py": "def f():\n    import pyro_vae.models"}, "may know none of ours"),
-        ({"cli.py": "import analyses.compare"}, "which lies outside the package"),
-        ({"cli.py": "from tests.conftest import seed_of"}, "which lies outside the package"),
-        ({"cli.py": "from pyro_vae.helpers import f"}, "give both a place in LAYERS"),
+        ({"diagnostics/gap.py": "import pyro_vae.extras.paths"}, "which lies above it"),
+        ({"app/cli.py": "import analyses.compare"}, "which lies outside the package"),
+        ({"app/cli.py": "from tests.conftest import seed_of"}, "which lies outside the package"),
+        ({"app/cli.py": "from pyro_vae.helpers import f"}, "give both a place in LAYERS"),
         (
-            {"data.py": "from . import networks", "networks.py": "from .data import x"},
+            {"data.py": "from . import results", "results.py": "from .data import x"},
             "import cycle: pyro_vae.",
+        ),
+        (
+            {
+                "inference/svi/fit.py": "",
+                "inference/em.py": "from pyro_vae.inference.svi.fit import f",
+            },
+            "pyro_vae.inference.svi.fit past its door, pyro_vae.inference.svi",
+        ),
+        (
+            {"inference/svi/step.py": "", "inference/em.py": "from .svi import step"},
+            "pyro_vae.inference.svi.step past its door, pyro_vae.inference.svi",
+        ),
+        (
+            {"models/parts/priors.py": "", "models/vae.py": "import pyro_vae.models.parts.priors"},
+            "pyro_vae.models.parts.priors past its door, pyro_vae.models.parts",
         ),
     ],
 )
 def test_wrong_ways_are_found(tmp_path: Path, files: dict[str, str], says: str) -> None:
-    root = write(tmp_path, {**files, "cli.py": files.get("cli.py", "")})
+    root = write(tmp_path, files)
     (sentence,) = violations(root, {"fit": "pyro_vae.inference.svi"})
     assert says in sentence
 
 
 def test_right_ways_pass(tmp_path: Path) -> None:
     files = {
-        "__init__.py": "if TYPE_CHECKING:\n    from .cli import f",
-        "networks.py": "import torch\nfrom pyro_vae import __version__",
+        "__init__.py": "if TYPE_CHECKING:\n    from .app.cli import f",
         # A cycle of names only, or one closed within a function, is no cycle of modules.
-        "data.py": "import typing\nif typing.TYPE_CHECKING:\n    from .networks import mlp",
-        "results.py": "from . import data\ndef f():\n    from . import files",
-        "files.py": "from . import results",
+        "data/__init__.py": "from .sets import x",
+        "data/sets.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..results import r",
+        "results.py": "from . import data\ndef f():\n    from . import data",
         "models/__init__.py": "from .vae import VAE",
-        "models/vae.py": "from pyro_vae.networks import mlp\nfrom . import priors",
-        "models/priors.py": "",
+        "models/vae.py": "import torch\nfrom pyro_vae import __version__\nfrom . import parts",
+        "models/parts/__init__.py": "from .priors import normal",
+        "models/parts/priors.py": "def normal(): from pyro_vae.models.vae import VAE",
+        "inference/log_weights/__init__.py": 'from .draw import draw\n__all__ = ["draw"]',
+        "inference/log_weights/draw.py": "",
         "inference/svi.py": "from ..data import x\nfrom pyro_vae import log_weights",
-        "inference/log_weights.py": "",
-        "cli.py": "from pyro_vae.models.vae import VAE\nimport pyro_vae.inference.svi",
-        "__main__.py": "from .cli import main",
+        "inference/em.py": "from pyro_vae.inference.log_weights import draw\nfrom .svi import fit",
+        "app/cli.py": "from pyro_vae.models import VAE\nimport pyro_vae.inference.svi",
+        "__main__.py": "from .app.cli import main",
     }
     homes = {"log_weights": "pyro_vae.inference.log_weights"}
     assert violations(write(tmp_path, files), homes) == []

@@ -21,16 +21,13 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_vae import compare_estimators, elbo_gap, fit, load_run, log_evidence, log_weights
 from pyro_vae.diagnostics.posterior import posterior_quality
-from pyro_vae.inference.checkpoint import load_tensors, save_tensors
-from pyro_vae.inference.inspection import inspect_programs
-from pyro_vae.inference.objective_choice import bounds_nothing, make_objective, objective_names
-from pyro_vae.inference.objectives import BetaELBO, InfoVAE
-from pyro_vae.inference.programs import ProgramError
-from pyro_vae.models import VAE, Autoencoder, TwoLayerVAE
+from pyro_vae.inference.estimators import bounds_nothing, make_objective, objective_names
+from pyro_vae.inference.estimators.objectives import BetaELBO, InfoVAE
+from pyro_vae.inference.programs import ProgramError, inspect_programs
+from pyro_vae.inference.svi import load_tensors, save_tensors
+from pyro_vae.models import AUTOENCODERS, VAE, Autoencoder, TwoLayerVAE
 from pyro_vae.models.autoencoder import make_kind
-from pyro_vae.models.choices import AUTOENCODERS
-from pyro_vae.models.likelihoods import make_likelihood
-from pyro_vae.models.parts import make_checked, name_of, parse_part, part_text
+from pyro_vae.models.parts import make_checked, make_likelihood, name_of, parse_part, part_text
 from pyro_vae.results import IncomparableError, load_result
 
 DIM, LATENT, NUM = 9, 2, 6

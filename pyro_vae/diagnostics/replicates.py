@@ -18,11 +18,12 @@ from pyro_vae.inference.programs import (
     draw_traces,
     fixed_draws,
     in_particle_plate,
+    simulate,
     site_log_probs,
     site_values,
     sum_traces,
+    without_data,
 )
-from pyro_vae.inference.simulation import simulate, without_data
 
 __all__ = ["Replicates", "log_likelihood", "observed_data", "replicate"]
 

@@ -10,22 +10,22 @@ from jaxtyping import Float, Int
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae.inference.inspection import inspect_programs
-from pyro_vae.inference.labelled_sites import LabelledSites, label_sites
 from pyro_vae.inference.log_weights import effective_sample_size
 from pyro_vae.inference.programs import (
+    LabelledSites,
     Program,
     ProgramStructure,
     as_arguments,
     bytes_of_run,
     draw_traces,
+    inspect_programs,
+    label_sites,
     program_scope,
     site_log_probs,
     site_values,
     sum_traces,
 )
-from pyro_vae.results.arviz import ArvizGroups
-from pyro_vae.results.digits import shapes_text
+from pyro_vae.results import ArvizGroups, shapes_text
 
 __all__ = [
     "PosteriorDraws",

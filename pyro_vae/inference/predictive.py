@@ -13,22 +13,23 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_vae.inference.draws import PosteriorDraws, draw_posterior, labelled_draws
-from pyro_vae.inference.labelled_sites import LabelledSites, as_run, is_factor
-from pyro_vae.inference.potential import inspected_guide
 from pyro_vae.inference.programs import (
     Arguments,
+    LabelledSites,
     Program,
     ProgramError,
     ProgramStructure,
     as_arguments,
+    as_run,
     bytes_of_run,
     in_particle_plate,
+    inspected_guide,
+    is_factor,
     program_scope,
     site_values,
+    without_data,
 )
-from pyro_vae.inference.simulation import without_data
-from pyro_vae.results.arviz import ArvizGroups
-from pyro_vae.results.digits import ShortRepr
+from pyro_vae.results import ArvizGroups, ShortRepr
 
 __all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior"]
 

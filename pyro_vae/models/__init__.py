@@ -1,53 +1,57 @@
 """Generative programs and their guides, as Pyro functions."""
 
-from pyro_vae.models.autoencoder import (
-    Autoencoder,
-    Contractive,
-    Denoising,
-    Sparse,
-    Undercomplete,
+from pyro_vae.models.autoencoder import Autoencoder, Contractive, Denoising, Sparse, Undercomplete
+from pyro_vae.models.choices import (
+    AUTOENCODERS,
+    CLASSES,
+    build_model,
+    choose_binarization,
+    choose_likelihood,
+    data_pseudo_inputs,
+    model_name,
+    on_levels,
 )
-from pyro_vae.models.exponential_mixture import (
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.mixtures import (
     BernoulliMixture,
     ExponentialMixture,
+    GaussianMixture,
     PoissonMixture,
+    SingularComponentError,
 )
-from pyro_vae.models.gaussian_mixture import GaussianMixture
-from pyro_vae.models.likelihoods import (
+from pyro_vae.models.parts import (
     Bernoulli,
     CategoricalLevels,
     ContinuousBernoulli,
-    DiscretizedLogistic,
-    Gaussian,
-    Likelihood,
-    make_likelihood,
-)
-from pyro_vae.models.linear_gaussian import LinearGaussian
-from pyro_vae.models.mixture_problem import SingularComponentError
-from pyro_vae.models.posteriors import (
     DiagonalPosterior,
-    FullPosterior,
-    InverseAutoregressivePosterior,
-    LowRankPosterior,
-    Posterior,
-    make_posterior,
-)
-from pyro_vae.models.priors import (
+    DiscretizedLogistic,
     FlowPrior,
+    FullPosterior,
+    Gaussian,
+    InverseAutoregressivePosterior,
+    Likelihood,
+    LowRankPosterior,
     MixturePrior,
+    Posterior,
     Prior,
     StandardNormal,
     VampPrior,
+    make_likelihood,
+    make_posterior,
     make_prior,
 )
+from pyro_vae.models.toys import BinaryLatents, RainforthToy
 from pyro_vae.models.two_stage import TwoStageVAE
 from pyro_vae.models.vae import VAE, TwoLayerVAE
 
 __all__ = [
+    "AUTOENCODERS",
+    "CLASSES",
     "VAE",
     "Autoencoder",
     "Bernoulli",
     "BernoulliMixture",
+    "BinaryLatents",
     "CategoricalLevels",
     "ContinuousBernoulli",
     "Contractive",
@@ -67,6 +71,7 @@ __all__ = [
     "PoissonMixture",
     "Posterior",
     "Prior",
+    "RainforthToy",
     "SingularComponentError",
     "Sparse",
     "StandardNormal",
@@ -74,7 +79,13 @@ __all__ = [
     "TwoStageVAE",
     "Undercomplete",
     "VampPrior",
+    "build_model",
+    "choose_binarization",
+    "choose_likelihood",
+    "data_pseudo_inputs",
     "make_likelihood",
     "make_posterior",
     "make_prior",
+    "model_name",
+    "on_levels",
 ]

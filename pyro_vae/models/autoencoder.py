@@ -44,8 +44,15 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.models.likelihoods import Likelihood, check_batch, check_finite, make_likelihood
-from pyro_vae.networks import ACTIVATIONS, Network, make_network
+from pyro_vae.models.parts import (
+    ACTIVATIONS,
+    Likelihood,
+    Network,
+    check_batch,
+    check_finite,
+    make_likelihood,
+    make_network,
+)
 
 __all__ = [
     "Autoencoder",

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from pyro_vae.data import Dataset
 from pyro_vae.models.autoencoder import Autoencoder, make_kind
-from pyro_vae.models.likelihoods import make_likelihood
 from pyro_vae.models.linear_gaussian import LinearGaussian
-from pyro_vae.models.parts import Part, make_checked, name_of
-from pyro_vae.models.posteriors import make_posterior
-from pyro_vae.models.priors import VampPrior, make_prior
+from pyro_vae.models.parts import (
+    Part,
+    VampPrior,
+    make_checked,
+    make_likelihood,
+    make_network,
+    make_posterior,
+    make_prior,
+    name_of,
+)
 from pyro_vae.models.vae import VAE, TwoLayerVAE
-from pyro_vae.networks import make_network
 
 __all__ = [
     "AUTOENCODERS",
@@ -142,7 +147,7 @@ def find_levels(dataset: Dataset) -> int:
         ValueError: If there is no such number up to 256.
 
     Example:
-        >>> from pyro_vae.data import load_dataset
+        >>> from pyro_vae.data.datasets import load_dataset
         >>> find_levels(load_dataset("digits"))
         17
     """

@@ -22,7 +22,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal
 
-from pyro_vae.models.likelihoods import check_batch, check_finite
+from pyro_vae.models.parts import check_batch, check_finite
 
 __all__ = ["LinearGaussian"]
 

@@ -14,11 +14,8 @@ import pyro
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_vae.models.likelihoods import Gaussian
-from pyro_vae.models.posteriors import DiagonalPosterior
-from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.parts import DiagonalPosterior, Gaussian, StandardNormal, mlp
 from pyro_vae.models.vae import VAE, _VariationalAutoencoder
-from pyro_vae.networks import mlp
 
 __all__ = ["TwoStageVAE"]
 

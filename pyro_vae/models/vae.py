@@ -18,10 +18,20 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.models.likelihoods import Likelihood, check_batch, check_finite, make_likelihood
-from pyro_vae.models.posteriors import DiagonalPosterior, Posterior, make_posterior
-from pyro_vae.models.priors import Prior, make_prior
-from pyro_vae.networks import Network, make_network, mlp
+from pyro_vae.models.parts import (
+    DiagonalPosterior,
+    Likelihood,
+    Network,
+    Posterior,
+    Prior,
+    check_batch,
+    check_finite,
+    make_likelihood,
+    make_network,
+    make_posterior,
+    make_prior,
+    mlp,
+)
 
 __all__ = ["VAE", "TwoLayerVAE"]
 

@@ -15,8 +15,10 @@ a plain dataset that makes no quantities, for a label belongs to the number that
 standard deviation of nats per datum is no longer a bound.
 """
 
-from pyro_vae.results.arviz import to_arviz
+from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
+from pyro_vae.results.digits import ShortRepr, shapes_text
+from pyro_vae.results.files import atomic_path, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
@@ -28,9 +30,12 @@ __all__ = [
     "MEASURES",
     "REDUCTIONS",
     "UNITS",
+    "ArvizGroups",
     "IncomparableError",
     "Quantity",
     "Result",
+    "ShortRepr",
+    "atomic_path",
     "difference_text",
     "label",
     "load_result",
@@ -39,6 +44,8 @@ __all__ = [
     "rows_html",
     "rows_text",
     "sha256_of",
+    "shapes_text",
     "summary_html",
     "to_arviz",
+    "write_text",
 ]

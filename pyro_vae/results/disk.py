@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_vae.files import atomic_path
+from pyro_vae.results.files import atomic_path
 
 __all__ = ["plain_attrs", "read_dataset", "save_dataset"]
 

@@ -1,0 +1,9 @@
+"""`calibrate`: simulation-based ranks, coverage and TARP of a guide."""
+
+from pyro_vae.diagnostics.calibration.calibrate import calibrate
+from pyro_vae.diagnostics.calibration.ranks import coverage
+
+__all__ = [
+    "calibrate",
+    "coverage",
+]

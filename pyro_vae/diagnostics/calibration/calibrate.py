@@ -1,0 +1,335 @@
+r"""Calibration of an amortised guide under the model itself.
+
+Where z and x are drawn from the model, z is a draw from the posterior of its x. So it ranks
+anywhere among draws of an exact guide with the same probability, and a guide that is wrong shows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from tqdm.auto import tqdm
+
+from pyro_vae.diagnostics.calibration.ecdf import ecdf, ecdf_band, ecdf_p_value
+from pyro_vae.diagnostics.calibration.notes import LEVEL, SCOPE, calibration_words
+from pyro_vae.diagnostics.calibration.ranks import (
+    chi_square_p_value,
+    coverage,
+    rank_shape,
+    sbc_ranks,
+    tarp,
+    vsbc_p_values,
+)
+from pyro_vae.diagnostics.calibration.simulations import (
+    GuideDraws,
+    Pairs,
+    draw_guide,
+    fit_references,
+    simulate_pairs,
+)
+from pyro_vae.diagnostics.evidence import ChunkPlan, plan_chunks
+from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of
+from pyro_vae.results import Result, label, make_result, sha256_of
+
+__all__ = ["calibrate"]
+
+_LEAST_SIMULATIONS = 50
+_LEAST_DRAWS = 9
+_Ranks = dict[str, np.ndarray]
+
+
+def calibrate(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_simulations: int = 500,
+    num_draws: int = 99,
+    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    joint: bool = False,
+    refit: Callable[[Program, Any], Program] | None = None,
+    seed: int = 0,
+    max_memory: float = 0.5,
+    progress: bool = True,
+) -> Result:
+    r"""Simulation-based calibration: is the guide right, on average over the model's own data?
+
+    Latents and data are drawn from the model, the guide is run on the data, and the latents are
+    ranked among its draws. Uniform ranks are tested by their ECDF, exactly, for three things:
+
+    - each latent by itself;
+    - log p(x, z), a function of latents **and** data: it sees wrong correlations, and a guide that
+      returns the prior, whose latents rank uniformly;
+    - the distance to a random point that depends on the data (TARP): the joint distribution. The
+      points lie about a linear prediction of the latents by the data, and distances are taken where
+      its residual has unit covariance; both come from as many further simulations.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior, which must look at the data it is given.
+        x: Data; their shapes are used, and what of them the model does not observe (covariates).
+            Simulation goes over them again until there are enough.
+        num_simulations: Data to simulate, at least 50; with `joint` whole data sets.
+        num_draws: Draws L from the guide for each, at least 9. L + 1 that many bins divide (100)
+            makes ranks easy to draw.
+        levels: Of the central intervals whose coverage is measured.
+        joint: True for models with global latents: a simulation is then a full data set.
+        refit: For guides that are fitted to one data set, such as `AutoNormal`: a function of the
+            model and simulated data that returns the guide fitted to them. One fit a simulation;
+            only with `joint`.
+        seed: Seeds everything; the caller's random state is left alone.
+        max_memory: Roughly the memory that one chunk of data and draws may take, in GiB.
+        progress: Shows a bar on stderr where that is a terminal.
+
+    Returns:
+        Over `simulation`: `ranks` (also over `latent`), `log_joint_ranks`, `tarp_ranks`. Over
+        `latent`: p-values `ecdf_p_value`, `chi_square_p_value` and `symmetry_p_value` (VSBC), and
+        in standard errors `slope` and `spread` of the ranks (see `ranks.rank_shape`);
+        `bias_direction` is -1 where the guide is too low, 1 too high, 0 where VSBC does not reject.
+        Over `level` and `latent`: `coverage`. Over `rank`: `ecdf`, `log_joint_ecdf`, `tarp_ecdf`
+        and the simultaneous 95 % band `ecdf_lower`, `ecdf_upper`. Single numbers:
+        `log_joint_p_value`, `tarp_p_value`, `overall_p_value` (Bonferroni over all ECDF tests).
+        Notes say which latents are miscalibrated and how.
+
+    Raises:
+        ProgramError: If the pair has no log weights (see `log_weights`), the model cannot be
+            simulated from, or the guide cannot be run on simulated data.
+        ValueError: If there are too few simulations or draws, or an argument is out of its range.
+
+    Note: this is about data from the model and on average over them; it says nothing of real data
+        that the model does not produce, nor of one datum.
+
+    References:
+        Talts et al. (2018), arXiv:1804.06788; Säilynoja, Bürkner & Vehtari (2022) (band); Modrák
+        et al. (2023), Simulation-based calibration checking for Bayesian computation (the log joint
+        as test quantity); Lemos et al. (2023) (TARP); Yao et al. (2018) (VSBC).
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae import LinearGaussian
+        >>> model = LinearGaussian(data_dim=3, latent_dim=2)
+        >>> found = calibrate(model.model, model.exact_guide, torch.zeros(50, 3), progress=False)
+        >>> bool(found.overall_p_value > 1e-4)
+        True
+        >>> found.ranks.dims
+        ('simulation', 'latent')
+    """
+    _check(num_simulations, num_draws, levels, joint, refit)
+    with torch.no_grad(), program_scope(seed):
+        plan = plan_chunks(
+            model,
+            guide,
+            x,
+            joint=joint,
+            num_particles=num_draws,
+            max_memory=max_memory,
+            max_data=num_simulations,
+        )
+        _check_plan(plan, model)
+        pyro.set_rng_seed(seed)  # whatever inspection took
+        ranks, names, blind = _run(
+            model, guide, plan, num_simulations, num_draws, refit, seed, progress
+        )
+    return _result(ranks, names, blind, x, num_draws, tuple(levels), joint, seed)
+
+
+def _check(
+    num_simulations: int,
+    num_draws: int,
+    levels: Sequence[float],
+    joint: bool,
+    refit: Callable[[Program, Any], Program] | None,
+) -> None:
+    for name, value, least in (
+        ("num_simulations", num_simulations, _LEAST_SIMULATIONS),
+        ("num_draws", num_draws, _LEAST_DRAWS),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{name} must be an integer from {least}, not {value!r}; with fewer, no fault of "
+                "a guide shows"
+            )
+    if not len(levels) or not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels are probabilities between 0 and 1, not {tuple(levels)!r}")
+    if refit is not None and not joint:
+        raise ValueError("refit is for joint=True; without it one guide serves all data")
+
+
+def _check_plan(plan: ChunkPlan, model: Program) -> None:
+    structure = plan.structure
+    if structure.scale != 1.0:
+        raise ProgramError(
+            "the programs subsample or rescale their data, so their draws are not from the model; "
+            "take that out"
+        )
+    if not structure.latents:
+        raise ProgramError("the guide draws no latent site, so there is nothing to calibrate")
+
+
+def _run(
+    model: Program,
+    guide: Program,
+    plan: ChunkPlan,
+    num_simulations: int,
+    num_draws: int,
+    refit: Callable[[Program, Any], Program] | None,
+    seed: int,
+    progress: bool,
+) -> tuple[_Ranks, list[str], bool]:
+    """Ranks by what is ranked, names of the latents, and whether the guide ignores its data."""
+    pairs = simulate_pairs(model, plan)
+    first = next(pairs)
+    if not first.simulation.replaced:
+        raise ProgramError(
+            "the model's observed data are not among its arguments as they are, so the guide "
+            "cannot be run on simulated data; pass them as an argument and observe that argument"
+        )
+    rest = num_simulations - len(first.latents)
+    references = fit_references([first, *_take(pairs, rest)])  # simulations of their own
+    rng = np.random.default_rng(seed)
+    found: list[_Ranks] = []
+    shown = tqdm(
+        total=num_simulations,
+        unit="simulation",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with shown:
+        for drawn in _take(pairs, num_simulations):
+            own = guide if refit is None else _refitted(refit, model, drawn)
+            draws = draw_guide(drawn, own, plan, num_draws)
+            points = references.points(drawn.data, rng)
+            found.append(_rank(drawn, draws, points, references.axes, rng))
+            shown.update(min(len(drawn.latents), num_simulations - shown.n))
+    blind = refit is None and _ignores_data(
+        first, next(simulate_pairs(model, plan)), guide, plan, seed
+    )
+    ranks = {
+        name: np.concatenate([part[name] for part in found])[:num_simulations] for name in found[0]
+    }
+    return ranks, first.names, blind
+
+
+def _take(pairs: Iterator[Pairs], num_simulations: int) -> Iterator[Pairs]:
+    """As many pairs as are needed, the last chunk in full."""
+    taken = 0
+    while taken < num_simulations:
+        drawn = next(pairs)
+        taken += len(drawn.latents)
+        yield drawn
+
+
+def _refitted(refit: Callable[[Program, Any], Program], model: Program, drawn: Pairs) -> Program:
+    with torch.enable_grad():
+        return refit(model, drawn.x)
+
+
+def _rank(
+    pairs: Pairs,
+    draws: GuideDraws,
+    points: np.ndarray,
+    axes: np.ndarray,
+    rng: np.random.Generator,
+) -> _Ranks:
+    return {
+        "ranks": sbc_ranks(pairs.latents, draws.latents, seed=rng),
+        # The two log joints come from differently batched runs: where they should be equal, as
+        # with discrete latents, the last bits must not decide.
+        "log_joint": sbc_ranks(
+            pairs.log_joint[:, None],
+            draws.log_joint[..., None],
+            tolerance=100 * pairs.precision,
+            seed=rng,
+        ),
+        "tarp": tarp(
+            pairs.latents @ axes,
+            draws.latents @ axes,
+            references=points,
+            scale=np.ones(len(axes)),
+            seed=rng,
+        ),
+    }
+
+
+def _ignores_data(first: Pairs, second: Pairs, guide: Program, plan: ChunkPlan, seed: int) -> bool:
+    """Whether one random stream makes the same draws from different data."""
+    drawn = []
+    for pairs in (first, second):
+        pyro.set_rng_seed(seed)
+        drawn.append(draw_guide(pairs, guide, plan, 2).latents)
+    return not np.array_equal(first.data, second.data) and np.array_equal(drawn[0], drawn[1])
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def _result(
+    ranks: _Ranks,
+    names: list[str],
+    blind: bool,
+    x: Any,
+    num_draws: int,
+    levels: tuple[float, ...],
+    joint: bool,
+    seed: int,
+) -> Result:
+    own = ranks["ranks"]
+    count = len(own)
+    p = {name: ecdf_p_value(value, num_draws) for name, value in ranks.items()}
+    tests = len(names) + 2
+    overall = min(1.0, tests * min(float(value.min()) for value in p.values()))
+    symmetry = vsbc_p_values(own, num_draws, seed=seed)
+    direction = np.where(symmetry.mean > 0.5, -1, 1) * (symmetry.p_value <= LEVEL / len(names))
+    shape = rank_shape(own, num_draws)
+    covered, covered_se = coverage(own, num_draws, levels)
+    band = ecdf_band(count, num_draws)
+
+    def about(text: str, bound: str = "exact") -> dict[str, Any]:
+        return label(unit="none", reduction="none", bound=bound, description=text)
+
+    uniform = "p-value of uniform ranks, ECDF test, exact"
+    variables: dict[str, Any] = {
+        "ecdf_p_value": ("latent", p["ranks"], about(uniform)),
+        "chi_square_p_value": ("latent", chi_square_p_value(own, num_draws), about("chi-square")),
+        "symmetry_p_value": ("latent", symmetry.p_value, about("VSBC: p-value of no bias")),
+        "bias_direction": ("latent", direction.astype(np.int64), {}),
+        "slope": ("latent", shape.slope, about("of the ranks, in standard errors")),
+        "spread": ("latent", shape.spread, about("of the ranks, in standard errors; U positive")),
+        "coverage": (("level", "latent"), covered, about("of central intervals", "unbiased")),
+        "coverage_se": (("level", "latent"), covered_se, {}),
+        "log_joint_p_value": ((), p["log_joint"][0], about(f"{uniform} of log p(x, z)")),
+        "tarp_p_value": ((), p["tarp"][0], about(f"{uniform} of distances (TARP)")),
+        "overall_p_value": ((), overall, about(f"smallest of {tests}, times {tests}")),
+        "ecdf": (("latent", "rank"), ecdf(own, num_draws), about("share of ranks <= rank")),
+        "log_joint_ecdf": ("rank", ecdf(ranks["log_joint"], num_draws)[0], about("the same")),
+        "tarp_ecdf": ("rank", ecdf(ranks["tarp"], num_draws)[0], about("the same: coverage curve")),
+        "ecdf_lower": ("rank", band.lower, about("simultaneous 95 % band")),
+        "ecdf_upper": ("rank", band.upper, about("simultaneous 95 % band")),
+        "ranks": (("simulation", "latent"), own, {}),
+        "log_joint_ranks": ("simulation", ranks["log_joint"][:, 0], {}),
+        "tarp_ranks": ("simulation", ranks["tarp"][:, 0], {}),
+    }
+    tensors = tensors_of(x)
+    return make_result(
+        variables,
+        function="calibrate",
+        config={
+            "num_simulations": count,
+            "num_draws": num_draws,
+            "levels": levels,
+            "joint": joint,
+            "level": LEVEL,
+        },
+        seed=seed,
+        data_sha256=sha256_of(*tensors) if tensors else None,
+        coords={
+            "latent": names,
+            "level": list(levels),
+            "rank": np.arange(num_draws + 1),
+            "simulation": np.arange(count),
+        },
+        notes=[SCOPE],
+        verdict=calibration_words(ranks, names, p, num_draws, blind=blind),
+    )

@@ -1,0 +1,231 @@
+r"""Annealed importance sampling between a start (prior or guide) and the posterior, both ways.
+
+.. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
+          \bigl[\log p(x, z_{t-1}) - \log f_0(z_{t-1})\bigr], \qquad z_t \sim \mathcal T_t(z_{t-1})
+
+along :math:`f_\beta = f_0^{1-\beta} \, p(x, z)^\beta`, with Hamiltonian transitions. Forward, from
+draws of the start, the mean of w is p(x): its logarithm is a lower bound in expectation. In
+reverse, from an exact posterior draw (known where the data are simulated), the mean of 1/w is
+1/p(x): an upper bound. Their distance bounds the error of both (bidirectional Monte Carlo).
+
+Step sizes are learnt along the path by pilot chains and held fixed afterwards, for transitions
+that adapt themselves would bias the weights and could not be reversed.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_vae.inference.log_weights import effective_sample_size, importance_bound
+from pyro_vae.inference.mcmc import Tempered, hmc_step, jittered
+from pyro_vae.inference.programs import Potential
+
+__all__ = [
+    "Annealing",
+    "annealed_weights",
+    "reduce_forward",
+    "reduce_reverse",
+    "temperatures",
+]
+
+_PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
+_SETTLE = 30  # steps in which the pilot finds a step size before it moves on
+_GAIN = 0.4  # change of the log step size for each unit of acceptance missed
+_SCALE_DRAWS = 100  # draws of the start from which the mass matrix is taken
+_STEEPNESS = 4.0  # delta of the sigmoid schedule in Wu et al.
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Settings of annealed importance sampling.
+
+    Attributes:
+        num_chains: Independent chains of each datum.
+        num_temperatures: Steps from the start to the posterior; the error falls with their number.
+        schedule: `"sigmoid"` (finer at both ends) or `"linear"`.
+        start: `"prior"` or `"guide"`.
+        num_leapfrog: Gradient evaluations of each transition.
+        target_accept: Acceptance probability the pilot chains adapt to.
+        step_size: Where the pilot chains begin.
+    """
+
+    num_chains: int = 16
+    num_temperatures: int = 500
+    schedule: str = "sigmoid"
+    start: str = "prior"
+    num_leapfrog: int = 10
+    target_accept: float = 0.65
+    step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("num_chains", "num_temperatures", "num_leapfrog"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.schedule not in ("linear", "sigmoid"):
+            raise ValueError(f"schedule is 'linear' or 'sigmoid', not {self.schedule!r}")
+        if self.start not in ("prior", "guide"):
+            raise ValueError(f"start is 'prior' or 'guide', not {self.start!r}")
+        if not 0 < self.target_accept < 1:
+            raise ValueError(f"target_accept lies between 0 and 1, not {self.target_accept!r}")
+        if not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be positive, not {self.step_size!r}")
+
+
+def temperatures(num_temperatures: int, schedule: str) -> list[float]:
+    r"""The path :math:`0 = \beta_0 < \dots < \beta_T = 1`.
+
+    The sigmoid schedule is :math:`\sigma(\delta (2t/T - 1))`, scaled to [0, 1], with
+    :math:`\delta = 4`.
+
+    References:
+        Wu, Burda, Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based
+        generative models, section 4.
+    """
+    grid = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)
+    if schedule == "sigmoid":
+        values = torch.sigmoid(_STEEPNESS * (2 * grid - 1))
+        grid = (values - values[0]) / (values[-1] - values[0])
+    return [0.0, *grid[1:-1].tolist(), 1.0]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The transitions along the path: what forward and reverse chains share."""
+
+    target: Tempered
+    betas: list[float]
+    step_sizes: Float[Tensor, "temperatures batch"]
+    inverse_mass: Float[Tensor, "batch dim"]
+    num_leapfrog: int
+
+
+def annealed_weights(
+    potential: Potential,
+    settings: Annealing,
+    exact: Float[Tensor, "1 batch dim"] | None = None,
+) -> dict[str, Tensor]:
+    """Runs the chains of every datum from the start to the posterior, and back if asked.
+
+    Args:
+        potential: The model at the data; used inside `program_scope`.
+        settings: The settings.
+        exact: An exact posterior draw of each datum, from which to anneal back.
+
+    Returns:
+        `forward`, log weights `[chains, batch]` whose log-mean-exp is a lower bound in expectation;
+        `reverse`, if asked, log weights of which minus the log-mean-exp of the negatives is an
+        upper bound; `acceptance` `[batch]`.
+
+    Raises:
+        ProgramError: If the start is the guide and its density cannot be evaluated.
+
+    References:
+        Neal (2001), Annealed importance sampling, section 2; Grosse, Ancha & Roy (2016), Measuring
+        the reliability of MCMC inference with bidirectional Monte Carlo, section 3.
+    """
+    if settings.start == "guide":
+        potential.check_guide_density()
+    target = Tempered(potential, settings.start)
+    path = _learn_path(potential, target, settings)
+    forward, acceptance = _anneal(path, potential.draw(settings.num_chains, settings.start))
+    found = {"forward": forward, "acceptance": acceptance}
+    if exact is not None:
+        chains = exact.expand(settings.num_chains, *exact.shape[1:])
+        found["reverse"], backwards = _anneal(path, chains, reverse=True)
+        found["acceptance"] = (acceptance + backwards) / 2
+    return found
+
+
+def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> _Path:
+    """Learns the step size of every datum at every temperature with pilot chains."""
+    scale = potential.draw(_SCALE_DRAWS, settings.start).var(0)
+    inverse_mass = torch.where(scale > 0, scale, 1.0)
+    betas = temperatures(settings.num_temperatures, settings.schedule)
+    u = potential.draw(max(2, settings.num_chains // 4), settings.start)
+    log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
+    learnt = []
+    stride = max(1, settings.num_temperatures // _PILOT_STEPS)
+    visited = range(1, settings.num_temperatures, stride)
+    stay = max(1, _PILOT_STEPS // max(len(visited), 1))
+    for t in visited:
+        for _ in range(stay + _SETTLE * (t == 1)):
+            point = target(u, betas[t])
+            moved = hmc_step(
+                partial(target, beta=betas[t]),
+                point,
+                jittered(log_step.exp(), point),
+                num_leapfrog=settings.num_leapfrog,
+                inverse_mass=inverse_mass,
+                active=potential.active,
+            )
+            u = moved.point.u
+            missed = moved.acceptance.mean(0) - settings.target_accept
+            log_step = (log_step + _GAIN * missed).clamp(-30.0, 3.0)
+        learnt.append(log_step.exp())
+    if not learnt:
+        steps = log_step.new_empty(0, len(log_step))
+    else:
+        steps = torch.stack(learnt).repeat_interleave(stride, 0)
+    return _Path(target, betas, steps, inverse_mass, settings.num_leapfrog)
+
+
+def _anneal(
+    path: _Path, u: Float[Tensor, "chains batch dim"], *, reverse: bool = False
+) -> tuple[Float[Tensor, "chains batch"], Float[Tensor, " batch"]]:
+    """Log weights and mean acceptance of chains that go along the path, or back along it."""
+    betas, last = path.betas, len(path.betas) - 1
+    total = torch.zeros_like(u[..., 0], dtype=torch.float64)
+    accepted, count = torch.zeros_like(u[0, :, 0]), 0
+    order = range(last, 0, -1) if reverse else range(1, last + 1)
+    for t in order:
+        # The weight's share of temperature t is taken before a forward move and after a reverse
+        # one, so that both visit the same states.
+        beta = betas[max(t - 1, 1)] if reverse else betas[t]
+        point = path.target(u, beta)
+        total = total + (betas[t] - betas[t - 1]) * _log_ratio(point.joint, point.start)
+        moves_at = t - 1 if reverse else t
+        if not 1 <= moves_at < last:
+            continue
+        moved = hmc_step(
+            partial(path.target, beta=betas[moves_at]),
+            point,
+            jittered(path.step_sizes[moves_at - 1], point),
+            num_leapfrog=path.num_leapfrog,
+            inverse_mass=path.inverse_mass,
+            active=path.target.potential.active,
+        )
+        u = moved.point.u
+        accepted, count = accepted + moved.acceptance.mean(0), count + 1
+    return total, accepted / count if count else torch.ones_like(accepted)
+
+
+def _log_ratio(joint: Tensor, start: Tensor) -> Tensor:
+    """Log p(x, z) - log f_0(z); minus infinity where the joint density is zero."""
+    return torch.where(joint == -math.inf, -math.inf, joint - start).double()
+
+
+def reduce_forward(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tensor]:
+    """The lower bound of each datum with its error, from the log weights of its chains."""
+    chains = len(log_weights)
+    bound = importance_bound(log_weights)
+    ess = effective_sample_size(log_weights)
+    error = (1 / ess - 1 / chains).clamp_min(0).sqrt()
+    return {
+        "log_evidence": bound,
+        "log_evidence_se": error if chains > 1 else torch.full_like(error, math.nan),
+        "ess": ess,
+    }
+
+
+def reduce_reverse(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tensor]:
+    """The upper bound of each datum with its error, from the log weights of reverse chains.
+
+    The chains of a datum share their exact draw, whose part in the error the error leaves out.
+    """
+    found = reduce_forward(-log_weights)
+    return {**found, "log_evidence": -found["log_evidence"]}

@@ -1,0 +1,95 @@
+"""Importance sampling: log evidence, ELBO and gap from the same draws of the guide."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_vae.diagnostics.evidence.chunks import ChunkPlan, Columns
+from pyro_vae.inference.log_weights import (
+    effective_sample_size,
+    elbo,
+    importance_bound,
+    khat_threshold,
+    pareto_khat,
+)
+from pyro_vae.inference.programs import Program, ProgramStructure, as_arguments, run_programs
+
+__all__ = ["Importance", "importance_columns", "importance_notes"]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Settings of importance sampling.
+
+    Attributes:
+        num_particles: Draws from the guide for each datum.
+    """
+
+    num_particles: int = 1000
+
+    def __post_init__(self) -> None:
+        value = self.num_particles
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"num_particles must be a positive integer, not {value!r}")
+
+
+def importance_columns(
+    model: Program, guide: Program, x: Any, plan: ChunkPlan, num_particles: int
+) -> Columns:
+    """Every column of a chunk of data, its particles drawn in parts."""
+    weights = torch.cat(
+        [_log_weights(model, guide, x, plan.structure, k) for k in plan.particles(num_particles)]
+    )
+    return _reduce(weights.double())
+
+
+def _log_weights(
+    model: Program, guide: Program, x: Any, structure: ProgramStructure, num_particles: int
+) -> Float[Tensor, "particles batch"]:
+    log_p, log_q, _ = run_programs(model, guide, as_arguments(x), structure, num_particles)
+    return log_p - log_q
+
+
+def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Tensor, " batch"]]:
+    """Every number of the result from the weights of a chunk of data."""
+    particles = len(log_weights)
+    ess = effective_sample_size(log_weights)
+    bound, mean = importance_bound(log_weights), elbo(log_weights)
+    relative = (log_weights - bound).exp() - 1  # the influence of each draw on the importance bound
+    unknown = torch.full_like(mean, math.nan)
+    return {
+        "log_evidence": bound,
+        "log_evidence_se": (1 / ess - 1 / particles).clamp_min(0).sqrt()
+        if particles > 1
+        else unknown,
+        "elbo": mean,
+        "elbo_se": log_weights.std(0) / math.sqrt(particles) if particles > 1 else unknown,
+        "gap": bound - mean,
+        "gap_se": (relative - log_weights + mean).std(0) / math.sqrt(particles)
+        if particles > 1
+        else unknown,
+        "ess": ess,
+        "khat": pareto_khat(log_weights),
+    }
+
+
+def importance_notes(found: Columns, settings: Importance) -> list[str]:
+    """What must not be parted from the numbers."""
+    threshold = khat_threshold(settings.num_particles)
+    khat = found["khat"]
+    bad = int((~(khat <= threshold)).sum())
+    notes = [
+        "k-hat, ESS and every importance estimate are blind to a mode that the guide never visits."
+    ]
+    if bad:
+        notes.insert(
+            0,
+            f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {len(khat)} data: there "
+            "the log evidence is a lower bound "
+            "whose error is unreliable, not an estimate. More particles or a better guide mend it.",
+        )
+    return notes

@@ -1,0 +1,435 @@
+r"""The log evidence log p(x) of each datum, with what each number bounds and how surely."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.diagnostics.evidence.annealing import (
+    Annealing,
+    annealed_weights,
+    reduce_forward,
+    reduce_reverse,
+)
+from pyro_vae.diagnostics.evidence.bridge import Bridging, bridge_columns
+from pyro_vae.diagnostics.evidence.chunks import (
+    ChunkPlan,
+    Columns,
+    identity_of,
+    plan_chunks,
+    run_chunks,
+)
+from pyro_vae.diagnostics.evidence.importance import (
+    Importance,
+    importance_columns,
+    importance_notes,
+)
+from pyro_vae.diagnostics.evidence.proper import check_proper
+from pyro_vae.diagnostics.evidence.quadrature import Quadrature, quadrature_columns
+from pyro_vae.inference.programs import (
+    Program,
+    ProgramError,
+    ProgramStructure,
+    as_arguments,
+    inspected_guide,
+    latent_potential,
+    program_scope,
+    simulate,
+)
+from pyro_vae.results import Result, label, make_result, sha256_of
+
+__all__ = ["METHODS", "log_evidence"]
+
+_CHUNK = 100  # data at once in the methods that run chains
+
+
+def log_evidence(
+    model: Program,
+    guide: Program | None,
+    x: Any,
+    *,
+    method: str = "importance",
+    joint: bool = False,
+    seed: int = 0,
+    max_memory: float = 0.5,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    r"""Estimates log p(x) of each datum, and says what each number bounds and how surely.
+
+    ==================  ===================  =====================================================
+    method              log_evidence is      settings (defaults in the class named)
+    ==================  ===================  =====================================================
+    `"importance"`      lower, in expect.    `num_particles`: 1000 draws from the guide
+    `"annealed"`        lower, in expect.    `annealing.Annealing`: `num_chains`, `schedule`, ...
+    `"bidirectional"`   lower, in expect.    the same; an interval for its error besides
+    `"bridge"`          consistent           `bridge.Bridging`: `proposal`, `num_samples`, ...
+    `"quadrature"`      exact                `quadrature.Quadrature`: `tolerance`, `max_points`
+    `"exact"`           exact                none; where the model has a method `log_evidence(x)`
+    ==================  ===================  =====================================================
+
+    Importance sampling gives the ELBO and the gap from the same draws:
+
+    .. math:: \log \hat p(x_n) = \log \frac1K \sum_k w_{kn}, \qquad
+              w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}
+
+    In expectation this is below log p(x) and rises to it with K; the mean of w itself is unbiased.
+    Annealing carries K chains along a path to the posterior, and its weights obey the same. The
+    standard error is that of the delta method, sqrt(1/ESS - 1/K); where k-hat or ESS is bad it is
+    unreliable, and the result says for how many data.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior; None where the method can do without one
+            (the prior then takes its place; bridge sampling fits a normal).
+        x: The data; a tuple for several arguments, a dict for keywords.
+        method: One of those above.
+        joint: True for models with global latents: one number for the full data, a total.
+        seed: Seeds the draws; the caller's random state is left alone.
+        max_memory: Roughly the memory that one chunk of data and particles may take, in GiB.
+        checkpoint: A file that keeps the finished chunks of data; a second call with it goes on
+            where the first stopped, and gives what one call gives.
+        progress: Shows a bar on stderr where that is a terminal.
+        **settings: Of the method.
+
+    Returns:
+        Variables over `datum`: `log_evidence` in nats with `log_evidence_se`, and the method's
+        diagnostics: `ess` (particles), `khat`, `acceptance`, `rhat`, `quadrature_error`.
+        `"importance"` adds `elbo` and `gap` (log evidence - ELBO, in expectation at most the true
+        gap). `"bidirectional"` adds, for as many data drawn from the model (dimension
+        `simulation`), `simulated_lower` and `simulated_upper`, between which their log evidence
+        lies in expectation, and the mean distance `error_bound`. With `joint` there is no `datum`.
+
+    Raises:
+        ProgramError: If the pair has no log weights (see `log_weights`), a latent's prior is
+            improper (names it), or the method cannot do with this pair; says which can.
+        CheckpointError: If `checkpoint` belongs to another run.
+        ValueError: If an argument is out of its range, or the model offers no exact evidence.
+
+    Note: the interval of `"bidirectional"` holds for data from the model; real data may be harder.
+
+    References:
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8; Wu, Burda,
+        Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based generative
+        models, section 3; Meng & Wong (1996), Simulating ratios of normalizing constants.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae import LinearGaussian
+        >>> model = LinearGaussian(data_dim=3, latent_dim=2)
+        >>> x = torch.zeros(2, 3)
+        >>> found = log_evidence(model.model, model.exact_guide, x, num_particles=10)
+        >>> exact = log_evidence(model.model, None, x, method="exact")
+        >>> bool(abs(found.log_evidence - exact.log_evidence).max() < 1e-4)
+        True
+        >>> by_grid = log_evidence(model.model, None, x, method="quadrature")
+        >>> bool(abs(by_grid.log_evidence - exact.log_evidence).max() < 1e-4)
+        True
+    """
+    if method == "exact":
+        return _exact(model, x)
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, but must be one of {', '.join(_NAMES)}")
+    chosen = METHODS[method]
+    own = _settings_of(chosen.settings, method, settings)
+    if guide is None and method == "importance":
+        raise ValueError("importance sampling draws from the guide; pass one")
+    if guide is None and method == "bridge" and own.proposal == "guide":
+        own = Bridging(**{**asdict(own), "proposal": "normal"})
+    if not max_memory > 0:
+        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    shown = inspected_guide(model, guide)
+    config = {"method": method, **asdict(own), "joint": joint}
+    with torch.no_grad(), program_scope(seed):
+        plan = plan_chunks(
+            model,
+            shown,
+            x,
+            joint=joint,
+            num_particles=chosen.at_once(own),
+            max_memory=max_memory,
+            max_data=None if method == "importance" else _CHUNK,
+        )
+        check_proper(model, shown, as_arguments(x))  # a point mass has its own sentence, first
+        found = run_chunks(
+            plan,
+            lambda part: chosen.columns(_Task(model, guide, part, joint, seed, plan), own),
+            seed=seed,
+            identity=identity_of(model, shown, x, config, seed) if checkpoint is not None else {},
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    config["subsample_factor"] = plan.structure.scale
+    count = chosen.at_once(own) if chosen.counts else None
+    notes = chosen.notes(found, own)
+    return _result(found, plan.structure, x, config, count, seed, notes)
+
+
+def _settings_of(kind: type, method: str, given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {method!r} has no setting {unknown[0]!r}; it has {', '.join(known)}"
+        )
+    return kind(**given)
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One chunk of data and what is needed to work on it."""
+
+    model: Program
+    guide: Program | None
+    x: Any
+    joint: bool
+    seed: int
+    plan: ChunkPlan
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A way to the evidence."""
+
+    settings: type
+    columns: Callable[[_Task, Any], Columns]
+    notes: Callable[[Columns, Any], list[str]]
+    at_once: Callable[[Any], int]  # draws of a datum that are in memory together
+    counts: bool  # whether that is also the number of particles behind a value
+
+
+def _importance_columns(task: _Task, settings: Importance) -> Columns:
+    assert task.guide is not None
+    return importance_columns(task.model, task.guide, task.x, task.plan, settings.num_particles)
+
+
+def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
+    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
+    found = annealed_weights(potential, settings)
+    return {**reduce_forward(found["forward"]), "acceptance": found["acceptance"].double()}
+
+
+def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
+    columns = _annealed_columns(task, settings)
+    drawn = simulate(task.model, task.x)
+    if settings.start == "guide" and not drawn.replaced:
+        raise ProgramError(
+            "the model's observed data are not among its arguments as they are, so the guide "
+            "cannot be run on simulated data; use start='prior'"
+        )
+    args, kwargs = drawn.arguments
+    potential = latent_potential(
+        drawn.model, task.guide, kwargs if kwargs and not args else args, joint=task.joint
+    )
+    found = annealed_weights(potential, settings, potential.unconstrain(drawn.latents))
+    lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
+    columns["simulated_lower"] = lower["log_evidence"]
+    columns["simulated_lower_se"] = lower["log_evidence_se"]
+    columns["simulated_upper"] = upper["log_evidence"]
+    columns["simulated_upper_se"] = upper["log_evidence_se"]
+    return columns
+
+
+def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
+    seed = int(torch.randint(2**31, ()))
+    return bridge_columns(task.model, task.guide, task.x, settings, joint=task.joint, seed=seed)
+
+
+def _quadrature_columns(task: _Task, settings: Quadrature) -> Columns:
+    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
+    return quadrature_columns(potential, settings)
+
+
+def _exact(model: Program, x: Any) -> Result:
+    owner = getattr(model, "__self__", None)
+    if not isinstance(owner, nn.Module) or not hasattr(owner, "log_evidence"):
+        raise ValueError(
+            "this model offers no exact log evidence (a method log_evidence(x)); use "
+            "method='importance'"
+        )
+    with torch.no_grad():
+        values: Tensor = cast(Any, owner).log_evidence(x)
+    attrs = label(bound="exact", measure="real", description="log p(x) in closed form")
+    return make_result(
+        {"log_evidence": ("datum", values, attrs)},
+        function="log_evidence",
+        config={"method": "exact"},
+        seed=None,
+        data_sha256=sha256_of(x),
+    )
+
+
+# --- what must not be parted from the numbers -----------------------------------------------------
+
+
+def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
+    least = max(settings.num_chains / 4, 2.0)
+    bad = int((~(found["ess"] >= least)).sum())
+    notes = []
+    if bad:
+        notes.append(
+            f"fewer than {least:g} of {settings.num_chains} chains are effective for {bad} of "
+            f"{len(found['ess'])} data: there the log evidence is a lower bound whose error is "
+            "unreliable, not an estimate. More temperatures mend it."
+        )
+    slow = int((found["acceptance"] < 0.1).sum())
+    if slow:
+        notes.append(
+            f"fewer than a tenth of the moves were accepted for {slow} of {len(found['ess'])} "
+            "data: there the chains hardly moved. A smaller step_size mends it."
+        )
+    if settings.start == "guide":
+        notes.append("Chains that start from the guide may never reach a mode that it misses.")
+    return notes
+
+
+def _bidirectional_notes(found: Columns, settings: Annealing) -> list[str]:
+    return [
+        *_annealed_notes(found, settings),
+        "error_bound is the mean distance of upper and lower bound on data simulated from the "
+        "model; annealing on real data may err by more.",
+    ]
+
+
+def _bridge_notes(found: Columns, settings: Bridging) -> list[str]:
+    rhat = found["rhat"]
+    bad = int((~(rhat <= 1.05)).sum())
+    notes = [
+        "bridge sampling is consistent and no bound; chains and proposal may both miss a mode."
+    ]
+    if bad:
+        notes.insert(
+            0,
+            f"R-hat is above 1.05 for {bad} of {len(rhat)} data (largest "
+            f"{float(rhat.max()):.3g}): there the estimate and its error are unreliable. Longer "
+            "chains mend it.",
+        )
+    return notes
+
+
+def _quadrature_notes(found: Columns, settings: Quadrature) -> list[str]:
+    bad = int((found["quadrature_error"] > settings.tolerance).sum())
+    if not bad:
+        return []
+    return [
+        f"the quadrature error is above {settings.tolerance:g} nats for {bad} of "
+        f"{len(found['quadrature_error'])} data (largest "
+        f"{float(found['quadrature_error'].max()):.2g}); raise max_points."
+    ]
+
+
+def _no_particles(_settings: Any) -> int:
+    return 500  # grid points or draws that are evaluated together
+
+
+METHODS = {
+    "importance": _Method(
+        Importance, _importance_columns, importance_notes, lambda s: s.num_particles, True
+    ),
+    "annealed": _Method(
+        Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True
+    ),
+    "bidirectional": _Method(
+        Annealing, _bidirectional_columns, _bidirectional_notes, lambda s: s.num_chains, True
+    ),
+    "bridge": _Method(Bridging, _bridge_columns, _bridge_notes, _no_particles, False),
+    "quadrature": _Method(Quadrature, _quadrature_columns, _quadrature_notes, _no_particles, False),
+}
+"""The sampled and computed methods of `log_evidence`, beside `"exact"`."""
+
+_NAMES = [*(repr(name) for name in METHODS), "'exact'"]
+
+# --- the result -----------------------------------------------------------------------------------
+
+_TEXTS = {
+    "elbo": ("nats", "lower", "evidence lower bound of the guide"),
+    "gap": ("nats", "lower", "log evidence - ELBO, estimates KL(q(z|x) || p(z|x)) from below"),
+    "ess": ("particles", "none", "effective sample size"),
+    "khat": ("none", "none", "Pareto k-hat of the importance weights"),
+    "acceptance": ("none", "none", "mean acceptance probability of the chains"),
+    "rhat": ("none", "none", "largest split R-hat of the posterior chains"),
+    "quadrature_error": ("nats", "none", "estimated error of the quadrature"),
+    "simulated_lower": ("nats", "lower", "log p(x) of data simulated from the model, from below"),
+    "simulated_upper": ("nats", "upper", "log p(x) of data simulated from the model, from above"),
+}
+_OF_EVIDENCE = {
+    "importance": ("nats", "lower", "importance-weighted estimate of log p(x)"),
+    "annealed": ("nats", "lower", "annealed importance sampling; unbiased on the natural scale"),
+    "bidirectional": (
+        "nats",
+        "lower",
+        "annealed importance sampling; unbiased on the natural scale",
+    ),
+    "bridge": ("nats", "none", "bridge sampling; consistent, neither bound"),
+    "quadrature": ("nats", "exact", "log p(x) by quadrature, to the error stated"),
+}
+
+
+def _result(
+    found: Mapping[str, Tensor],
+    structure: ProgramStructure,
+    x: Any,
+    config: Mapping[str, Any],
+    num_particles: int | None,
+    seed: int,
+    notes: list[str],
+) -> Result:
+    joint, method = config["joint"], config["method"]
+    texts = {**_TEXTS, "log_evidence": _OF_EVIDENCE[method]}
+    if method == "quadrature" and bool((found["quadrature_error"] > 1e-6).any()):
+        texts["log_evidence"] = ("nats", "none", "log p(x) by quadrature that has not converged")
+    variables: dict[str, Any] = {}
+    for name, values in found.items():
+        unit, bound, description = texts[name.removesuffix("_se")]
+        attrs = label(
+            unit=unit,
+            bound=bound,
+            reduction=("total" if joint else "per datum")
+            if unit == "nats"
+            else "none"
+            if joint
+            else "per datum",
+            measure=structure.measure if unit == "nats" else None,
+            num_particles=num_particles,
+            description=description,
+        )
+        dims = "simulation" if name.startswith("simulated_") else () if joint else "datum"
+        variables[name] = (dims, values if dims else values[0], attrs)
+    if "simulated_upper" in found:
+        variables |= _error_bound(found, joint, num_particles)
+    args, kwargs = as_arguments(x)
+    return make_result(
+        variables,
+        function="log_evidence",
+        config=config,
+        seed=seed,
+        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        notes=notes,
+    )
+
+
+def _error_bound(
+    found: Mapping[str, Tensor], joint: bool, num_particles: int | None
+) -> dict[str, Any]:
+    """The mean distance of upper and lower bound over the simulated data."""
+    distance = found["simulated_upper"] - found["simulated_lower"]
+    attrs = label(
+        bound="upper",
+        reduction="total" if joint else "per datum",
+        num_particles=num_particles,
+        description="error of the annealed estimate, bounded on simulated data",
+    )
+    few = len(distance) < 2
+    error = torch.tensor(math.nan) if few else distance.std() / math.sqrt(len(distance))
+    return {
+        "error_bound": ((), distance.mean(), attrs),
+        "error_bound_se": ((), error, attrs),
+    }

@@ -1,0 +1,731 @@
+r"""The ledger of the ELBO gap: what the family cannot express, and what amortisation lost.
+
+.. math:: \underbrace{\log p(x) - \mathcal L[q]}_{\text{gap}}
+          = \underbrace{\log p(x) - \mathcal L[q^*]}_{\text{approximation}}
+          + \underbrace{\mathcal L[q^*] - \mathcal L[q]}_{\text{amortisation}}
+
+for each datum, with :math:`q^*` the best member of the guide's family for that datum. A richer
+family closes part of the approximation gap; a larger encoder, or more training of it, part of the
+amortisation gap. `elbo_surgery` cuts the ELBO the other way: into rate and distortion, and the rate
+into mutual information and the distance of the aggregated posterior from the prior.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.inference.log_weights import (
+    effective_sample_size,
+    importance_bound,
+    khat_threshold,
+    pareto_khat,
+)
+from pyro_vae.inference.programs import (
+    Arguments,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    as_arguments,
+    draw_traces,
+    fixed_draws,
+    inspect_programs,
+    is_delta,
+    program_scope,
+    sum_traces,
+    weighted_sites,
+)
+from pyro_vae.inference.refit import (
+    FAMILIES,
+    RefittedGuide,
+    inspect_refittable,
+    paired_log_weights,
+    refits,
+)
+from pyro_vae.results import Result, label, make_result, sha256_of
+
+__all__ = ["LEDGER", "GapOnBoth", "elbo_gap", "elbo_surgery", "gap_on_both"]
+
+LEDGER = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
+"""The variables that every ledger has."""
+
+_NAMES = {"same": "refitted", "full": "full", "flow": "flow"}
+_SAID = {
+    "same": "the guide's own family, refitted to each datum",
+    "full": "a normal of full covariance in place of the guide's noise, fitted to each datum",
+    "flow": "a flow in place of the guide's noise, fitted to each datum",
+}
+# What log p(x) - ELBO says about KL(q || p(z | x)), by what log p(x) is; the ELBO is unbiased.
+_BOUND_OF_GAP = {"exact": "unbiased", "unbiased": "unbiased", "lower": "lower", "upper": "upper"}
+_ACTIVE = 1e-2
+
+
+def elbo_gap(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_particles: int = 1000,
+    evidence: str | Mapping[str, Any] | Result = "importance",
+    richer: Sequence[str] = ("full", "flow"),
+    max_steps: int = 1000,
+    step_size: float = 0.05,
+    seed: int = 0,
+    max_memory: float = 0.5,
+    progress: bool = True,
+) -> Result:
+    r"""Splits the gap of each datum into an approximation and an amortisation part.
+
+    The guide's family is refitted to each datum by `refit_guide`, and so are the richer families.
+    Every ELBO is then taken on fresh draws, so that the search flatters none, and all on the same
+    random numbers, so that their differences are surer than they are.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior; which ones can be refitted, and what
+            stays fixed, says `refit_guide`.
+        x: The data; a tuple for several arguments, a dict for keywords.
+        num_particles: Fresh draws for each ELBO and datum, at least 2.
+        evidence: Where log p(x) comes from: `"importance"`, with the best family fitted to the
+            datum as proposal; another method of `log_evidence`, by its name or as a mapping of its
+            arguments with the key `"method"`; or a `Result` with `log_evidence` for the same data.
+        richer: Of `"full"` and `"flow"`; each family starts from the one before it.
+        max_steps: The most steps of each family.
+        step_size: Of the first steps, in the guide's own scales.
+        seed: Seeds everything; the caller's random state is left alone.
+        max_memory: Roughly the memory that one chunk of particles may take, in GiB.
+        progress: Shows bars on stderr where that is a terminal.
+
+    Returns:
+        Variables over `datum`, in nats with standard errors `*_se`: `log_evidence`, `elbo`, `gap`,
+        `approximation_gap`, `amortization_gap`, `elbo_refitted`, and for every richer family
+        `elbo_<family>` and `gain_<family>` (over `elbo_refitted`); `converged`, whether all
+        families had stopped rising; with `"importance"` also `ess` and `khat`. gap =
+        approximation_gap + amortization_gap holds for every datum, and
+        approximation_gap - gain_<family> is the gap that is left with that family.
+
+        `gap` is as sure as the evidence: with a lower bound of log p(x) it is low.
+        `amortization_gap` is low and `approximation_gap` high by what the search for the best
+        member missed.
+
+    Raises:
+        ProgramError: If the pair has no log weights, the data are subsampled, a latent is global,
+            or the guide has a distribution that cannot be refitted; the sentence names the site.
+        ValueError: If an argument is out of its range, or the evidence is not of these data.
+
+    Note: An ELBO, k-hat and every importance estimate are blind to a mode that no draw visits; so
+        is a search that starts from the guide.
+
+    References:
+        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, eqs 4-6.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae import LinearGaussian
+        >>> pair, x = LinearGaussian(data_dim=3, latent_dim=2), torch.zeros(4, 3)
+        >>> ledger = elbo_gap(pair.model, pair.best_diagonal_guide, x, evidence="exact",
+        ...                   richer=(), max_steps=60, num_particles=100, progress=False)
+        >>> bool(abs(ledger.amortization_gap).max() < 0.1)
+        True
+    """
+    families = _families(richer)
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
+        raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
+    if not max_memory > 0:
+        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    arguments = as_arguments(x)
+    known = _evidence(model, guide, x, evidence, seed, progress)
+    with program_scope(seed):
+        structure = inspect_refittable(model, guide, arguments)
+        if known is not None:
+            _check_evidence(known, x, structure)
+        fitted = list(
+            refits(
+                model,
+                guide,
+                arguments,
+                structure,
+                families,
+                max_steps=max_steps,
+                step_size=step_size,
+                max_memory=max_memory,
+                progress=progress,
+            )
+        )
+        weights = paired_log_weights(
+            model, [guide, *fitted], arguments, structure, num_particles, max_memory
+        )
+    columns = _ledger(weights, fitted, known)
+    columns["converged"] = torch.stack([f.converged for f in fitted]).all(0)
+    return _result(
+        columns,
+        fitted,
+        known,
+        structure,
+        x,
+        num_particles,
+        seed,
+        {
+            "num_particles": num_particles,
+            "evidence": _method(evidence, known),
+            "richer": list(families[1:]),
+            "max_steps": max_steps,
+            "step_size": step_size,
+        },
+    )
+
+
+def _families(richer: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(richer, str) or not set(richer) <= set(FAMILIES[1:]):
+        raise ValueError(f"richer is {richer!r}, but must be a tuple of {FAMILIES[1:]}")
+    return tuple(name for name in FAMILIES if name == "same" or name in richer)
+
+
+def _evidence(
+    model: Program,
+    guide: Program,
+    x: Any,
+    evidence: str | Mapping[str, Any] | Result,
+    seed: int,
+    progress: bool,
+) -> Result | None:
+    """The given evidence or that of the given method; None where the ledger draws its own."""
+    if isinstance(evidence, Result):
+        return evidence
+    if evidence == "importance":
+        return None
+    options = {"method": evidence} if isinstance(evidence, str) else dict(evidence)
+    if options.get("method") in (None, "importance"):
+        raise ValueError(
+            "a mapping of evidence names a method other than 'importance', whose proposal and "
+            "particles are the ledger's own; pass evidence='importance', or a Result"
+        )
+    return log_evidence(model, guide, x, **{"seed": seed, "progress": progress, **options})
+
+
+def _method(evidence: str | Mapping[str, Any] | Result, known: Result | None) -> str:
+    if known is None:
+        return "importance"
+    if isinstance(evidence, Result):
+        return str(known.provenance.get("config", {}).get("method", "given"))
+    return evidence if isinstance(evidence, str) else str(evidence["method"])
+
+
+def _check_evidence(known: Result, x: Any, structure: ProgramStructure) -> None:
+    if "log_evidence" not in known or known["log_evidence"].dims != ("datum",):
+        raise ValueError(
+            "the evidence has no log_evidence for each datum; pass what log_evidence returns "
+            "without joint=True"
+        )
+    if known.sizes["datum"] != structure.batch_size:
+        raise ValueError(
+            f"the evidence is of {known.sizes['datum']} data and x of {structure.batch_size}; "
+            "pass the evidence of x"
+        )
+    recorded = known.quantity("log_evidence").data_sha256
+    if recorded is not None and recorded != _hash(x):
+        raise ValueError("the evidence is of other data than x; pass the evidence of x")
+    measure = known["log_evidence"].attrs.get("measure")
+    if measure not in (None, structure.measure):
+        raise ValueError(
+            f"the evidence is of {measure} data, but the model's are {structure.measure}; pass the "
+            "evidence of this model"
+        )
+
+
+def _hash(x: Any) -> str:
+    args, kwargs = as_arguments(x)
+    return sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+
+
+def _ledger(
+    weights: Sequence[Float[Tensor, "particles batch"]],
+    fitted: Sequence[RefittedGuide],
+    known: Result | None,
+) -> dict[str, Tensor]:
+    """Every number of the ledger, with the standard errors of paired draws."""
+    amortised, refitted = weights[0], weights[1]
+    if known is None:
+        # Which family proposes was settled by other draws, so the choice favours none.
+        best = torch.stack([f.log_weight for f in fitted]).argmax(0)
+        proposal = torch.stack(list(weights[1:])).gather(0, best.expand_as(refitted)[None])[0]
+        found, evidence, influence = _importance(proposal)
+        independent = torch.zeros_like(evidence)
+    else:
+        evidence = torch.as_tensor(known["log_evidence"].values).double()
+        se = known.get("log_evidence_se")
+        independent = torch.zeros_like(evidence) if se is None else torch.as_tensor(se.values)
+        independent = independent.double()
+        found, influence = {"log_evidence_se": independent}, torch.zeros_like(amortised)
+    columns = {"log_evidence": evidence, **found}
+
+    def difference(name: str, value: Tensor, draws: Tensor, other: Tensor | float = 0.0) -> None:
+        columns[name] = value
+        columns[f"{name}_se"] = (_error(draws).square() + other**2).sqrt()
+
+    difference("elbo", amortised.mean(0), amortised)
+    difference("gap", evidence - amortised.mean(0), influence - amortised, independent)
+    difference("approximation_gap", evidence - refitted.mean(0), influence - refitted, independent)
+    paired = refitted - amortised
+    difference("amortization_gap", refitted.mean(0) - amortised.mean(0), paired)
+    for family, draws in zip(fitted, weights[1:], strict=True):
+        difference(f"elbo_{_NAMES[family.family]}", draws.mean(0), draws)
+        if family.family != "same":
+            gain = draws.mean(0) - refitted.mean(0)
+            difference(f"gain_{family.family}", gain, draws - refitted)
+    return columns
+
+
+def _error(draws: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:
+    return draws.std(0) / math.sqrt(len(draws))
+
+
+def _importance(
+    weights: Float[Tensor, "particles batch"],
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The importance bound, its diagnostics, and the influence of each draw on it."""
+    bound, ess = importance_bound(weights), effective_sample_size(weights)
+    se = (1 / ess - 1 / len(weights)).clamp_min(0).sqrt()
+    diagnostics = {"log_evidence_se": se, "ess": ess, "khat": pareto_khat(weights)}
+    return diagnostics, bound, (weights - bound).exp() - 1
+
+
+def _result(
+    columns: Mapping[str, Tensor],
+    fitted: Sequence[RefittedGuide],
+    known: Result | None,
+    structure: ProgramStructure,
+    x: Any,
+    num_particles: int,
+    seed: int,
+    config: Mapping[str, Any],
+) -> Result:
+    kind = "lower" if known is None else str(known["log_evidence"].attrs["bound"])
+    texts = {
+        "log_evidence": (kind, "log p(x)" if kind == "exact" else "estimate of log p(x)"),
+        "elbo": ("lower", "evidence lower bound of the guide"),
+        "gap": (_BOUND_OF_GAP.get(kind, "none"), "log evidence - ELBO: KL(q || p(z | x))"),
+        "approximation_gap": (
+            "upper" if kind in ("exact", "unbiased", "upper") else "none",
+            "log evidence - ELBO of the best of the guide's family",
+        ),
+        "amortization_gap": ("lower", "ELBO of the best of the guide's family - ELBO of the guide"),
+    }
+    for family in (f.family for f in fitted):
+        texts[f"elbo_{_NAMES[family]}"] = ("lower", f"evidence lower bound of {_SAID[family]}")
+        texts[f"gain_{family}"] = ("none", f"what {_SAID[family]}, gains over the guide's own")
+    given = {} if known is None else known["log_evidence"].attrs
+    variables: dict[str, Any] = {}
+    for name, values in columns.items():
+        if name == "converged":
+            variables[name] = ("datum", values, {})
+            continue
+        unit = {"ess": "particles", "khat": "none"}.get(name, "nats")
+        bound, description = texts.get(name.removesuffix("_se"), ("none", f"{name} of the weights"))
+        measure = structure.measure if unit == "nats" else None
+        attrs = label(
+            unit=unit,
+            bound=bound,
+            measure=measure,
+            num_particles=given.get("num_particles")
+            if name.startswith("log_evidence") and known is not None
+            else num_particles,
+            description=description,
+        )
+        variables[name] = ("datum", values, attrs)
+    return make_result(
+        variables,
+        function="elbo_gap",
+        config=config,
+        seed=seed,
+        data_sha256=_hash(x),
+        notes=_notes(columns, kind, known, num_particles),
+    )
+
+
+def _notes(
+    columns: Mapping[str, Tensor], kind: str, known: Result | None, num_particles: int
+) -> list[str]:
+    """What must not be parted from the numbers."""
+    size = len(columns["elbo"])
+    notes = []
+    if known is None:
+        threshold = khat_threshold(num_particles)
+        bad = int((~(columns["khat"] <= threshold)).sum())
+        if bad:
+            notes.append(
+                f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {size} data: there the "
+                "log evidence is a lower bound whose error is unreliable, and the gap is low by an "
+                "unknown amount."
+            )
+    else:
+        notes += [str(note) for note in known.provenance.get("notes", [])]
+    stopped = int((~columns["converged"]).sum())
+    if stopped:
+        notes.append(
+            f"the bound of {stopped} of {size} data was still rising, or never settled, when the "
+            "steps ran out: raise max_steps. Their amortisation gap is low, their approximation "
+            "gap high."
+        )
+    below = int((columns["gap"] < -4 * columns["gap_se"] - 1e-9).sum())
+    if below:
+        notes.append(
+            f"for {below} of {size} data the log evidence is below the ELBO by more than 4 "
+            "standard errors, so it is a poor bound there: use another method."
+        )
+    if kind == "lower":
+        notes.append(
+            "the log evidence is a lower bound, so the gap and the approximation gap are low by "
+            "what it misses."
+        )
+    notes.append(
+        "the best member of a family was searched for, so its ELBO is a lower bound of the best: "
+        "the amortisation gap is low, and the approximation gap high, by what the search missed."
+    )
+    return notes
+
+
+# --- training and test data -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class GapOnBoth:
+    """The ledgers of training and test data, and how they differ.
+
+    Attributes:
+        training: Of the training data, from `elbo_gap`.
+        test: Of the test data.
+        summary: Means over the data along `split` ("training", "test"), and the differences
+            `encoder_generalization`, the rise of the amortisation gap from training to test data,
+            `approximation_generalization`, that of the approximation gap, and
+            `model_generalization`, the fall of the log evidence. Together they are the fall of the
+            ELBO. Standard errors are those of the population: the spread of the data included.
+    """
+
+    training: Result
+    test: Result
+    summary: Result
+
+    def __repr__(self) -> str:
+        data = [f"{part.sizes['datum']:,}" for part in (self.training, self.test)]
+        return f"Ledgers of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
+
+    def _repr_html_(self) -> str:
+        return self.summary._repr_html_()
+
+
+def gap_on_both(
+    model: Program, guide: Program, training: Any, test: Any, **options: Any
+) -> GapOnBoth:
+    """Runs `elbo_gap` on training and test data and says what the encoder did not generalise.
+
+    The fall of the ELBO from training to test data has three parts: the model's (its evidence
+    falls), the encoder's (the amortisation gap rises) and the family's.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        training: Training data.
+        test: Test data.
+        options: Those of `elbo_gap`; evidence must be a method, not a `Result`.
+
+    Returns:
+        Both ledgers and their summary.
+
+    Raises:
+        ProgramError: As `elbo_gap`.
+        ValueError: As `elbo_gap`, or if evidence is a `Result`, which can be of one of them only.
+
+    References:
+        Cremer, Li & Duvenaud (2018), section 5.5; Zhang et al. (2022), Generalization gap in
+        amortized inference.
+    """
+    if isinstance(options.get("evidence"), Result):
+        raise ValueError(
+            "a Result is the evidence of one data set; name a method, or call elbo_gap on each"
+        )
+    first, second = (elbo_gap(model, guide, data, **options) for data in (training, test))
+    return GapOnBoth(first, second, _summary(first, second))
+
+
+def _summary(training: Result, test: Result) -> Result:
+    names = [
+        str(name)
+        for name in training.data_vars
+        if training[name].attrs.get("unit") == "nats" and not str(name).endswith("_se")
+    ]
+    means, errors = {}, {}
+    for name in names:
+        both = [ledger.quantity(name) for ledger in (training, test)]
+        means[name] = np.array([q.value for q in both])
+        errors[name] = np.array(
+            [math.nan if q.data_standard_error is None else q.data_standard_error for q in both]
+        )
+    variables: dict[str, Any] = {}
+    for name in names:
+        attrs = {**training[name].attrs, "reduction": "per datum"}
+        variables[name] = ("split", means[name], attrs)
+        variables[f"{name}_se"] = ("split", errors[name], attrs)
+    for name, source, sign in (
+        ("model_generalization", "log_evidence", -1),
+        ("encoder_generalization", "amortization_gap", 1),
+        ("approximation_generalization", "approximation_gap", 1),
+    ):
+        attrs = label(
+            bound="none",
+            measure=training[source].attrs.get("measure"),
+            description=f"{'rise' if sign > 0 else 'fall'} of {source} from training to test data",
+        )
+        variables[name] = ((), sign * (means[source][1] - means[source][0]), attrs)
+        variables[f"{name}_se"] = ((), np.hypot(*errors[source]), attrs)
+    provenance = [ledger.provenance for ledger in (training, test)]
+    return make_result(
+        variables,
+        function="gap_on_both",
+        config={
+            **provenance[0]["config"],
+            "num_data": [p["num_data"] for p in provenance],
+            "data_sha256": [p["data_sha256"] for p in provenance],
+        },
+        seed=provenance[0]["seed"],
+        data_sha256=None,
+        coords={"split": ["training", "test"]},
+        notes=["standard errors here include the spread of the data."],
+    )
+
+
+# --- surgery --------------------------------------------------------------------------------------
+
+
+def elbo_surgery(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_particles: int = 50,
+    seed: int = 0,
+) -> Result:
+    r"""Cuts the ELBO into distortion and rate, and the rate into information and marginal KL.
+
+    .. math:: \mathcal L = -\underbrace{\mathbb E[-\log p(x \mid z)]}_{\text{distortion}}
+              - \underbrace{I_q(n; z)}_{\text{mutual information}}
+              - \underbrace{\mathrm{KL}(q(z) \| p(z))}_{\text{marginal KL}}
+
+    with :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` over the given data, all of them: no
+    mini-batch stands in for it. The mutual information is that of the index n of a datum and z, at
+    most log N, estimated without bias by draws; over random data sets it is, in expectation, a
+    lower bound of the information in the population. `mutual_information_upper` leaves the datum's
+    own posterior out of the mixture, which bounds it from above (infinite is honest).
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior; its density is evaluated at the draws of
+            all other data, N runs of the guide, so of order N^2 evaluations.
+        x: The data, at least two.
+        num_particles: Draws for each datum, at least 2.
+        seed: Seeds the draws; the caller's random state is left alone.
+
+    Returns:
+        Variables over `datum`, in nats with standard errors: `elbo`, `distortion`, `rate`,
+        `mutual_information`, `mutual_information_upper` and `marginal_kl`, the last three as each
+        datum's contribution to the mean. Over `unit`, the numbers in the latent sites:
+        `activity`, the variance over data of the posterior mean, corrected for the draws; and
+        `active_units`, how many exceed 0.01.
+
+    Raises:
+        ProgramError: If the pair has no log weights, or the guide's density is not known at
+            another datum's draws (a flow without an inverse, a `Delta` on auxiliary draws), or
+            the model's latents are enumerated.
+        ValueError: If there are too few data or particles.
+
+    References:
+        Hoffman & Johnson (2016), ELBO surgery, eqs 5-8; Alemi et al. (2018), Fixing a broken
+        ELBO; Burda, Grosse & Salakhutdinov (2016), section 5.2 (activity); Poole et al. (2019),
+        On variational bounds of mutual information, eq. 12.
+    """
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
+        raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
+    arguments = as_arguments(x)
+    with torch.no_grad(), program_scope(seed):
+        structure = inspect_programs(model, guide, arguments, num_particles=num_particles)
+        _check_surgery(guide, arguments, structure)
+        traces = draw_traces(model, guide, arguments, structure, num_particles)
+        own = sum_traces([(g, k) for g, _, k in traces], structure)
+        parts = {
+            kind: sum_traces([(m, k) for _, m, k in traces], structure, keep)
+            for kind, keep in (
+                ("likelihood", lambda _, site: site["is_observed"]),
+                ("prior", lambda _, site: not site["is_observed"]),
+            )
+        }
+        others = _mixture(guide, arguments, structure, traces, own)
+        activity, units = _activity(traces, structure)
+    return _surgery_result(
+        own.double(), parts, others, activity, units, structure, x, num_particles, seed
+    )
+
+
+def _check_surgery(guide: Program, arguments: Arguments, structure: ProgramStructure) -> None:
+    if structure.batch_size < 2:
+        raise ValueError("the surgery needs at least 2 data, for q(z) is a mixture over them")
+    if structure.enumerated:
+        raise ProgramError(
+            f"the model's latent '{structure.enumerated[0]}' is summed out, so it has no draws to "
+            "cut the rate by; sample it in the guide"
+        )
+    if structure.scale != 1.0:
+        raise ProgramError("the programs subsample their data; take the subsampling out")
+    args, kwargs = arguments
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    deltas = [name for name, site in weighted_sites(trace).items() if is_delta(site["fn"])]
+    if deltas or not structure.replayable:
+        site = f"'{deltas[0]}'" if deltas else "of a flow without an inverse"
+        raise ProgramError(
+            f"the guide's density at site {site} is known at its own draws alone, but the "
+            "aggregated posterior needs it at those of every datum; use a guide without auxiliary "
+            "sites and with invertible transforms"
+        )
+
+
+def _mixture(
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    traces: list[tuple[Trace, Trace, int]],
+    own: Float[Tensor, "particles batch"],
+) -> Float[Tensor, "particles batch"]:
+    """Log of the sum of q(z_kn | x_m) over the data m other than n."""
+    total = torch.full_like(own, -math.inf, dtype=torch.float64)
+    for shift in range(1, structure.batch_size):
+        scored = []
+        for drawn, model_trace, count in traces:
+            given = _rolled(fixed_draws(drawn, model_trace), structure, shift)
+            trace = _replayed(guide, arguments, structure, given, count)
+            scored.append((trace, count))
+        log_q = sum_traces(scored, structure).double()
+        # Row m scored the draws of datum m - shift.
+        total = torch.logaddexp(total, log_q.roll(-shift, 1))
+    return total
+
+
+def _replayed(
+    guide: Program, arguments: Arguments, structure: ProgramStructure, given: Trace, count: int
+) -> Trace:
+    args, kwargs = arguments
+
+    def run() -> None:
+        with pyro.plate("_particles", count, dim=-1 - structure.max_plate_nesting):
+            guide(*args, **kwargs)
+
+    program = run if count > 1 else lambda: guide(*args, **kwargs)
+    return poutine.trace(poutine.replay(program, trace=given)).get_trace()
+
+
+def _rolled(given: Trace, structure: ProgramStructure, shift: int) -> Trace:
+    """The same draws, each handed on to the datum `shift` places further."""
+    assert structure.batch_dim is not None
+    for name, site in weighted_sites(given).items():
+        dim = structure.batch_dim - site["fn"].event_dim
+        given.nodes[name] = {**site, "value": site["value"].roll(shift, dim)}
+    return given
+
+
+def _activity(
+    traces: list[tuple[Trace, Trace, int]], structure: ProgramStructure
+) -> tuple[Float[Tensor, " unit"], list[str]]:
+    """The variance over data of the posterior mean of each number in the latent sites."""
+    assert structure.batch_dim is not None
+    found, names = [], []
+    nesting = structure.max_plate_nesting
+    for name in structure.latents:
+        draws = []
+        for guide_trace, _, count in traces:
+            site = guide_trace.nodes[name]
+            value, event = site["value"].double(), site["fn"].event_dim
+            value = value[(None,) * (nesting + 1 + event - value.dim())]
+            value = value.movedim((-1 - nesting - event, structure.batch_dim - event), (0, 1))
+            draws.append(value.expand(count, *value.shape[1:]).flatten(2))
+        rows = torch.cat(draws)
+        noise = rows.var(0).mean(0) / len(rows)
+        found.append(rows.mean(0).var(0) - noise)
+        size = rows.shape[2]
+        names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
+    return torch.cat(found), names
+
+
+def _surgery_result(
+    own: Float[Tensor, "particles batch"],
+    parts: Mapping[str, Tensor],
+    others: Float[Tensor, "particles batch"],
+    activity: Float[Tensor, " unit"],
+    units: list[str],
+    structure: ProgramStructure,
+    x: Any,
+    num_particles: int,
+    seed: int,
+) -> Result:
+    num_data = structure.batch_size
+    prior = parts["prior"].to(own).expand_as(own)
+    likelihood = parts["likelihood"].to(own).expand_as(own)
+    mixture = torch.logaddexp(own, others) - math.log(num_data)
+    without = others - math.log(num_data - 1)
+    draws = {
+        "elbo": ("lower", likelihood + prior - own, "evidence lower bound of the guide"),
+        "distortion": ("unbiased", -likelihood, "E_q[-log p(x | z)]"),
+        "rate": ("unbiased", own - prior, "KL(q(z | x) || p(z))"),
+        "mutual_information": (
+            "unbiased",
+            own - mixture,
+            "contribution to I_q(n; z) over the given data, at most log N; exact mixture",
+        ),
+        "mutual_information_upper": (
+            "upper",
+            own - without,
+            "leave-one-out bound of I_q(x; z) in the population",
+        ),
+        "marginal_kl": (
+            "unbiased",
+            mixture - prior,
+            "contribution to KL(aggregated posterior || prior) over the given data",
+        ),
+    }
+    variables: dict[str, Any] = {}
+    for name, (bound, values, description) in draws.items():
+        attrs = label(
+            bound=bound,
+            measure=structure.measure if name in ("elbo", "distortion") else None,
+            num_particles=num_particles,
+            description=description,
+        )
+        variables[name] = ("datum", values.mean(0), attrs)
+        variables[f"{name}_se"] = ("datum", _error(values), attrs)
+    about = label(
+        unit="none",
+        reduction="none",
+        bound="unbiased",
+        num_particles=num_particles,
+        description="variance over data of the posterior mean",
+    )
+    variables["activity"] = ("unit", activity, about)
+    variables["active_units"] = ((), int((activity > _ACTIVE).sum()), {})
+    return make_result(
+        variables,
+        function="elbo_surgery",
+        config={"num_particles": num_particles, "active_above": _ACTIVE},
+        seed=seed,
+        data_sha256=_hash(x),
+        coords={"unit": units},
+        notes=[
+            f"I_q(n; z) is at most log N = {math.log(num_data):.2f} nats: near it, it says how "
+            "many data there are and not how much z tells; more data lift it.",
+        ],
+    )

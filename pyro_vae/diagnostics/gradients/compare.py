@@ -1,0 +1,300 @@
+r"""Which estimator to train with: bias, variance, signal-to-noise and cost of gradients, measured.
+
+All gradients are of the *bound* (higher is better), the mean over data, with respect to the
+unconstrained parameters that the optimizer moves. Their statistics are taken over independent
+repeats. For a group of parameters with true gradient g of the bound that the estimator reports,
+gradient draws g_1 ... g_R, their mean and the coordinates' variances s_i^2:
+
+=========== ====================================================================================
+variance    sum of s_i^2 over the group
+bias        norm of E g_r - g, with the share of the noise taken out of its square
+bias_z      cross-fitted score: one half of the repeats says in which direction the bias would
+            be, the other half tests it; about N(0, 1) or smaller if there is none
+snr         mean over coordinates of abs(mean_i) / s_i, as Rainforth et al. (2018) have it
+efficiency  variance x seconds: the noise that is left after one second of averaging
+=========== ====================================================================================
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_vae.diagnostics.gradients.candidates import candidates_of
+from pyro_vae.diagnostics.gradients.measurement import Measured, measure
+from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
+from pyro_vae.diagnostics.gradients.references import Reference
+from pyro_vae.diagnostics.gradients.sampler import Bench, own_parameters
+from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
+from pyro_vae.inference.programs import (
+    Program,
+    batch_length,
+    program_scope,
+    tensors_of,
+    unwrap_programs,
+)
+from pyro_vae.results import label, make_result, sha256_of
+
+__all__ = ["compare_estimators"]
+
+_MOST_REPEATS, _LEAST_REPEATS = 200, 16
+_RUNS_ONE_BY_ONE = 1280  # of the programs, where particles cannot run together
+_ROUNDING = 1e3  # machine epsilons, relative to the largest gradients: less is no bias
+
+
+def compare_estimators(
+    model: Program,
+    guide: Program,
+    x: Any,
+    estimators: Sequence[Any] | Mapping[str, Any] | None = None,
+    num_particles: Sequence[int] = (1, 8, 64),
+    *,
+    repeats: int | None = None,
+    parameters: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    reference: Reference | None = None,
+    joint: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> EstimatorComparison:
+    r"""Measures bias, noise and cost of gradient estimators on any model and guide.
+
+    Whether an estimator is biased means: is its gradient, in expectation, that of the bound whose
+    value it reports? The reference is yours (closed form, `enumerated_bound`), else pooled: five
+    times as many draws of an estimator known to be unbiased for the same bound and the same number
+    of particles, with other random numbers. Reweighted wake-sleep and PIWAE are biased in this
+    sense by design.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        x: The data; a tuple for several arguments, a dict for keywords.
+        estimators: Names (see `estimator_names`), `Estimator` classes or instances, and Pyro's own
+            ELBOs; of instances a copy gets each number of particles. A mapping gives names of your
+            choice. None tries a common set, and says which of them the guide's latents rule out.
+        num_particles: The numbers of particles, K.
+        repeats: Independent gradients of each estimator, R, at least 8. None takes 200, or, where
+            particles run one by one, as many as 1280 runs of the programs give, from 16 to 200.
+        parameters: Names or patterns (`"encoder.*"`), each a group of its own, or a mapping from
+            the group's name to patterns. None groups by who uses a parameter: "model", "guide", or
+            "both".
+        reference: Gradients of the ELBO by parameter name; or a function of the bound's name
+            ("ELBO", "IWAE", "Renyi(alpha=0.5)") and K that returns such gradients, or a
+            differentiable tensor with the exact bound of each datum (or their mean), or None where
+            it has none; or "none", which leaves the bias out and saves the time of the references.
+        joint: True for models with global latents: numbers are then totals over the data.
+        seed: Every estimator starts from it; the caller's random state is left alone.
+        progress: Shows a bar on stderr where that is a terminal.
+
+    Returns:
+        A `Result` whose `recommend()` says which estimator to train with: a sentence, a short table
+        and a plot. Over `estimator` and `num_particles`: `value` (the bound, nats per datum),
+        `seconds` (the processor time of the calling thread, on a GPU the elapsed time; median of
+        30, or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
+        what is kept for the backward pass).
+        Over these and `parameter`: `variance`,
+        `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
+        `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
+        better). Standard errors are `*_se`. `bound` and `bound_kind` say what the value is,
+        `claims_unbiased` whether the estimator's author says that its gradient is the value's.
+        What could not be had is nan, and a note says why.
+
+    Raises:
+        ProgramError: If an estimator that was asked for refuses the pair for every K, or a
+            parameter was never registered with Pyro.
+        ValueError: If an argument is out of its range, or a name or pattern matches nothing.
+
+    Note: Groups of more than 50,000 entries are represented by as many drawn at random.
+
+    ReferenceRows:
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, section 3;
+        Geffner & Domke (2020), A rule for gradient estimator selection (variance x time).
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae import LinearGaussian
+        >>> linear = LinearGaussian(data_dim=3, latent_dim=2)
+        >>> x = torch.zeros(4, 3)
+        >>> found = compare_estimators(
+        ...     linear.model, linear.guide, x, ["PathwiseELBO", "DReG"], [2], repeats=8
+        ... )
+        >>> found.variance.dims, found.parameter.values.tolist()
+        (('estimator', 'num_particles', 'parameter'), ['guide', 'model'])
+    """
+    particles = _check_particles(num_particles)
+    if isinstance(repeats, bool) or not isinstance(repeats, int | None) or (repeats or 8) < 8:
+        raise ValueError(f"repeats must be a whole number from 8, not {repeats!r}")
+    if isinstance(reference, str) and reference != "none":
+        raise ValueError(
+            f"reference is {reference!r}, but must be gradients by name, a function, 'none' or None"
+        )
+    candidates = candidates_of(estimators, joint)
+    start, model, guide = unwrap_programs(model, guide)
+    with program_scope(seed), torch.enable_grad():
+        own_parameters(start)
+        bench = Bench.of(model, guide, x, parameters, joint, seed, candidates)
+        count = _repeats_of(bench, particles) if repeats is None else repeats
+        with bench.keep_gradients():
+            found = measure(bench, candidates, particles, count, reference, progress)
+    given = "pooled" if reference is None else "given"
+    return _as_result(
+        found,
+        bench,
+        config={
+            "estimators": [candidate.name for candidate in candidates],
+            "num_particles": list(particles),
+            "repeats": count,
+            "parameters": {name: list(group) for name, group in bench.groups.items()},
+            "reference": reference if isinstance(reference, str) else given,
+            "joint": joint,
+            "num_data": batch_length(x),
+        },
+        seed=seed,
+        data_sha256=sha256_of(*tensors_of(x)),
+    )
+
+
+def _repeats_of(bench: Bench, particles: tuple[int, ...]) -> int:
+    """How many gradients are drawn where the caller does not say."""
+    if bench.structure is None or bench.structure.vectorizable:
+        return _MOST_REPEATS
+    return min(max(_RUNS_ONE_BY_ONE // max(particles), _LEAST_REPEATS), _MOST_REPEATS)
+
+
+def _check_particles(num_particles: Sequence[int]) -> tuple[int, ...]:
+    given = tuple(num_particles) if not isinstance(num_particles, int) else (num_particles,)
+    whole = [k for k in given if isinstance(k, int | np.integer) and not isinstance(k, bool)]
+    if not given or len(whole) < len(given) or min(given) < 1 or len(set(given)) < len(given):
+        raise ValueError(
+            f"num_particles must be different whole numbers from 1, not {num_particles!r}"
+        )
+    return tuple(sorted(int(k) for k in given))
+
+
+_NEITHER: dict[str, Any] = {"reduction": "none", "bound": "none"}
+_OF_AN_ESTIMATOR = {
+    "seconds": label(unit="seconds", **_NEITHER, description="time of one gradient, median"),
+    "bytes": label(
+        unit="bytes", **_NEITHER, description="peak of what a gradient keeps for its backward pass"
+    ),
+}
+_OF_A_GROUP = {  # unit and description
+    "variance": ("nats squared", "total variance of the gradient over the group"),
+    "gradient_norm": ("nats", "norm of the mean gradient"),
+    "bias": ("nats", "norm of mean gradient - gradient of the bound, noise taken out"),
+    "bias_z": ("none", "cross-fitted score of the bias, at most about N(0, 1) where there is none"),
+    "snr": ("none", "mean over coordinates of |mean| / sd of one gradient"),
+    "efficiency": ("none", "variance x seconds (nats squared x s): lower is better"),
+}
+
+
+def _as_result(
+    found: Measured, bench: Bench, *, config: Mapping[str, Any], seed: int, data_sha256: str
+) -> EstimatorComparison:
+    flat, deep = _numbers_of_estimators(found), _numbers_of_groups(found, list(bench.groups))
+    _add_efficiency(flat, deep)
+    floor = 1 / math.sqrt(found.repeats)
+    threshold = bias_threshold(int(np.isfinite(deep["bias"]).sum()) or 1, found.repeats)
+    kinds = {candidate.bound_kind for candidate in found.candidates}
+    reduction = "total" if bench.joint else "per datum"
+    of_value = label(
+        bound=next(iter(kinds)) if len(kinds) == 1 else "none",
+        reduction=reduction,
+        measure=bench.structure.measure if bench.structure is not None else None,
+        description="the bound that the estimator reports; which one: see 'bound'",
+    )
+    of_value |= {"bound_by": "bound_kind", "objective_by": "bound"}
+    of_estimators = {"value": of_value, **_OF_AN_ESTIMATOR}
+    over = ("estimator", "num_particles")
+    dims = (*over, "parameter")
+    variables: dict[str, Any] = {
+        name: (over, numbers, of_estimators.get(name.removesuffix("_se"), {}))
+        for name, numbers in flat.items()
+    }
+    for name, numbers in deep.items():
+        unit, description = _OF_A_GROUP[name.removesuffix("_se")]
+        attrs: dict[str, Any] = label(
+            unit=unit,
+            reduction=reduction if unit.startswith("nats") else "none",
+            bound="none",
+            description=description,
+        )
+        variables[name] = (dims, numbers, attrs)
+    variables["snr"][-1]["noise_floor"] = floor
+    variables["bias_z"][-1]["threshold"] = threshold
+    variables["snr_is_noise"] = (dims, deep["snr"] < floor, {})
+    variables["verdict"] = (dims, _verdicts(deep, found, bench, threshold), {})
+    notes = [*found.notes]
+    if len(kinds) > 1:
+        notes.append("Values bound different things: see the coordinate bound_kind.")
+    notes.append(
+        f"'biased' means a score above {threshold:.2f}: by chance at most once in "
+        f"{1 / FALSE_ALARMS:,.0f} such results. An SNR below {floor:.3f} is noise."
+    )
+    result = make_result(
+        variables,
+        function="compare_estimators",
+        config=config,
+        seed=seed,
+        data_sha256=data_sha256,
+        coords={
+            "estimator": [c.name for c in found.candidates],
+            "num_particles": np.array(found.particles),
+            "parameter": list(bench.groups),
+            "bound": ("estimator", [c.bound for c in found.candidates]),
+            "bound_kind": ("estimator", [c.bound_kind for c in found.candidates]),
+            "claims_unbiased": ("estimator", [c.claims_unbiased for c in found.candidates]),
+        },
+        notes=notes,
+    )
+    return EstimatorComparison(result.data_vars, result.coords, result.attrs)
+
+
+def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:
+    """By name, [estimators, num_particles]; nan where nothing was measured."""
+    shape = (len(found.candidates), len(found.particles))
+    names = ("value", "value_se", "seconds", "seconds_se", "bytes")
+    flat = {name: np.full(shape, math.nan) for name in names}
+    for row in found.rows:
+        place = found.candidates.index(row.candidate), found.particles.index(row.num_particles)
+        for name, number in row.numbers.items():
+            flat[name][place] = number
+    return flat
+
+
+def _numbers_of_groups(found: Measured, groups: Sequence[str]) -> dict[str, np.ndarray]:
+    """By name, [estimators, num_particles, groups]; nan where nothing was measured."""
+    shape = (len(found.candidates), len(found.particles), len(groups))
+    names = [n for main in _OF_A_GROUP for n in (main, f"{main}_se") if n != "bias_z_se"]
+    deep = {name: np.full(shape, math.nan) for name in names}
+    for row in found.rows:
+        place = found.candidates.index(row.candidate), found.particles.index(row.num_particles)
+        for g, group in enumerate(groups):
+            for name, number in row.groups[group].items():
+                deep[name][(*place, g)] = number
+    return deep
+
+
+def _add_efficiency(flat: Mapping[str, np.ndarray], deep: dict[str, np.ndarray]) -> None:
+    """Fills in variance x seconds, with the relative errors of both."""
+    variance, seconds = deep["variance"], flat["seconds"][..., None]
+    relative = np.hypot(
+        deep["variance_se"] / np.where(variance > 0, variance, 1.0),
+        flat["seconds_se"][..., None] / np.where(seconds > 0, seconds, 1.0),
+    )
+    deep["efficiency"] = variance * seconds
+    deep["efficiency_se"] = deep["efficiency"] * relative
+
+
+def _verdicts(
+    deep: Mapping[str, np.ndarray], found: Measured, bench: Bench, threshold: float
+) -> np.ndarray:
+    epsilon = max(torch.finfo(leaf.dtype).eps for leaf in bench.leaves.values())
+    scales = np.array([found.scales[group] for group in bench.groups])
+    visible = deep["bias"] > _ROUNDING * epsilon * scales
+    biased = visible & (deep["bias_z"] > threshold)
+    words = np.where(biased, "biased", "no bias seen").astype("U16")
+    words[np.isnan(deep["bias"])] = "no reference"
+    words[np.isnan(deep["variance"])] = "not measured"
+    return words

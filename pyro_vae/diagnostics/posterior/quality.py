@@ -1,0 +1,241 @@
+r"""Can this posterior be trusted? The diagnostics of a guide's q(z | x), per datum, in one call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pyro_vae.diagnostics.calibration import calibrate
+from pyro_vae.diagnostics.evidence import plan_chunks
+from pyro_vae.diagnostics.posterior.assess import Limits, judge
+from pyro_vae.diagnostics.posterior.labels import labelled_variables
+from pyro_vae.diagnostics.posterior.measure import Measured, QualityWork
+from pyro_vae.diagnostics.posterior.settings import (
+    CHECKS,
+    QualityOptions,
+    chosen_checks,
+    hmc_settings,
+)
+from pyro_vae.diagnostics.posterior.summary import blind_spots, verdict_notes, worst_data
+from pyro_vae.diagnostics.predictive_check import predictive_check
+from pyro_vae.inference.log_weights import khat_threshold, pareto_khat
+from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of
+from pyro_vae.results import Result, make_result, sha256_of
+
+__all__ = ["CHECKS", "khat_threshold", "pareto_khat", "posterior_quality", "worst_data"]
+
+_CHUNK = 200  # data compared with a reference at once
+
+
+def posterior_quality(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_particles: int = 1000,
+    reference: Any = None,
+    checks: Sequence[str] | None = None,
+    num_simulations: int = 0,
+    joint: bool = False,
+    seed: int = 0,
+    max_memory: float = 0.5,
+    progress: bool = True,
+    limits: Limits | None = None,
+    num_test_draws: int = 500,
+    num_permutations: int = 500,
+    **settings: Any,
+) -> Result:
+    r"""Measures the guide's posterior of each datum, and says whether it can be trusted.
+
+    Two questions are kept apart. `trust_guide`: may the guide's draws be used as they are? Yes,
+    unless a mean, a spread or the total variation is off by more than `limits` allow, by the
+    evidence of importance weights (where these are usable) or of a reference that converged; no,
+    too, where neither is at hand. `trust_weights`: may importance-weighted draws be used? Yes,
+    where k-hat is at most min(1 - 1/log10 S, 0.7), that of weight x squared deviation too is
+    within its limit, enough draws are effective, and no reference contradicts. `trustworthy` is
+    both, and `reason` says in words what speaks against a datum.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        x: The data; a tuple for several arguments, a dict for keywords.
+        num_particles: Draws S of the guide for each datum.
+        reference: What to compare with: `"hmc"` for batched Hamiltonian Monte Carlo that starts
+            from the prior; what `sample_posterior` returned for the same data; a tensor `[draws,
+            batch, dim]` of independent draws (constrained values in the order of the coordinate
+            `latent`; batch 1 if joint); or None.
+        checks: Some of `CHECKS`: `"stein"`, the kernel Stein discrepancy in unconstrained space;
+            with a reference `"energy"`, `"mmd"` and `"classifier"`, which compare draws; and
+            `"predictive"`, the posterior predictive check of model and guide. None for all that can
+            be run but the last.
+        num_simulations: Data sets to draw from the model for its calibration; 0 for none.
+        joint: True for models with global latents: one posterior on the full data.
+        seed: Seeds everything; the caller's random state is left alone.
+        max_memory: Roughly the memory that one chunk of data and draws may take, in GiB.
+        progress: Shows a bar on stderr where that is a terminal.
+        limits: What counts as good enough; `verdict.Limits()` if None.
+        num_test_draws: Draws of each side for the checks, at most.
+        num_permutations: Behind the p-values of energy distance and MMD, and signs behind that of
+            the Stein discrepancy.
+        **settings: Of `reference.HmcReference`, with `reference="hmc"`.
+
+    Returns:
+        Over `datum` (no such dimension if joint): `trustworthy`, `trust_guide`, `trust_weights`,
+        `reason`; `khat`, `khat_moments` (no less: that of weight x squared deviation, on which
+        corrected sds rest), `ess`; `kl_guide_posterior` and `kl_posterior_guide` in nats and
+        `total_variation`, by importance weights; over `latent` besides: `mean` and `sd` of the
+        guide, `corrected_mean` and `corrected_sd` by Pareto-smoothed weights, and the
+        `mean_correction` (in corrected sds) and `scale_correction` (log ratio of sds) between them.
+        With the Stein check `ksd` and `ksd_p_value`. With a reference: `rhat`, `reference_ess`,
+        `reference_converged`; `reference_mean`, `reference_sd`, `mean_error` (in reference sds),
+        `scale_error`, the same of the weighted draws (`corrected_mean_error`,
+        `corrected_scale_error`), `covariance_error`, `wasserstein_1`, `wasserstein_2` (in units of
+        the latent), `energy`, `mmd` (of latents in pooled sds), `c2st_accuracy`, with p-values
+        `energy_p_value`, `mmd_p_value`, `c2st_p_value`. These are nan for a datum whose reference
+        did not converge (see `verdict.Limits`), `covariance_error` also where latents are bound to
+        one another, as on a simplex. Latents are in constrained space. Simulations add the
+        variables of `calibrate`, the predictive check those of `predictive_check` as
+        ``predictive_...``.
+
+        `summary()` says all of it in words, `worst_data` selects the worst.
+
+    Raises:
+        ProgramError: If the pair has no log weights (see `log_weights`), the model has no latents,
+            or `"hmc"` or `"stein"` was asked for and a latent is discrete (names it).
+        ValueError: If an argument is out of its range, or the reference is of other data.
+
+    Note: k-hat, ESS, divergences and the Stein discrepancy are blind to a mode that the guide never
+        visits. A reference whose chains start from the prior may see it; where chains stay in
+        different modes R-hat is large, and the datum is not trusted.
+
+    References:
+        Yao, Vehtari, Simpson & Gelman (2018), Yes, but did it work? Evaluating variational
+        inference; Vehtari et al. (2024), Pareto smoothed importance sampling; Vehtari, Gelman,
+        Simpson, Carpenter & Bürkner (2021), Rank-normalization, folding, and localization (R-hat).
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae import LinearGaussian
+        >>> model = LinearGaussian(data_dim=3, latent_dim=2).double()
+        >>> found = posterior_quality(model.model, model.exact_guide, torch.zeros(5, 3).double())
+        >>> found.trustworthy.values.all()
+        np.True_
+    """
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits is {limits!r}; pass verdict.Limits(mean=...), or leave it out")
+    options = QualityOptions(
+        num_particles,
+        chosen_checks(checks, reference),
+        joint,
+        max_memory,
+        progress,
+        num_test_draws,
+        num_permutations,
+        limits or Limits(),
+        hmc_settings(reference, settings),
+    )
+    with torch.no_grad(), program_scope(seed):
+        plan = plan_chunks(
+            model,
+            guide,
+            x,
+            joint=joint,
+            num_particles=num_particles,
+            max_memory=max_memory,
+            max_data=_CHUNK,
+        )
+        if not plan.structure.latents:
+            raise ProgramError("the model has no latent site, so there is no posterior to judge")
+        found = QualityWork(model, guide, plan, options, reference).run()
+    beside = _beside(model, guide, x, options, num_simulations, seed)
+    return _result(found, beside, options, x, reference, num_simulations, seed)
+
+
+# --- checks of the whole model --------------------------------------------------------------------
+
+
+def _beside(
+    model: Program, guide: Program, x: Any, options: QualityOptions, num_simulations: int, seed: int
+) -> dict[str, Result]:
+    """Results of the checks that are not of one datum, by what they are called."""
+    found = {}
+    shared: dict[str, Any] = {
+        "joint": options.joint,
+        "seed": seed,
+        "max_memory": options.max_memory,
+    }
+    if num_simulations:
+        found["calibration"] = calibrate(
+            model,
+            guide,
+            x,
+            num_simulations=num_simulations,
+            progress=options.progress,
+            **shared,
+        )
+    if options.runs("predictive"):
+        checked = predictive_check(model, guide, x, **shared)
+        renamed = {name: f"predictive_{name}" for name in checked.data_vars}
+        found["predictive check"] = checked.rename(renamed)
+    return found
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def _result(
+    found: Measured,
+    beside: Mapping[str, Result],
+    options: QualityOptions,
+    x: Any,
+    reference: Any,
+    num_simulations: int,
+    seed: int,
+) -> Result:
+    columns, joint, size = found.columns, options.joint, options.num_particles
+    verdict = judge(columns, found.names, size, options.limits)
+    answers = {
+        "trustworthy": verdict.trustworthy,
+        "trust_guide": verdict.trust_guide,
+        "trust_weights": verdict.trust_weights,
+    }
+    variables: dict[str, Any] = labelled_variables(
+        {**answers, **columns},
+        joint=joint,
+        num_particles=size,
+        num_test_draws=options.num_test_draws,
+    )
+    reasons = verdict.reasons()
+    variables["reason"] = ((), reasons[0], {}) if joint else ("datum", reasons, {})
+    coords: dict[str, Any] = {"latent": found.names}
+    notes, words = list(found.notes), []
+    for title, result in beside.items():
+        for name, variable in result.data_vars.items():
+            variables[str(name)] = (variable.dims, variable.values, variable.attrs)
+        coords = {str(n): c.values for n, c in result.coords.items()} | coords
+        words += [f"{title}: {said}" for said in result.provenance["verdict"]]
+        notes += [f"{title}: {note}" for note in result.provenance["notes"]]
+    notes += blind_spots(columns, options.left_out(reference, num_simulations))
+    tensors = tensors_of(x)
+    kind = reference if reference is None or isinstance(reference, str) else "given"
+    return make_result(
+        variables,
+        function="posterior_quality",
+        config={
+            "num_particles": size,
+            "reference": kind,
+            **({"hmc": asdict(options.hmc)} if kind == "hmc" else {}),
+            "checks": options.checks,
+            "num_simulations": num_simulations,
+            "num_test_draws": options.num_test_draws,
+            "num_permutations": options.num_permutations,
+            "joint": joint,
+            "limits": asdict(options.limits),
+        },
+        seed=seed,
+        data_sha256=sha256_of(*tensors) if tensors else None,
+        coords=coords,
+        notes=notes,
+        verdict=verdict_notes(columns, verdict, options.limits, size, joint=joint) + words,
+    )

@@ -1,0 +1,1 @@
+"""What no core module imports: other divergences, quality of samples, reading the latent space."""

@@ -1,0 +1,20 @@
+"""`sample_quality`: generated samples beside held-out data."""
+
+from pyro_vae.extras.samples.features import Features, make_features
+from pyro_vae.extras.samples.quality import (
+    PowerSpectrum,
+    high_frequency_power,
+    nearest_training_distance,
+    precision_recall,
+    sample_quality,
+)
+
+__all__ = [
+    "Features",
+    "PowerSpectrum",
+    "high_frequency_power",
+    "make_features",
+    "nearest_training_distance",
+    "precision_recall",
+    "sample_quality",
+]

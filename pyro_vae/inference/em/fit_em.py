@@ -1,0 +1,322 @@
+r"""Expectation-maximisation and its relatives: `fit_em`, which climbs one bound in half steps.
+
+.. math:: \log p(x) = \underbrace{E_q \log p(x, z) + H(q)}_{F(q, \theta)}
+          + \mathrm{KL}(q \,\|\, p(z \mid x))
+
+An E step moves q and closes the gap, an M step moves :math:`\theta` and raises F. What the methods
+differ in is how far each goes. Every half step is a row of the history with all three terms.
+
+| method | E step | M step | paper |
+| --- | --- | --- | --- |
+| exact | the posterior | the maximum | Dempster, Laird & Rubin 1977 |
+| generalized | the posterior | gradient steps that do not lower F | the same |
+| monte_carlo | `num_samples` draws from the posterior | the maximum | Wei & Tanner 1990 |
+| hard | the most probable component | the maximum | Celeux & Govaert 1992 |
+| incremental | the posterior of a block of data | the maximum | Neal & Hinton 1998 |
+| online | the posterior of a mini-batch | the maximum, of averages | Cappe & Moulines 2009 |
+
+Models with sufficient statistics (`StatisticsModel`; the mixtures of this package are such) have
+closed M steps: `em_methods`. "generalized" takes any Pyro program whose latents can be enumerated:
+`em_generalized`. Both share the loop in `em_loop`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.em.generalized import fit_generalized
+from pyro_vae.inference.em.history import HalfSteps
+from pyro_vae.inference.em.loop import (
+    METHODS,
+    EMSettings,
+    Ending,
+    Reached,
+    drive,
+    random_stream,
+)
+from pyro_vae.inference.em.methods import ALGORITHMS
+from pyro_vae.inference.em.protocol import StatisticsModel, StatisticsProblem
+from pyro_vae.inference.programs import (
+    FittedProgram,
+    Program,
+    batch_length,
+    describe_programs,
+    keep_random_state,
+    program_scope,
+    tensors_of,
+)
+from pyro_vae.inference.svi import Fit, deferred_interrupt
+from pyro_vae.results import sha256_of
+
+__all__ = ["METHODS", "EMFit", "StatisticsModel", "StatisticsProblem", "fit_em"]
+
+_MEASURED_RESPONSIBILITIES = 200_000  # up to which nobody notices what measuring a KL costs
+_RECORDED_DATA = 2_000  # up to which mini-batch methods record every half step
+_MAX_SINGULAR = 20  # starts that may fail in all where on_singular="restart"
+
+
+class EMFit(Fit):
+    """What `fit_em` reached: a `Fit` whose history has a row a half step, dimension `step`."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last iteration gained less than `tolerance`."""
+        return bool(self.config["fit_em"]["converged"])
+
+    def summary(self) -> str:
+        """One sentence: how long it ran, whether it converged and which log p(x) it reached."""
+        settings = self.config["fit_em"]
+        text = f"EM ({settings['method']}) {self.status}"
+        if self.history.sizes["step"]:
+            last = self.history.isel(step=-1)
+            text += f" after {int(last.iteration)} iterations, {float(last.seconds):.1f} s"
+            if settings["method"] not in ("monte_carlo", "online"):
+                text += ", converged" if self.converged else ", not converged"
+            text += f"; log p(x) {float(last.log_evidence):.6g}, bound {float(last.bound):.6g}"
+            text += " nats per datum"
+        if (free := settings["num_parameters"]) is not None:
+            return f"{text}; {free:,} free parameters"
+        return f"{text}; {sum(v.numel() for v in self.parameters.values()):,} parameters"
+
+
+def fit_em(
+    model: StatisticsModel | Program,
+    x: Any,
+    *,
+    method: str = "exact",
+    max_iterations: int = 200,
+    tolerance: float = 1e-7,
+    initialization: str = "k-means++",
+    num_restarts: int = 1,
+    seed: int = 0,
+    sample_weights: Tensor | None = None,
+    hold: Sequence[str] = (),
+    on_singular: Literal["raise", "restart"] = "raise",
+    batch_size: int | None = None,
+    num_samples: int = 1,
+    step_exponent: float = 0.6,
+    num_held: int = 20,
+    num_gradient_steps: int = 5,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    record: Literal["half steps", "passes"] | None = None,
+    progress: bool = True,
+) -> EMFit:
+    r"""Fits a model by expectation-maximisation or one of its relatives.
+
+    The history has the dimension `step`: half steps, numbered from 0, with coordinates `phase`
+    ("E" or "M": which half step led to this row) and `iteration`. It starts with the E step at the
+    starting parameters and ends with an E step, which speaks of the fitted ones. Its variables, per
+    datum and, as `..._total`, summed: `log_evidence` (log p(x)), `bound` (the ELBO) and `gap`
+    (KL(q || p(z|x))); per datum `loss` (minus the bound) and, where known, `reconstruction` and
+    `kl`, the parts of the bound as in `fit`. `seconds` is the time the method itself took so far,
+    without measuring; `data_passes` how often it went over the data.
+
+    Args:
+        model: A mixture of this package (or any `StatisticsModel`); for "generalized" also any
+            program called as `model(x)` whose latents can all be enumerated.
+        x: The data, shape (batch, features); for programs, their arguments as `fit` takes them.
+        method: "exact" (EM), "generalized" or "generalised" (gradient M steps), "monte_carlo"
+            (draws from the posterior), "hard" (its most probable component), "incremental" (blocks
+            of data) or "online" (mini-batches: :math:`s \leftarrow s + n^{-a} (\hat s - s)` for the
+            statistics s, averaged over the second half).
+        max_iterations: Iterations at most; passes over the data for "incremental" and "online".
+        tolerance: Stops when an iteration raises the bound by less, in nats per datum. 0 makes all
+            iterations. "monte_carlo" and "online" are random and make all as well.
+        initialization: "k-means++", "k-means" or "random"; "given" starts at the parameters in the
+            model, as "generalized" does for programs in any case.
+        num_restarts: Starts; the one with the highest final log p(x) (or bound, if hard) is kept.
+        seed: Of starts, draws and orders. The caller's random state is left alone.
+        sample_weights: How often each datum counts, shape (batch,).
+        hold: Parameters left as they are, such as `("weights", "covariances")`.
+        on_singular: What to do where a component loses its data or their spread: raise, or go on
+            with another start, 20 times at most.
+        batch_size: For "incremental" and "online"; a tenth of the data if None, and at least 100
+            if so many there are.
+        num_samples: Draws for each datum, for "monte_carlo".
+        step_exponent: The a of "online", above 0.5 and at most 1.
+        num_held: Data that "online" sees before its first M step.
+        num_gradient_steps: In each M step of "generalized".
+        optimizer: For "generalized": from parameters to a torch optimizer; L-BFGS with a line
+            search if None.
+        record: Whether "incremental" and "online" record every half step, at the price of a pass
+            over all data each, or passes only; None decides by the size of the data.
+        progress: Shows a bar where stderr is a terminal.
+
+    Returns:
+        The fit. The model passed in has the fitted parameters as well. Ctrl-C ends it after the
+        half step at hand (`status` "interrupted").
+
+    Raises:
+        ValueError: If data or arguments cannot be used; a `ProgramError` if a program cannot.
+        torch.linalg.LinAlgError: `SingularComponentError` if a component of a mixture is singular
+            or starved and `on_singular` is "raise"; the model then is as it was.
+        TrainingError: If the bound is not finite.
+
+    Note: EM finds a local maximum; `num_restarts` looks at several. For the KL after exact M steps
+        with more than 200,000 responsibilities, log p(x) - bound stands in (`config` says so).
+
+    References:
+        Dempster, Laird & Rubin (1977), JRSS B 39, 1-38. Wei & Tanner (1990), JASA 85, 699-704.
+        Celeux & Govaert (1992), A classification EM algorithm for clustering and two stochastic
+        versions, CSDA 14, 315-332. Neal & Hinton (1998), A view of the EM algorithm that justifies
+        incremental, sparse, and other variants. Cappe & Moulines (2009), On-line
+        expectation-maximization algorithm for latent data models, JRSS B 71, 593-613.
+    """
+    method = {"generalised": "generalized"}.get(method, method)
+    settings = EMSettings(
+        method=method,
+        max_iterations=max_iterations,
+        tolerance=float(tolerance),
+        initialization=initialization,
+        num_restarts=num_restarts,
+        seed=seed,
+        on_singular=on_singular,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        step_exponent=float(step_exponent),
+        num_held=num_held,
+        num_gradient_steps=num_gradient_steps,
+        optimizer=optimizer,
+        record=record,
+        progress=progress,
+    )
+    settings.check()
+    if method == "generalized":
+        if sample_weights is not None or tuple(hold):
+            raise ValueError(
+                "the generalised method knows neither sample_weights nor hold; weight the model's "
+                "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
+            )
+        end = fit_generalized(model, x, settings)
+    elif isinstance(model, StatisticsModel):
+        end = _fit_on_statistics(model, x, sample_weights, hold, settings)
+    else:
+        raise ValueError(
+            f"method={method!r} needs a model with sufficient statistics, such as a "
+            "GaussianMixture (the mixture itself, not its .model); for any other program pass "
+            "method='generalized'"
+        )
+    config = {
+        "format": 1,
+        "model": describe_programs(end.model, end.model),  # the guide is its own, or none
+        "fit_em": {
+            **settings.described(),
+            "num_data": batch_length(x),
+            "data_sha256": sha256_of(*tensors_of(x) or [torch.empty(0)]),
+            "num_threads": torch.get_num_threads(),
+            **end.facts,
+            "num_parameters": getattr(model, "num_parameters", None),  # the free ones
+        },
+    }
+    return EMFit(
+        model=FittedProgram(end.model, end.state),
+        guide=FittedProgram(end.guide, end.state),
+        history=end.reached.record.result(config, end.measure),
+        config=config,
+        parameters=end.parameters,
+        status=end.reached.status,
+    )
+
+
+def _fit_on_statistics(
+    model: StatisticsModel,
+    x: Any,
+    sample_weights: Tensor | None,
+    hold: Sequence[str],
+    settings: EMSettings,
+) -> Ending:
+    """Any method but the generalised one, from any number of starts."""
+    problem = model.prepare(x, sample_weights, hold=hold)
+    best, failures, ends = _best_of_restarts(problem, settings)
+    problem.write(best.parameters)
+    facts = {
+        "converged": best.converged,
+        "final_bounds": ends,
+        "singular_starts": failures,
+        "gap": "measured" if best.record.measures else "difference",
+        "hold": list(hold),
+        "weighted": sample_weights is not None,
+    }
+    parameters = {name: v.detach().clone() for name, v in model.fitted_values().items()}
+    state = _state_of(model, x)
+    return Ending(model.model, model.guide, state, parameters, problem.measure, best, facts)
+
+
+def _state_of(model: StatisticsModel, x: Tensor) -> dict[str, Any]:
+    """The parameter store that the fitted programs run in."""
+    like = next(iter(model.fitted_values().values()))
+    with program_scope(), keep_random_state():
+        store = pyro.get_param_store()
+        before = set(store.keys())
+        row = x[:1].to(like)
+        model.model(row)
+        model.guide(row)
+        state = store.get_state()
+    return {
+        part: {name: value for name, value in values.items() if name not in before}
+        for part, values in state.items()
+    }
+
+
+def _best_of_restarts(
+    problem: StatisticsProblem, settings: EMSettings
+) -> tuple[Reached, int, list[float]]:
+    """Where the best start ended, how many were singular, and what each other reached."""
+    best: Reached | None = None
+    failures = attempt = 0
+    ends: list[float] = []
+    with deferred_interrupt() as interrupted:
+        while len(ends) < settings.num_restarts:
+            try:
+                reached = _run_once(problem, settings, attempt, interrupted)
+            except torch.linalg.LinAlgError as error:
+                failures += 1
+                if settings.on_singular == "raise":
+                    raise
+                if failures > _MAX_SINGULAR:
+                    raise type(error)(*_arguments_of(error, failures)) from error
+                attempt += 1
+                continue
+            attempt += 1
+            ends.append(reached.objective / problem.total_weight)
+            if best is None or reached.objective > best.objective:
+                best = reached
+            if reached.status == "interrupted":
+                break
+    assert best is not None
+    return best, failures, ends
+
+
+def _arguments_of(error: Any, failures: int) -> tuple[Any, ...]:
+    """The error's own arguments, its text saying that other starts did not help."""
+    text = f"{error} ({failures} starts ended like this.)"
+    return (error.component, text) if hasattr(error, "component") else (text,)
+
+
+def _run_once(
+    problem: StatisticsProblem,
+    settings: EMSettings,
+    attempt: int,
+    interrupted: Callable[[], bool],
+) -> Reached:
+    """One start to its end."""
+    record = HalfSteps(problem.total_weight)
+    record.measures = (
+        settings.method != "exact"
+        or problem.num_data * problem.num_components <= _MEASURED_RESPONSIBILITIES
+    )
+    record.every_half_step = settings.record == "half steps" or (
+        settings.record is None and problem.num_data <= _RECORDED_DATA
+    )
+    if settings.initialization == "given":
+        parameters = problem.read()
+    else:
+        generator = random_stream(settings.seed, attempt)
+        parameters = problem.initialize(settings.initialization, generator)
+    algorithm = ALGORITHMS[settings.method](
+        problem, parameters, record, settings, random_stream(settings.seed, attempt, 1)
+    )
+    return drive(algorithm, settings, problem.total_weight, interrupted)

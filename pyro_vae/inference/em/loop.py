@@ -1,0 +1,165 @@
+"""What the methods of EM share: their settings, where they stand, the loop that drives them."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae.inference.em.history import HalfSteps
+from pyro_vae.inference.programs import Program
+
+__all__ = ["METHODS", "EMSettings", "Ending", "Reached", "drive", "random_stream"]
+
+METHODS = ("exact", "generalized", "monte_carlo", "online", "incremental", "hard")
+"""What `fit_em` takes as `method`."""
+
+
+@dataclass(frozen=True)
+class EMSettings:
+    """The arguments of `fit_em` that are not the model, its data or what is held."""
+
+    method: str
+    max_iterations: int
+    tolerance: float
+    initialization: str
+    num_restarts: int
+    seed: int
+    on_singular: str
+    batch_size: int | None
+    num_samples: int
+    step_exponent: float
+    num_held: int
+    num_gradient_steps: int
+    optimizer: Any
+    record: str | None
+    progress: bool
+
+    def check(self) -> None:
+        """Raises ValueError for a value that cannot be used."""
+        if self.method not in METHODS:
+            raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
+        for name in ("max_iterations", "num_restarts", "num_samples", "num_gradient_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        size = self.batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"batch_size must be a positive integer or None, not {size!r}")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance!r}")
+        if not 0.5 < self.step_exponent <= 1:
+            raise ValueError(
+                f"step_exponent must lie above 0.5 and be at most 1, or the averages do not "
+                f"settle; not {self.step_exponent!r}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be 0 or a positive integer, not {self.seed!r}")
+        if self.on_singular not in ("raise", "restart"):
+            raise ValueError(f"on_singular is 'raise' or 'restart', not {self.on_singular!r}")
+        if self.record not in (None, "half steps", "passes"):
+            raise ValueError(f"record is 'half steps', 'passes' or None, not {self.record!r}")
+        given = self.initialization == "given"
+        if given and (self.num_restarts > 1 or self.on_singular == "restart"):
+            raise ValueError(
+                "restarts from the given parameters would all be the same; pass "
+                "initialization='k-means++'"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether the bound moves at random, so that a small gain means nothing."""
+        return self.method in ("monte_carlo", "online")
+
+    def described(self) -> dict[str, Any]:
+        """What config.json says of them: the common ones, and those that the method uses."""
+        common = (
+            *("method", "max_iterations", "tolerance", "initialization"),
+            *("num_restarts", "seed", "on_singular"),
+        )
+        own: dict[str, tuple[str, ...]] = {
+            "monte_carlo": ("num_samples",),
+            "online": ("batch_size", "step_exponent", "num_held"),
+            "incremental": ("batch_size",),
+            "generalized": ("num_gradient_steps",),
+        }
+        names = (*common, *own.get(self.method, ()))
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+
+
+def random_stream(seed: int, *streams: int) -> torch.Generator:
+    """A source of randomness of its own; the first start is that of `initialize(seed=seed)`."""
+    if any(streams):
+        seed = int(np.random.SeedSequence((seed, *streams)).generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass
+class Reached:
+    """Where an algorithm stands after an iteration, or ended."""
+
+    parameters: Any
+    objective: float
+    record: HalfSteps
+    converged: bool = False
+    status: Literal["finished", "stopped early", "interrupted"] = "finished"
+
+
+@dataclass
+class Ending:
+    """What a method leaves to `fit_em` to make a fit of.
+
+    Attributes:
+        model: The program, without fitted parameters around it.
+        guide: Its posterior.
+        state: The parameter store that both run in.
+        parameters: The fitted values by name, as users see them.
+        measure: What the data are.
+        reached: Where the best start ended.
+        facts: What the config says of the course of the fit.
+    """
+
+    model: Program
+    guide: Program
+    state: dict[str, Any]
+    parameters: dict[str, Tensor]
+    measure: str
+    reached: Reached
+    facts: dict[str, Any]
+
+
+def drive(
+    algorithm: Iterator[Reached],
+    settings: EMSettings,
+    total_weight: float,
+    interrupted: Callable[[], bool],
+) -> Reached:
+    """Takes iterations until they gain nothing, are used up, or Ctrl-C comes."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    bar = tqdm(
+        total=settings.max_iterations,
+        unit="iteration",
+        disable=not (settings.progress and terminal),
+        leave=False,
+    )
+    reached = next(algorithm)
+    with bar:
+        for following in algorithm:
+            gain = (following.objective - reached.objective) / total_weight
+            reached = following
+            bar.update()
+            if not bar.disable:
+                bar.set_postfix(bound=f"{reached.objective / total_weight:.6f}")
+            if not settings.random and settings.tolerance > 0 and gain < settings.tolerance:
+                reached.converged = True
+                break
+            if interrupted():
+                reached.status = "interrupted"
+                break
+    return reached

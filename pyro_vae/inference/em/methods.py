@@ -1,0 +1,225 @@
+"""EM, hard, Monte-Carlo, incremental and online EM, on models with sufficient statistics.
+
+Each is a generator: it yields where it stands after every iteration, and `em_loop.drive` decides
+whether it goes on.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.inference.em.history import HalfSteps
+from pyro_vae.inference.em.loop import EMSettings, Reached
+from pyro_vae.inference.em.protocol import StatisticsProblem
+
+__all__ = ["ALGORITHMS"]
+
+_BATCHES_A_PASS = 10
+
+
+def _exact(
+    problem: StatisticsProblem, parameters: Any, record: HalfSteps, settings: EMSettings, _: Any
+) -> Iterator[Reached]:
+    """EM: one pass over the data an iteration, for the E step after an M step measures that one."""
+    before, waiting = None, None
+    for iteration in range(settings.max_iterations + 1):
+        about = problem.origin(parameters)
+        expected = problem.e_step(parameters, about=about, keep=record.measures)
+        record.passes += 1
+        stamp = record.stamp("E", iteration)
+        evidence = expected.log_likelihood
+        if waiting is not None:
+            with record.paused():
+                gap = evidence - waiting["elbo"]
+                if before is not None:
+                    gap = problem.divergence(before, expected.log_posterior)
+                record.add(log_likelihood=evidence, divergence=gap, **waiting)
+        joint = problem.expected_log_joint(expected.statistics, parameters)
+        prior = problem.expected_log_prior(expected.statistics, parameters)
+        entropy = expected.entropy
+        record.add(stamp, evidence, joint + entropy, 0.0, kl=-entropy - prior)
+        yield Reached(parameters, evidence, record)
+        if iteration == settings.max_iterations:
+            return
+        before = expected.log_posterior
+        parameters = problem.m_step(expected.statistics, parameters)
+        waiting = {
+            "stamp": record.stamp("M", iteration + 1),
+            "elbo": problem.expected_log_joint(expected.statistics, parameters) + entropy,
+            "kl": -entropy - problem.expected_log_prior(expected.statistics, parameters),
+        }
+
+
+def _measure(
+    problem: StatisticsProblem,
+    record: HalfSteps,
+    phase: str,
+    iteration: int,
+    parameters: Any,
+    q: Tensor,
+) -> float:
+    """A row for any q that is held in memory; returns the bound."""
+    stamp = record.stamp(phase, iteration)
+    with record.paused():
+        evidence, elbo, gap = problem.measure_bound(parameters, q)
+        record.add(stamp, evidence, elbo, gap)
+    return elbo
+
+
+def _with_point_masses(
+    choose: Callable[[Tensor, EMSettings, torch.Generator], Tensor],
+    problem: StatisticsProblem,
+    parameters: Any,
+    record: HalfSteps,
+    settings: EMSettings,
+    generator: torch.Generator,
+) -> Iterator[Reached]:
+    """EM whose E step replaces the posterior by components chosen from it."""
+    for iteration in range(settings.max_iterations + 1):
+        q = choose(problem.responsibilities(parameters), settings, generator)
+        record.passes += 1
+        elbo = _measure(problem, record, "E", iteration, parameters, q)
+        objective = elbo if settings.method == "hard" else record.rows[-1]["log_evidence_total"]
+        yield Reached(parameters, objective, record)
+        if iteration < settings.max_iterations:
+            statistics = problem.statistics(q, about=problem.origin(parameters))
+            record.passes += 1
+            parameters = problem.m_step(statistics, parameters)
+            _measure(problem, record, "M", iteration + 1, parameters, q)
+
+
+def _most_probable(posterior: Tensor, _settings: EMSettings, _generator: Any) -> Tensor:
+    best = posterior.argmax(1, keepdim=True)
+    return torch.zeros_like(posterior).scatter_(1, best, 1.0)
+
+
+def _drawn(posterior: Tensor, settings: EMSettings, generator: torch.Generator) -> Tensor:
+    """The shares of the components among draws from the posterior."""
+    draws = torch.multinomial(
+        posterior.cpu(), settings.num_samples, replacement=True, generator=generator
+    ).to(posterior.device)
+    one = posterior.new_tensor(1.0 / settings.num_samples).expand(draws.shape)
+    return torch.zeros_like(posterior).scatter_add_(1, draws, one)
+
+
+def _batches(
+    problem: StatisticsProblem, settings: EMSettings, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """The data in a random order, cut into mini-batches."""
+    length = problem.num_data
+    size = settings.batch_size or max(math.ceil(length / _BATCHES_A_PASS), min(100, length))
+    return torch.randperm(length, generator=generator).split(size)
+
+
+def _incremental(
+    problem: StatisticsProblem,
+    parameters: Any,
+    record: HalfSteps,
+    settings: EMSettings,
+    generator: torch.Generator,
+) -> Iterator[Reached]:
+    """Blocks take turns: the sum of statistics keeps what the others had when it was their turn."""
+    q = problem.responsibilities(parameters)
+    about = problem.origin(parameters)
+    statistics = problem.statistics(q, about=about)
+    record.passes += 1
+    elbo = _measure(problem, record, "E", 0, parameters, q)
+    yield Reached(parameters, elbo, record)
+    parameters = problem.m_step(statistics, parameters)
+    _measure(problem, record, "M", 0, parameters, q)
+    blocks = _batches(problem, settings, generator)
+    for iteration in range(1, settings.max_iterations + 1):
+        for number, rows in enumerate(blocks):
+            shown = record.every_half_step or number == len(blocks) - 1
+            new = problem.responsibilities(parameters, rows)
+            change = problem.statistics(new, rows, about=about)
+            statistics = statistics + (change - problem.statistics(q[rows], rows, about=about))
+            q[rows] = new
+            record.passes += len(rows) / problem.num_data
+            if shown:
+                _measure(problem, record, "E", iteration, parameters, q)
+            parameters = problem.m_step(statistics, parameters)
+            if shown:
+                elbo = _measure(problem, record, "M", iteration, parameters, q)
+        yield from _closing_row(problem, record, settings, iteration, parameters, elbo)
+
+
+def _closing_row(
+    problem: StatisticsProblem,
+    record: HalfSteps,
+    settings: EMSettings,
+    iteration: int,
+    parameters: Any,
+    objective: float,
+) -> Iterator[Reached]:
+    """Yields an iteration of a mini-batch method; its last row is taken back if it goes on.
+
+    The row is a full E step at the parameters reached, which the method itself would not make.
+    """
+    stamp = record.stamp("E", iteration)
+    with record.paused():
+        expected = problem.e_step(parameters, about=problem.origin(parameters))
+        joint = problem.expected_log_joint(expected.statistics, parameters)
+        record.add(stamp, expected.log_likelihood, joint + expected.entropy, 0.0)
+    yield Reached(parameters, objective, record)
+    if iteration < settings.max_iterations:
+        record.rows.pop()
+
+
+def _online(
+    problem: StatisticsProblem,
+    parameters: Any,
+    record: HalfSteps,
+    settings: EMSettings,
+    generator: torch.Generator,
+) -> Iterator[Reached]:
+    """Averages statistics over mini-batches with steps n^-a, and over the second half again."""
+    q = problem.responsibilities(parameters)  # for the record: what each datum had when last seen
+    elbo = _measure(problem, record, "E", 0, parameters, q)
+    yield Reached(parameters, elbo, record)
+    about = problem.origin(parameters)
+    statistics, total, counted = None, None, 0
+    seen = number = 0
+    for iteration in range(1, settings.max_iterations + 1):
+        blocks = _batches(problem, settings, generator)
+        for place, rows in enumerate(blocks):
+            shown = record.every_half_step or place == len(blocks) - 1
+            q[rows] = problem.responsibilities(parameters, rows)
+            of_batch = problem.statistics(q[rows], rows, about=about)
+            record.passes += len(rows) / problem.num_data
+            if shown:
+                _measure(problem, record, "E", iteration, parameters, q)
+            of_batch = of_batch * (
+                problem.total_weight / max(float(problem.counts(of_batch).sum()), 1e-300)
+            )
+            number += 1
+            seen += len(rows)
+            step = number**-settings.step_exponent
+            statistics = (
+                of_batch if statistics is None else statistics * (1 - step) + of_batch * step
+            )
+            if seen >= settings.num_held:
+                parameters = problem.m_step(statistics, parameters)
+            if number > settings.max_iterations * len(blocks) / 2:
+                total = statistics if total is None else total + statistics
+                counted += 1
+            if shown:
+                elbo = _measure(problem, record, "M", iteration, parameters, q)
+        averaged = parameters
+        if total is not None:
+            averaged = problem.m_step(total * (1 / counted), parameters)
+        yield from _closing_row(problem, record, settings, iteration, averaged, elbo)
+
+
+ALGORITHMS: dict[str, Callable[..., Iterator[Reached]]] = {
+    "exact": _exact,
+    "hard": partial(_with_point_masses, _most_probable),
+    "monte_carlo": partial(_with_point_masses, _drawn),
+    "incremental": _incremental,
+    "online": _online,
+}
+"""The generator of each method: called with problem, start, record, settings and randomness."""

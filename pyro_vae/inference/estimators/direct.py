@@ -1,0 +1,284 @@
+r"""Estimators that are no row of the table: analytic KL, relaxed latents, the sleep phase."""
+
+import math
+from typing import Any, final
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae.inference.estimators.base import (
+    Coefficients,
+    Estimator,
+    Terms,
+    Weights,
+    is_number,
+    log_p_of,
+    log_q_of,
+    scale_of,
+    sites_without_path,
+)
+from pyro_vae.inference.log_weights import elbo
+from pyro_vae.inference.programs import (
+    Arguments,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    draw_traces,
+    is_delta,
+    sum_dims,
+    sum_sites,
+    weighted_sites,
+)
+
+__all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough"]
+
+
+class _BesideTheTable(Estimator):
+    """Estimators whose value or gradient is no row of the table: they state their own surrogate."""
+
+    def coefficients(self, log_weights: Weights) -> Coefficients:
+        """Refuses: there is no row of the table to give."""
+        raise TypeError(f"{type(self).__name__} is no row of the table of log weights")
+
+    def _value(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], float]:
+        value, _, scale = self._surrogate(model, guide, arguments)
+        return value, scale
+
+
+@final
+class AnalyticELBO(_BesideTheTable):
+    """The ELBO with KL(q || p) in closed form at every site where one is registered.
+
+    After a call `sampled_sites` names the sites whose KL was drawn instead: no closed form is
+    registered for their pair of distributions, or their prior depends on a latent that the guide
+    draws later.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes, eq. 7 and appendix B.
+    """
+
+    value_name = "ELBO"
+    sampled_sites: tuple[str, ...] = ()
+    _reparameterizes = True
+
+    def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
+        """The mean over particles of a term of its own."""
+        fixed = sites_without_path(terms.traces)
+        if fixed:
+            raise ProgramError(
+                f"AnalyticELBO needs reparameterised latents, but the guide's site '{fixed[0]}' is "
+                "not; use LeaveOneOut, ScoreFunction or VIMCO"
+            )
+        log_weights = terms.define("analytic", self._terms)[: self.num_particles]
+        each = torch.full_like(log_weights, 1 / len(log_weights))
+        return log_weights.detach().mean(0), {"analytic": each}
+
+    def _terms(
+        self, guide_trace: Trace, model_trace: Trace, count: int, structure: ProgramStructure
+    ) -> Weights:
+        model_sites, guide_sites = weighted_sites(model_trace), weighted_sites(guide_trace)
+        closed = {
+            name: kl
+            for name, kl in (
+                (name, _closed_kl(name, guide_sites, model_sites, structure, count))
+                for name in structure.latents
+            )
+            if kl is not None
+        }
+        self.sampled_sites = tuple(name for name in structure.latents if name not in closed)
+
+        def is_drawn(name: str, _site: Any) -> bool:
+            return name not in closed
+
+        total = sum_sites(model_trace, structure, count, is_drawn)
+        total = total - sum_sites(guide_trace, structure, count, is_drawn)
+        for kl in closed.values():
+            total = total - kl
+        return total
+
+
+def _closed_kl(
+    name: str, guide_sites: dict, model_sites: dict, structure: ProgramStructure, count: int
+) -> Tensor | None:
+    """KL(q || p) of one site given the latents above it, or None where it must be drawn."""
+    q, p = guide_sites[name], model_sites[name]
+    earlier = {n for n in list(model_sites)[: list(model_sites).index(name)] if n in guide_sites}
+    drawn_before = set(list(guide_sites)[: list(guide_sites).index(name)])
+    # Pyro registers a KL for Delta that leaves out the Jacobian an autoguide's Delta carries.
+    if not earlier <= drawn_before or q["mask"] is not p["mask"] or is_delta(q["fn"]):
+        return None
+    if _is_masked(q["fn"]) or _is_masked(p["fn"]):  # Pyro's KL takes what both masks leave
+        return None
+    try:
+        kl = kl_divergence(q["fn"], p["fn"])
+    except NotImplementedError:  # this pair has no closed form
+        return None
+    kl = sum_dims(scale_and_mask(kl, 1.0, q["mask"]), structure, count)
+    return kl if kl.dim() == 2 else None  # a prior that depends on an enumerated latent
+
+
+def _is_masked(fn: Any) -> bool:
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
+
+
+@final
+class StraightThrough(_BesideTheTable):
+    """The ELBO of discrete latents with a relaxed gradient (Gumbel-softmax, straight-through).
+
+    Bernoulli and OneHotCategorical sites of the guide are drawn by Pyro's straight-through
+    relaxations. The value is that of the discrete model. The gradient is biased: less so, and
+    noisier, as the temperature falls. In that limit it is exact where log w is at most quadratic in
+    each bit, as with a Gaussian likelihood of a linear decoder.
+
+    References:
+        Jang, Gu & Poole (2017), Categorical reparameterization with Gumbel-softmax, section 2.2;
+        Maddison, Mnih & Teh (2017).
+    """
+
+    value_name = "ELBO"
+    unbiased = False
+
+    def __init__(
+        self, num_particles: int = 1, *, temperature: float = 0.5, joint: bool = False
+    ) -> None:
+        if not (is_number(temperature) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature must be positive, not {temperature!r}")
+        super().__init__(num_particles, joint=joint)
+        self.temperature = temperature
+
+    def _surrogate(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
+        structure = self.structure_of(model, guide, arguments)
+        with _Relaxed(self.temperature):
+            traces = draw_traces(model, guide, arguments, structure, self.num_particles)
+        log_weights = log_p_of(traces, structure) - log_q_of(traces, structure)
+        value = elbo(log_weights)
+        return value, value.sum(), scale_of(traces, self.joint)
+
+
+def _with_base(fn: Any, change: Any) -> Any:
+    """Rebuilds a distribution around its innermost base, which `change` replaces."""
+    if isinstance(fn, torch.distributions.Independent):
+        base = _with_base(fn.base_dist, change)
+        return base.to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _with_base(fn.base_dist, change).mask(fn._mask)
+    return change(fn)
+
+
+class _OneHot(dist.OneHotCategorical):
+    """Its log-probability is linear in the value, so that a gradient passes."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (value * self.logits).sum(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_OneHot":
+        return _OneHot(logits=self.logits.expand(*batch_shape, self.logits.shape[-1]))
+
+
+def _linear(base: Any) -> Any:
+    return _OneHot(logits=base.logits) if type(base) is dist.OneHotCategorical else base
+
+
+class _Relaxed(Messenger):
+    """Draws discrete latents by Pyro's straight-through relaxations."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        fn = msg["fn"] = _with_base(msg["fn"], _linear)
+        if msg["done"] or fn.has_rsample:
+            return
+        base = fn
+        while isinstance(base, torch.distributions.Independent | dist.MaskedDistribution):
+            base = base.base_dist
+        kinds = {
+            dist.Bernoulli: dist.RelaxedBernoulliStraightThrough,
+            _OneHot: dist.RelaxedOneHotCategoricalStraightThrough,
+        }
+        if type(base) not in kinds:
+            raise ProgramError(
+                "StraightThrough relaxes Bernoulli and OneHotCategorical sites, but the guide's "
+                f"'{msg['name']}' is a "
+                f"{type(base).__name__}; write it as one of these, or use LeaveOneOut or VIMCO"
+            )
+        temperature = base.logits.new_tensor(self.temperature)
+        msg["value"] = kinds[type(base)](temperature, logits=base.logits).rsample()
+        msg["done"] = True
+
+
+class _Dreamt(Messenger):
+    """Draws what is observed; leaves alone what is computed (poutine.uncondition does not)."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            msg["is_observed"], msg["done"], msg["value"] = False, False, None
+
+
+@final
+class SleepPhi(_BesideTheTable):
+    """The sleep phase: the guide learns to infer the latents of data that the model dreamt.
+
+    Its value is E_p(x,z) log q(z | x), an objective that bounds nothing; the model gets no
+    gradient.
+
+    References:
+        Hinton, Dayan, Frey & Neal (1995), The wake-sleep algorithm; Bornschein & Bengio (2015),
+        eq. 10.
+    """
+
+    bound_kind = "objective"
+    value_name = "sleep"
+    unbiased = True
+
+    def _surrogate(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
+        structure = self.structure_of(model, guide, arguments)
+        self.check_replayable(structure)
+        dreams = [
+            self._log_q_of_dream(model, guide, arguments, structure)
+            for _ in range(self.num_particles)
+        ]
+        value = torch.cat([log_q for log_q, _ in dreams]).mean(0)
+        return value, value.sum(), dreams[0][1]
+
+    def _log_q_of_dream(
+        self, model: Program, guide: Program, arguments: Arguments, structure: ProgramStructure
+    ) -> tuple[Weights, float]:
+        """Log q at the latents of one dream, and the factor N/B."""
+        args, kwargs = arguments
+        with torch.no_grad():
+            dream = poutine.trace(_Dreamt()(model)).get_trace(*args, **kwargs)
+        x = dream.nodes[structure.observed[0]]["value"]
+        if len(structure.observed) != 1 or len(args) != 1 or kwargs or args[0].shape != x.shape:
+            raise ProgramError(
+                "SleepPhi puts what the model dreams at its one observed site in place of x, so "
+                "the programs must take x "
+                f"alone and observe it at one site, not at {structure.observed}"
+            )
+        dreamt = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(x.to(args[0].dtype))
+        if any(s["infer"].get("is_auxiliary") for s in weighted_sites(dreamt).values()):
+            raise ProgramError(
+                "SleepPhi needs log q at latents of the model's choice, which a guide with "
+                "auxiliary sites cannot give"
+            )
+        return sum_sites(dreamt, structure, 1), scale_of([(dreamt, dream, 1)], self.joint)

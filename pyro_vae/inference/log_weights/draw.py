@@ -1,0 +1,112 @@
+r"""The primitive: everything that this library measures is a reduction of log weights.
+
+.. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad
+          z_{kn} \sim q(\cdot \mid x_n)
+
+Their mean over particles estimates the ELBO, their log-mean-exp the importance-weighted bound
+(Burda et al. 2016), their tail gives the Pareto k-hat and their spread the effective sample size.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_vae.inference.programs import (
+    Program,
+    as_arguments,
+    inspect_programs,
+    program_scope,
+    run_programs,
+)
+
+__all__ = ["effective_sample_size", "elbo", "importance_bound", "log_weights"]
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_particles: int = 1,
+    *,
+    joint: bool = False,
+    seed: int | None = None,
+) -> Float[Tensor, "particles batch"]:
+    r"""Draws particles from a guide; returns the log importance weight of each, per datum.
+
+    Any Pyro model and guide will do whose sites all lie in one batch plate. That plate may have
+    any name and dim, a stated size or none, and may be subsampled (the factor N/B is left out: it
+    belongs outside any reduction). Inner plates, masks, auxiliary sites of autoguides and
+    `pyro.deterministic` are understood. Programs that cannot run their particles in one tensor
+    program are found out and run one particle at a time. Gradients flow.
+
+    Args:
+        model: The generative program, called as `model(x)`.
+        guide: The program of the approximate posterior, called as `guide(x)`.
+        x: The data; a tuple stands for several arguments, a dict for keyword arguments.
+        num_particles: Draws from the guide for each datum.
+        joint: True for models with global latents: one weight per particle on the full data.
+        seed: Seeds the draws and leaves the caller's random state alone. With None the draws come
+            from the global stream, and equal those of `pyro.infer.Trace_ELBO` from the same state.
+
+    Returns:
+        Log weights in nats, `[particles, batch]`; `[particles, 1]` if `joint`.
+
+    Raises:
+        ProgramError: If the pair has no such weights; the sentence names the site and says what to
+            do. See `inspect_programs` for the list.
+        ValueError: If `num_particles` is not a positive integer.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def exact(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> log_weights(model, exact, torch.tensor([0.0, 1.0]), num_particles=2, seed=0)
+        tensor([[-1.2655, -1.5155],
+                [-1.2655, -1.5155]])
+    """
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
+    arguments = as_arguments(x)
+    with program_scope(seed):
+        structure = inspect_programs(
+            model, guide, arguments, joint=joint, num_particles=num_particles
+        )
+        log_p, log_q, _ = run_programs(model, guide, arguments, structure, num_particles)
+    return log_p - log_q
+
+
+def elbo(log_weights: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:
+    """The ELBO per datum in nats, the mean of the log weights over particles.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes, eq. 2.
+    """
+    return log_weights.mean(0)
+
+
+def importance_bound(log_weights: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:
+    """The importance-weighted bound per datum in nats, the log-mean-exp over particles.
+
+    Its expectation is below log p(x) and rises to it with the number of particles.
+
+    References:
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
+    """
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+
+def effective_sample_size(log_weights: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:
+    r"""Effective sample size per datum, :math:`(\sum w)^2 / \sum w^2`, between 1 and K.
+
+    References:
+        Kong (1992), A note on importance sampling using standardized weights.
+    """
+    return torch.exp(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0))

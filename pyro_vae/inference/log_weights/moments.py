@@ -1,0 +1,139 @@
+r"""What importance weights say of a guide: corrected moments, divergences and total variation.
+
+All of it is read off draws of the guide and their log weights, and is therefore blind to what the
+guide never visits.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from pyro_vae.inference.log_weights.draw import effective_sample_size, elbo, importance_bound
+from pyro_vae.inference.log_weights.pareto import pareto_tail, smoothed_log_weights
+
+__all__ = ["weighted_columns"]
+
+Columns = dict[str, Tensor]
+
+
+def weighted_columns(
+    draws: Float[Tensor, "draws batch dim"], log_weights: Float[Tensor, "draws batch"]
+) -> Columns:
+    r"""Every number of the posterior's quality that the log weights give.
+
+    With w the weights and r = w / mean(w), so that E_q[r] = 1:
+
+    .. math:: \mathrm{KL}(q \| p) = \log \mathbb E_q w - \mathbb E_q \log w, \quad
+              \mathrm{KL}(p \| q) = \mathbb E_q[r \log r], \quad
+              \mathrm{TV} = \mathbb E_q (1 - r)_+
+
+    The total variation is the largest difference of the probabilities that q and p give to any
+    event; the best classifier tells a draw of one from a draw of the other with probability
+    (1 + TV) / 2. The moments are corrected with Pareto-smoothed weights, everything else takes the
+    weights as they are: the evidence is then a lower bound in expectation.
+
+    Returns:
+        `khat`, `khat_moments` (the larger of it and the k-hats of :math:`w (z - m)^2`, on which
+        corrected standard deviations rest), `ess`, `kl_guide_posterior`, `kl_posterior_guide`,
+        `total_variation` of shape `[batch]`; `mean`, `sd` (of q), `corrected_mean`, `corrected_sd`
+        in units of the latents,
+        `mean_correction` (q's mean less the corrected one, in corrected sds) and
+        `scale_correction` (log of the ratio of q's sd to the corrected one) of shape
+        `[batch, dim]`. All but `ess` with a standard error ``_se``, of the delta method; those of
+        the two corrections allow for both moments being of the same draws.
+
+    Note: KL(p || q) is at most log(draws), however large it is in truth.
+    """
+    tail = pareto_tail(log_weights)  # in their own precision, of which it knows the rounding
+    log_weights = log_weights.detach().double()
+    smoothed = smoothed_log_weights(log_weights, tail).exp()
+    draws = draws.detach().double()
+    moments = _moments(draws, smoothed)
+    columns = {
+        "khat": tail.khat,
+        "khat_se": tail.khat_se,
+        "khat_moments": _khat_of_squares(draws - moments["corrected_mean"], log_weights, tail.khat),
+        "ess": effective_sample_size(log_weights),
+    }
+    return columns | _divergences(log_weights) | moments
+
+
+def _khat_of_squares(
+    rest: Float64[Tensor, "draws batch dim"],
+    log_weights: Float64[Tensor, "draws batch"],
+    khat: Float64[Tensor, " batch"],
+) -> Float64[Tensor, " batch"]:
+    """The largest k-hat of w (z - m)^2 over the latents, and no less than that of w itself.
+
+    Each side of m has a tail of its own: of both together, draws of the light side lie just above
+    the cutoff and make the heavy one look heavier.
+    """
+    count, data, dim = rest.shape
+    products = log_weights[..., None] + rest.square().log()
+    sides = torch.stack([torch.where(sign * rest > 0, products, -math.inf) for sign in (1, -1)], 1)
+    of_each = pareto_tail(sides.reshape(count, -1)).khat.reshape(2, data, dim)
+    # Where weights are all equal, a latent does not move or takes few values: nothing to be heavy.
+    flat = ~of_each.isfinite() | (khat == -math.inf)[:, None]
+    return torch.maximum(of_each.masked_fill(flat, -math.inf).amax((0, 2)), khat)
+
+
+def _divergences(log_weights: Float64[Tensor, "draws batch"]) -> Columns:
+    evidence, lower = importance_bound(log_weights), elbo(log_weights)
+    log_ratio = log_weights - evidence
+    ratio = log_ratio.exp()
+    # Where w is 0, r log r is 0.
+    product = torch.where(ratio > 0, ratio * log_ratio, 0.0)
+    reverse = product.mean(0)
+    below = (1 - ratio).clamp_min(0.0)
+    slope = torch.where(ratio < 1, ratio, 0.0).mean(0)
+    centred = torch.where(ratio > 0, ratio * (log_ratio - reverse), 0.0)
+    found = {
+        "kl_guide_posterior": (evidence - lower, ratio - log_ratio),
+        "kl_posterior_guide": (reverse, centred - ratio),
+        "total_variation": (below.mean(0), below + slope * ratio),
+    }
+    columns: Columns = {}
+    for name, (value, influence) in found.items():
+        columns[name], columns[f"{name}_se"] = value, _error(influence)
+    return columns
+
+
+def _moments(
+    draws: Float64[Tensor, "draws batch dim"], weights: Float64[Tensor, "draws batch"]
+) -> Columns:
+    """Moments of q and of the weighted draws, which all have the influence of each draw."""
+    count = len(draws)
+    ratio = (count * weights)[..., None]
+    columns: Columns = {}
+    influence: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    for name, share in (("", torch.ones_like(ratio)), ("corrected_", ratio)):
+        mean = draws[0] + (share * (draws - draws[0])).mean(0)
+        rest = draws - mean
+        variance = (share * rest.square()).sum(0) / (count - 1)
+        sd = variance.sqrt()
+        columns |= {f"{name}mean": mean, f"{name}sd": sd}
+        unit = torch.where(sd > 0, sd, 1.0)
+        influence[name], scores[name] = share * rest, share * ((rest / unit).square() - 1) / 2
+        columns[f"{name}mean_se"] = _error(influence[name])
+        columns[f"{name}sd_se"] = sd * _error(scores[name])
+    mean, sd = columns["corrected_mean"], columns["corrected_sd"]
+    shift = columns["mean"] - mean
+    columns["mean_correction"] = torch.where(shift == 0, 0.0, shift / sd)
+    # The shift is counted in corrected sds, whose own error matters where the shift is large.
+    paired = influence[""] - influence["corrected_"] - shift * scores["corrected_"]
+    error = _error(paired)
+    columns["mean_correction_se"] = torch.where(error == 0, 0.0, error / sd)
+    same = columns["sd"] == sd
+    columns["scale_correction"] = torch.where(same, 0.0, columns["sd"].log() - sd.log())
+    columns["scale_correction_se"] = _error(scores[""] - scores["corrected_"])
+    return columns
+
+
+def _error(influence: Float64[Tensor, "draws *rest"]) -> Float64[Tensor, "*rest"]:
+    """Standard error of a mean of independent draws; unknown from a single one."""
+    if len(influence) < 2:
+        return torch.full_like(influence[0], math.nan)
+    return influence.std(0) / math.sqrt(len(influence))

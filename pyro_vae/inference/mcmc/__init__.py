@@ -1,0 +1,16 @@
+"""`sample_posterior`: one HMC kernel, batched over chains and data; tempering and convergence."""
+
+from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
+from pyro_vae.inference.mcmc.hmc import PosteriorSample, hmc_step, jittered, sample_posterior
+from pyro_vae.inference.mcmc.tempered import Point, Tempered
+
+__all__ = [
+    "Point",
+    "PosteriorSample",
+    "Tempered",
+    "bulk_ess",
+    "hmc_step",
+    "jittered",
+    "sample_posterior",
+    "split_rhat",
+]

@@ -1,0 +1,246 @@
+"""Programs all of whose latents are summed out: what generalised EM alternates on."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.ops import packed
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.inference.programs.inspection import check_module_names, check_parameters
+from pyro_vae.inference.programs.traces import (
+    Program,
+    ProgramError,
+    as_arguments,
+    batch_length,
+    keep_random_state,
+    trace_programs,
+    weighted_sites,
+)
+
+__all__ = ["EnumeratedProgram", "climb", "measure_of", "no_guide"]
+
+_HALVINGS = 30
+
+
+def no_guide(*_args: Any, **_kwargs: Any) -> None:
+    """The guide of a program all of whose latents are summed out."""
+
+
+class _Factors(TraceEnum_ELBO):
+    """Sums out the latents of a model, and gives the posterior marginals of all its factors.
+
+    The derivative of log p(x) with respect to the log of a factor is the posterior probability of
+    its arguments, jointly; so E log p(x, z) needs nothing but these derivatives, whatever the
+    model's structure (plates, chains).
+    """
+
+    trace: Any = None
+    leaves: dict[str, Tensor] | None = None
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        if self.leaves is not None:
+            for name, site in _factor_sites(model_trace):
+                own, given = site["packed"], site["packed"]["unscaled_log_prob"]
+                leaf = given.detach().clone().requires_grad_()
+                leaf._pyro_dims = given._pyro_dims
+                own["unscaled_log_prob"] = self.leaves[name] = leaf
+                own["log_prob"] = packed.scale_and_mask(leaf, site["scale"], own["mask"])
+        self.trace = model_trace
+        return model_trace, guide_trace
+
+
+def _factor_sites(trace: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    ]
+
+
+class EnumeratedProgram:
+    """A program all of whose latents are summed out, with its parameters.
+
+    It registers its parameters in the parameter store at hand, where they have to stay.
+
+    Args:
+        model: The program; sites need no mark for enumeration.
+        x: Its arguments, as `fit` takes them.
+
+    Attributes:
+        length: Number of data.
+        parameters: The unconstrained tensors that an optimizer moves.
+        foreign: Names in the parameter store that are not this program's.
+        elbo: The loss that sums the latents out; `elbo.trace` is the last trace.
+
+    Raises:
+        ProgramError: If a latent cannot be enumerated, there is none, the data are subsampled, or
+            a parameter was never registered.
+    """
+
+    def __init__(self, model: Program, x: Any) -> None:
+        self.program, self.arguments = model, as_arguments(x)
+        self.model = config_enumerate(model, "parallel")
+        self.length = batch_length(x)
+        store = pyro.get_param_store()
+        foreign = set(store.keys())
+        with torch.no_grad(), keep_random_state():
+            _, trace = trace_programs(self.model, no_guide, self.arguments)
+        self._check(trace)
+        check_module_names(model, no_guide)
+        used = check_parameters(self.model, no_guide, self.arguments, enumerates=True)
+        self.foreign = foreign - set(used)
+        depths = [-f.dim for s in trace.nodes.values() for f in _plates(s)]
+        self.elbo = _Factors(max_plate_nesting=max(depths, default=0))
+        named = store.named_parameters()
+        self.parameters = [p for name, p in named if name not in self.foreign and p.requires_grad]
+
+    def _check(self, trace: Any) -> None:
+        latents = {n: s for n, s in weighted_sites(trace).items() if not s["is_observed"]}
+        if not latents:
+            raise ProgramError(
+                "the program has no latent site, so there is nothing to take an expectation over; "
+                "check that latents are sampled with pyro.sample and without obs="
+            )
+        for name, site in latents.items():
+            if not site["fn"].has_enumerate_support:
+                raise ProgramError(
+                    f"the latent site '{name}' cannot be enumerated "
+                    f"({type(site['fn']).__name__}), so its posterior is not a sum; make it a "
+                    "parameter, or use fit with a guide"
+                )
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site_is_subsample(site):
+                plate = site["fn"]
+                if plate.subsample_size not in (None, plate.size):
+                    raise ProgramError(
+                        f"the plate '{name}' is subsampled, so each pass would see other data; "
+                        "take subsample_size out"
+                    )
+
+    def e_step(self) -> tuple[float, dict[str, Tensor]]:
+        """The log of p(x), and the posterior marginals of each factor's arguments."""
+        args, kwargs = self.arguments
+        leaves: dict[str, Tensor] = {}
+        self.elbo.leaves = leaves
+        with torch.enable_grad():
+            total = -self.elbo.differentiable_loss(self.model, no_guide, *args, **kwargs)
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        marginals = {
+            name: leaf.new_zeros(leaf.shape) if part is None else part
+            for (name, leaf), part in zip(leaves.items(), found, strict=True)
+        }
+        return float(total.detach()), marginals
+
+    def expected_log_joint(self, marginals: Mapping[str, Tensor]) -> Tensor:
+        """E_q log p(x, z) under the present parameters, a total in nats, differentiable."""
+        args, kwargs = self.arguments
+        self.elbo.leaves = None
+        next(iter(self.elbo._get_traces(self.model, no_guide, args, kwargs)))
+        total = torch.zeros(())
+        for name, site in _factor_sites(self.elbo.trace):
+            weight = marginals[name]
+            log_prob = site["packed"]["unscaled_log_prob"].masked_fill(weight == 0, 0.0)
+            total = total + (weight * log_prob).sum()  # 0 log 0 = 0
+        return total
+
+
+def _plates(site: Mapping[str, Any]) -> list[Any]:
+    return [f for f in site.get("cond_indep_stack", ()) if f.vectorized]
+
+
+def measure_of(trace: Any) -> str:
+    """What the data are, from the supports of the observed sites."""
+    supports = {_measure_of_support(s["fn"]) for _, s in _factor_sites(trace) if s["is_observed"]}
+    return supports.pop() if len(supports) == 1 else "mixed"
+
+
+def _measure_of_support(fn: Any) -> str:
+    support = fn.support
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    if support is torch.distributions.constraints.boolean:
+        return "binary"
+    return "counts" if support.is_discrete else "real"
+
+
+def climb(
+    program: EnumeratedProgram,
+    marginals: Mapping[str, Tensor],
+    before: float,
+    optimizer: torch.optim.Optimizer | None,
+    num_steps: int,
+) -> tuple[float, int]:
+    """Gradient steps on E log p(x, z); halves the way back until nothing was lost.
+
+    Args:
+        program: Whose parameters move.
+        marginals: Of the posterior that the expectation is under.
+        before: E log p(x, z) at the start, a total in nats.
+        optimizer: Of the program's parameters; L-BFGS with a line search if None.
+        num_steps: How many steps.
+
+    Returns:
+        E log p(x, z) where it ended, not below `before`, and the passes over the data it took.
+    """
+    parameters = program.parameters
+    passes = 0
+    start = [p.detach().clone() for p in parameters]
+
+    def loss() -> Tensor:
+        nonlocal passes
+        for parameter in parameters:
+            parameter.grad = None
+        value = -_finite_or_infinite(program, marginals) / program.length
+        passes += 1
+        if value.requires_grad:  # where there is no gradient, an optimizer stays where it is
+            value.backward()
+        return value
+
+    if optimizer is None:
+        torch.optim.LBFGS(
+            parameters,
+            max_iter=num_steps,
+            max_eval=4 * num_steps,
+            tolerance_grad=1e-12,
+            tolerance_change=1e-15,
+            line_search_fn="strong_wolfe",
+        ).step(loss)
+    else:
+        for _ in range(num_steps):
+            optimizer.step(loss)  # type: ignore[arg-type]
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.no_grad():
+        reached = [p.detach().clone() for p in parameters]
+        for halving in range(_HALVINGS):
+            joint = float(_finite_or_infinite(program, marginals))
+            passes += 1
+            if joint >= before:
+                return joint, passes
+            share = 0.5 ** (halving + 1)
+            for parameter, old, new in zip(parameters, start, reached, strict=True):
+                parameter.copy_(torch.where(new.isfinite(), old + share * (new - old), old))
+        for parameter, old in zip(parameters, start, strict=True):
+            parameter.copy_(old)
+    return before, passes
+
+
+def _finite_or_infinite(program: EnumeratedProgram, marginals: Mapping[str, Tensor]) -> Tensor:
+    """E log p(x, z); minus infinity where an optimizer went too far for it to exist."""
+    worst = torch.tensor(-math.inf)
+    if not all(bool(p.isfinite().all()) for p in program.parameters):
+        return worst
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered (NaN|inf|\\+inf|-inf)")
+        try:
+            value = program.expected_log_joint(marginals)
+        except ValueError:  # Pyro's checks, of parameters that have overflown
+            return worst
+    return value if bool(value.isfinite()) else worst

@@ -1,0 +1,471 @@
+r"""The log joint of any Pyro model as a function of one unconstrained vector per chain and datum.
+
+.. math:: u \mapsto \log p(x_n, z = T(u)) + \log \lvert \det T'(u) \rvert
+
+with T the transform of each latent site onto its support (`torch.distributions.biject_to`). The
+transforms are taken anew in every run, so a support may depend on other latents. What samplers and
+annealing need is here; they know nothing of Pyro.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from jaxtyping import Bool, Float
+from pyro import poutine
+from pyro.distributions import ImproperUniform, TransformedDistribution, Uniform
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_vae.inference.programs.inspection import inspect_programs, is_delta
+from pyro_vae.inference.programs.traces import (
+    Arguments,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    Site,
+    as_arguments,
+    draw_traces,
+    enumerating,
+    site_log_prob,
+    site_values,
+    subsamples,
+    sum_dims,
+    sum_sites,
+    trace_programs,
+    weighted_sites,
+)
+
+__all__ = [
+    "LogDensities",
+    "Potential",
+    "inspected_guide",
+    "latent_potential",
+    "prior_guide",
+    "support_of",
+]
+
+
+class LogDensities(NamedTuple):
+    """Log-densities of the unconstrained latents in nats, Jacobians included.
+
+    Attributes:
+        joint: log p(x, z), `[chains, batch]`.
+        start: log p(z) of the prior, or log q(z | x) where the guide was asked for.
+    """
+
+    joint: Float[Tensor, "chains batch"]
+    start: Float[Tensor, "chains batch"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where one latent site lies in the flat vector of a datum."""
+
+    name: str
+    plates: tuple[int, ...]  # the site's batch shape
+    free_event: tuple[int, ...]  # event shape in unconstrained space
+    start: int
+    stop: int
+
+
+class Potential:
+    r"""A model's log joint over unconstrained latents `[chains, batch, dim]`.
+
+    Its methods run the user's programs: call them inside `programs.program_scope`.
+
+    Attributes:
+        structure: What `inspect_programs` found.
+        num_data: Data in the batch (1 if joint).
+        dim: Unconstrained latents of a datum.
+        active: False for latents that a mask switches off, `[batch, dim]`: they have no density.
+        like: A zero of the latents' dtype and device.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        arguments: Arguments,
+        structure: ProgramStructure,
+        *,
+        has_guide: bool,
+    ) -> None:
+        self._guide, self._arguments = guide, arguments
+        self._model = enumerating(model, structure)
+        self.structure, self.has_guide = structure, has_guide
+        with torch.no_grad(), pyro.validation_enabled(False):
+            guide_trace, model_trace = trace_programs(model, guide, arguments)
+        self._fixed = subsamples(guide_trace, model_trace)
+        self._plain_model = poutine.replay(model, trace=self._fixed)
+        sites = weighted_sites(model_trace)
+        self.num_data = structure.batch_size if structure.batch_dim is not None else 1
+        self._layouts = _lay_out(sites, structure, self.num_data)
+        self._forms = {
+            name: (site["fn"], site["mask"])
+            for name, site in sites.items()
+            if name in structure.latents
+        }
+        self.dim = self._layouts[-1].stop
+        example = sites[self._layouts[0].name]["value"]
+        self.like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
+        self.active = self._active()
+        self._cannot_evaluate_guide = _why_no_density(guide_trace, structure)
+
+    # --- values -----------------------------------------------------------------------------------
+
+    def log_densities(
+        self, u: Float[Tensor, "chains batch dim"], start: str = "prior"
+    ) -> LogDensities:
+        """Log joint and log prior (or log guide) at given latents; gradients flow to `u`.
+
+        Raises:
+            ProgramError: If `start` is `"guide"` and its density cannot be evaluated.
+        """
+        if start == "guide":
+            self.check_guide_density()
+        parts = [self._run(part, start) for part in self._parts(u)]
+        joint, first = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return LogDensities(joint, first)
+
+    def log_joint(self, u: Float[Tensor, "chains batch dim"]) -> Float[Tensor, "chains batch"]:
+        """Log p(x, z) with the Jacobian of the transforms, in nats."""
+        return self.log_densities(u).joint
+
+    def check_guide_density(self) -> None:
+        """Refuses a guide whose density cannot be evaluated at latents that it did not draw."""
+        if not self.has_guide:
+            raise ProgramError("this needs the density of a guide; pass one")
+        if self._cannot_evaluate_guide:
+            raise ProgramError(self._cannot_evaluate_guide)
+
+    def constrain(self, u: Float[Tensor, "chains batch dim"]) -> dict[str, Tensor]:
+        """The latents by site, `[chains, batch, inner plates, event]`; without batch if joint."""
+        runs = [trace for trace, _ in self.traces(u)]
+        return {
+            name: torch.cat([site_values(run, name, self.structure) for run in runs])
+            for name in self.structure.latents
+        }
+
+    def traces(self, u: Float[Tensor, "chains batch dim"]) -> list[tuple[Trace, int]]:
+        """Runs of the model at given latents, each with the number of chains in it."""
+        with torch.no_grad():
+            return [(self._trace(part)[0], len(part)) for part in self._parts(u)]
+
+    # --- draws ------------------------------------------------------------------------------------
+
+    def draw(self, num_chains: int, start: str = "prior") -> Float[Tensor, "chains batch dim"]:
+        """Independent draws of the prior or of the guide, from the global random stream."""
+        guide = self._guide if start == "guide" else prior_guide(self._plain_model)
+        guide = poutine.replay(guide, trace=self._fixed) if start != "guide" else guide
+        with torch.no_grad(), pyro.validation_enabled(False):
+            traces = draw_traces(
+                self._plain_model, guide, self._arguments, self.structure, num_chains
+            )
+            return torch.cat([self.flatten(trace, count) for _, trace, count in traces])
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def _parts(self, u: Tensor) -> list[Tensor]:
+        return [u] if self.structure.vectorizable else list(u.split(1))
+
+    def _run(self, u: Tensor, start: str) -> tuple[Tensor, Tensor]:
+        trace, log_jacobian = self._trace(u)
+        chains, structure = len(u), self.structure
+        joint = sum_sites(trace, structure, chains)
+        if start == "guide":
+            first = sum_sites(self._guide_trace(trace, chains), structure, chains)
+        else:
+            first = sum_sites(trace, structure, chains, _is_latent)
+        return tuple(
+            (log_p + log_jacobian).expand(chains, self.num_data) for log_p in (joint, first)
+        )  # type: ignore[return-value]
+
+    def _trace(self, u: Tensor) -> tuple[Trace, Tensor]:
+        """Runs the model at given latents; returns its trace and the log Jacobian."""
+        args, kwargs = self._arguments
+        chains = len(u)
+        at = _AtUnconstrained(self._unflatten(u))
+        program = self._in_plate(self._model, chains)
+        with pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.replay(at(program), trace=self._fixed)).get_trace(
+                *args, **kwargs
+            )
+        total = u.new_zeros(())
+        for name, log_jacobian in at.log_jacobians.items():
+            masked = scale_and_mask(log_jacobian, 1.0, trace.nodes[name]["mask"])
+            summed = sum_dims(masked, self.structure, chains)
+            if summed.dim() > 2:
+                raise ProgramError(
+                    f"the support of the model's latent site '{name}' depends on an enumerated "
+                    "site; give it one support, or sample the enumerated site in the guide"
+                )
+            total = total + summed
+        return trace, total
+
+    def _guide_trace(self, model_trace: Trace, chains: int) -> Trace:
+        args, kwargs = self._arguments
+        given = self._fixed.copy()
+        for name in self.structure.latents:
+            site = model_trace.nodes[name]
+            given.add_node(name, **{k: v for k, v in site.items() if k != "name"})
+        program = poutine.replay(self._in_plate(self._guide, chains), trace=given)
+        with pyro.validation_enabled(False):
+            return poutine.trace(program).get_trace(*args, **kwargs)
+
+    def _in_plate(self, program: Program, chains: int) -> Program:
+        if chains == 1:
+            return program
+        dim = -1 - self.structure.max_plate_nesting
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate("_particles", chains, dim=dim):
+                return program(*args, **kwargs)
+
+        return run
+
+    # --- shapes -----------------------------------------------------------------------------------
+
+    def _unflatten(self, u: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site, as a run of the model has them."""
+        return {
+            layout.name: self._inner(u[..., layout.start : layout.stop], layout)
+            for layout in self._layouts
+        }
+
+    def _inner(self, flat: Tensor, layout: _Layout) -> Tensor:
+        chains, event = len(flat), layout.free_event
+        if self.structure.batch_dim is None:
+            shaped = flat.reshape(chains, *layout.plates, *event)
+        else:
+            position = len(layout.plates) + self.structure.batch_dim
+            others = (*layout.plates[:position], *layout.plates[position + 1 :])
+            shaped = flat.reshape(chains, self.num_data, *others, *event)
+            shaped = shaped.movedim(1, 1 + position)
+        if chains == 1:
+            return shaped[0]
+        padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
+        return shaped.reshape(chains, *padding, *shaped.shape[1:])
+
+    def unconstrain(self, latents: dict[str, Tensor]) -> Float[Tensor, "1 batch dim"]:
+        """One draw of the latents, by site as a run of the model has them, as a flat vector."""
+        args, kwargs = self._arguments
+        given = self._fixed.copy()
+        for name in self.structure.latents:
+            given.add_node(name, type="sample", value=latents[name], infer={}, is_observed=False)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            program = poutine.replay(self._plain_model, trace=given)
+            return self.flatten(poutine.trace(program).get_trace(*args, **kwargs), 1)
+
+    def flatten(self, trace: Trace, chains: int) -> Tensor:
+        """Unconstrained latents of a run, `[chains, batch, dim]`."""
+        columns = []
+        for layout in self._layouts:
+            site = trace.nodes[layout.name]
+            free = _finite(biject_to(support_of(site["fn"])).inv(site["value"]))
+            shape = (*layout.plates, *layout.free_event)
+            if chains > 1:
+                padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
+                shape = (chains, *padding, *shape)
+            free = free.expand(shape).reshape(chains, *layout.plates, *layout.free_event)
+            if self.structure.batch_dim is not None:
+                free = free.movedim(1 + len(layout.plates) + self.structure.batch_dim, 1)
+            columns.append(free.reshape(chains, self.num_data, -1))
+        return torch.cat(columns, -1)
+
+    def _active(self) -> Bool[Tensor, "batch dim"]:
+        found = []
+        for layout in self._layouts:
+            mask = self._forms[layout.name][1]
+            whole = torch.ones(
+                (1, *layout.plates, *layout.free_event), dtype=torch.bool, device=self.like.device
+            )
+            if mask is not None:
+                mask = torch.as_tensor(mask, device=self.like.device)
+                whole = whole & mask.expand(layout.plates)[(..., *(None,) * len(layout.free_event))]
+            if self.structure.batch_dim is not None:
+                whole = whole.movedim(1 + len(layout.plates) + self.structure.batch_dim, 1)
+            found.append(whole.reshape(self.num_data, -1))
+        return torch.cat(found, -1)
+
+
+def latent_potential(
+    model: Program, guide: Program | None, x: Any, *, joint: bool = False
+) -> Potential:
+    """Makes the log joint of a model a function of unconstrained latents.
+
+    Args:
+        model: The generative program; its discrete latents must be marked for enumeration.
+        guide: The program of the approximate posterior, or None: the prior then takes its place.
+        x: The data; a tuple for several arguments, a dict for keywords.
+        joint: All latents as those of one datum, for models with global latents.
+
+    Raises:
+        ProgramError: If a latent is discrete, a point mass, or has no transform onto its support
+            (names it), or the pair has no log weights (see `inspect_programs`).
+
+    Note: run it, and its result's methods, inside `programs.program_scope`.
+    """
+    arguments = as_arguments(x)
+    shown = inspected_guide(model, guide)
+    structure = inspect_programs(model, shown, arguments, joint=joint, num_particles=2)
+    if not structure.latents:
+        raise ProgramError("the model has no latent site to sample; its log joint is a number")
+    return Potential(model, shown, arguments, structure, has_guide=guide is not None)
+
+
+def inspected_guide(model: Program, guide: Program | None) -> Program:
+    """The guide, or one in its place that `inspect_programs` takes: the prior of the latents.
+
+    Enumerated sites, from which latents may be drawn, are held at their first value.
+    """
+    return prior_guide(_FirstOfSupport()(model)) if guide is None else guide
+
+
+def prior_guide(model: Program) -> Program:
+    """The model without its observations: a guide that draws the latents from the prior.
+
+    Sites without a normalisable prior (`ImproperUniform`) are drawn within two units of zero in
+    unconstrained space.
+    """
+
+    def hidden(msg: Any) -> bool:
+        return msg["type"] == "sample" and (
+            msg["is_observed"] or msg["infer"].get("enumerate") == "parallel"
+        )
+
+    return poutine.block(_DrawImproper()(model), hide_fn=hidden)
+
+
+class _DrawImproper(Messenger):
+    """Draws sites that have no distribution to draw from."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and isinstance(_innermost(msg["fn"]), ImproperUniform):
+            fn = msg["fn"]
+            transform = biject_to(fn.support)
+            free = transform.inverse_shape(fn.shape())
+            near_zero = Uniform(-2.0, 2.0).expand(free)
+            near_zero = near_zero.to_event(len(free) - len(fn.batch_shape))
+            msg["fn"] = TransformedDistribution(near_zero, [transform])
+
+
+class _FirstOfSupport(Messenger):
+    """Holds the enumerated sites at their first value."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        marked = msg["infer"].get("enumerate") == "parallel"
+        if marked and msg["value"] is None and msg["fn"].has_enumerate_support:
+            first = msg["fn"].enumerate_support(expand=False)[0]
+            msg["value"], msg["done"] = first.expand(msg["fn"].shape()), True
+
+
+class _AtUnconstrained(Messenger):
+    """Puts latents at given points of unconstrained space, and notes the Jacobians."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.log_jacobians: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.values:
+            return
+        free = self.values[msg["name"]]
+        transform = biject_to(support_of(msg["fn"]))
+        value = transform(free)
+        log_jacobian = transform.log_abs_det_jacobian(free, value)
+        extra = log_jacobian.dim() - value.dim() + len(msg["fn"].event_shape)
+        self.log_jacobians[msg["name"]] = sum_rightmost(log_jacobian, extra)
+        msg["value"], msg["done"] = value, True
+
+
+def support_of(fn: Any) -> Any:
+    """A distribution's support; of a mixture it is that of its components."""
+
+    def unwrapped(support: Any) -> Any:
+        if isinstance(support, constraints.independent):
+            base = unwrapped(support.base_constraint)
+            return constraints.independent(base, support.reinterpreted_batch_ndims)
+        if isinstance(support, constraints.MixtureSameFamilyConstraint):
+            return unwrapped(support.base_constraint)
+        return support
+
+    return unwrapped(fn.support)
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _is_latent(_name: str, site: Site) -> bool:
+    return not site["is_observed"]
+
+
+def _lay_out(
+    sites: dict[str, Site], structure: ProgramStructure, num_data: int
+) -> tuple[_Layout, ...]:
+    """A place for every latent in the flat vector; refuses those without a transform."""
+    layouts, start = [], 0
+    for name in structure.latents:
+        fn = sites[name]["fn"]
+        transform = _transform_of(name, fn)
+        plates = site_log_prob(sites[name]).shape
+        shape = transform.inverse_shape((*plates, *fn.event_shape))
+        free_event = tuple(shape[len(plates) :])
+        size = math.prod((*plates, *free_event)) // num_data
+        layouts.append(_Layout(name, tuple(plates), free_event, start, start + size))
+        start += size
+    return tuple(layouts)
+
+
+def _transform_of(name: str, fn: Any) -> Any:
+    if is_delta(fn):
+        raise ProgramError(
+            f"the model's latent site '{name}' is a Delta, which has no density to follow; write "
+            "pyro.deterministic, or condition the model on it"
+        )
+    try:
+        support = support_of(fn)
+        if support.is_discrete:
+            raise ProgramError(
+                f"the model's latent site '{name}' is discrete ({type(fn).__name__}), so its log "
+                "joint has no gradient; mark it infer={'enumerate': 'parallel'} and leave it out "
+                "of the guide, or use method='importance'"
+            )
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ProgramError(
+            f"the model's latent site '{name}' ({type(fn).__name__}) has no transform onto its "
+            "support; register one with torch.distributions.biject_to.register"
+        ) from error
+
+
+def _why_no_density(guide_trace: Trace, structure: ProgramStructure) -> str | None:
+    """Why the guide's density cannot be had at latents that another program drew."""
+    for name, site in weighted_sites(guide_trace).items():
+        if site["infer"].get("is_auxiliary") or is_delta(site["fn"]):
+            return (
+                f"the guide draws its latents through the auxiliary site '{name}', so its density "
+                "at given latents is unknown; start from the prior (start='prior'), or write the "
+                "guide's distributions at the model's own sites"
+            )
+    if not structure.replayable:
+        return (
+            "the guide's density cannot be evaluated at latents that it did not draw (a flow "
+            "without an inverse); start from the prior (start='prior'), or use an invertible flow"
+        )
+    return None
+
+
+def _finite(free: Tensor) -> Tensor:
+    """Values rounded onto the edge of a support are infinite in unconstrained space."""
+    edge = -math.log(torch.finfo(free.dtype).tiny)
+    return torch.nan_to_num(free, nan=0.0, posinf=edge, neginf=-edge)

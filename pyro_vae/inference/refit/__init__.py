@@ -1,0 +1,29 @@
+"""`refit_guide`: the best guide of a family for each datum by itself."""
+
+from pyro_vae.inference.refit.normals import (
+    Normal,
+    WeightedDraws,
+    batch_and_match,
+    match_moments,
+    weighted_normal,
+)
+from pyro_vae.inference.refit.refit_guide import (
+    FAMILIES,
+    RefittedGuide,
+    inspect_refittable,
+    paired_log_weights,
+    refits,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Normal",
+    "RefittedGuide",
+    "WeightedDraws",
+    "batch_and_match",
+    "inspect_refittable",
+    "match_moments",
+    "paired_log_weights",
+    "refits",
+    "weighted_normal",
+]

@@ -1,0 +1,33 @@
+"""`fit`: Pyro's SVI without its silent traps, with history, checkpoints and exact resume."""
+
+from pyro_vae.inference.svi.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    holds_run,
+    load_tensors,
+    read_json,
+    read_rows,
+    save_tensors,
+)
+from pyro_vae.inference.svi.fit import Fit, fit
+from pyro_vae.inference.svi.history import history_result
+from pyro_vae.inference.svi.optimizer import TrainingError
+from pyro_vae.inference.svi.preparation import TrainingData
+from pyro_vae.inference.svi.step import deferred_interrupt, without_validation
+
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "Fit",
+    "TrainingData",
+    "TrainingError",
+    "deferred_interrupt",
+    "fit",
+    "history_result",
+    "holds_run",
+    "load_tensors",
+    "read_json",
+    "read_rows",
+    "save_tensors",
+    "without_validation",
+]

@@ -1,0 +1,286 @@
+r"""A run folder: what it holds, in which order it is written, how it is read safely.
+
+- ``training.safetensors``: everything that going on needs, in one file: parameters, buffers,
+  optimizer, random states, the epoch's shuffling order, history, configuration.
+- ``model.safetensors``: the weights alone, as the model hubs have them.
+- ``config.json``: how the model is built, how it was trained, on which data.
+- ``history.jsonl``: one line an evaluation; numbers that are not finite are left out.
+- ``README.md``: a model card.
+
+`training.safetensors` is written first and alone decides where a resumed run goes on, so a crash
+between two files cannot mix two states. Each safetensors file carries the sha256 of its own
+tensors, as safetensors does not notice a flipped bit.
+"""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from pyro_vae.inference.svi.history import is_bound
+from pyro_vae.results import atomic_path, write_text
+
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "check_same_run",
+    "holds_run",
+    "load_tensors",
+    "model_card",
+    "read_json",
+    "read_rows",
+    "save_tensors",
+    "write_run",
+]
+
+FORMAT = 1
+"""The layout of a run folder, which config.json names."""
+
+_FILES = (
+    "training.safetensors",
+    "model.safetensors",
+    "config.json",
+    "history.jsonl",
+    "README.md",
+)
+_MUST_AGREE = (  # what a resumed run may not change, as config.json has it
+    "loss",
+    "loss_options",
+    "num_particles",
+    "optimizer",
+    "learning_rate",
+    "optimizer_arguments",
+    "batch_size",
+    "seed",
+    "warmup_epochs",
+    "num_data",
+    "data_sha256",
+    "dtype",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A run folder or one of its files cannot be read; the message says what to do."""
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes tensors, their sha256 and JSON metadata to one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        tensors: By name; copies are written, from whatever device.
+        metadata: Anything JSON can hold.
+    """
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(metadata or {})
+    header = {"format": "pt", "sha256": _digest(copies, text), "metadata": text}
+    with atomic_path(path) as temporary:
+        save_file(copies, temporary, metadata=header)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing, is no safetensors file, or its tensors do not
+            match their sha256.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        content = path.read_bytes()  # once: another process may replace the file at any moment
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        text = header.get("metadata", "{}")
+        metadata = json.loads(text)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); restore it from a copy, or train again"
+        ) from error
+    if header.get("sha256") != _digest(tensors, text):
+        raise CheckpointError(
+            f"{path} is damaged: its tensors do not match their sha256; restore it or train again"
+        )
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(metadata.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}); restore it from a copy"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object; restore it from a copy")
+    return content
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Reads history.jsonl: a row an evaluation.
+
+    Raises:
+        CheckpointError: If the file is missing, or a line is no row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+            raise ValueError("a line is no row of a history")
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy.") from error
+    return rows
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} does not exist; is {path.parent} a run folder?")
+
+
+def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run of other settings; warns of another number of threads.
+
+    Args:
+        folder: The run folder.
+        saved: The metadata of its training.safetensors.
+        config: What `config.json` would say of the run that is to go on.
+
+    Raises:
+        CheckpointError: If the run is of another version, or a setting differs; says which.
+    """
+    theirs, mine = saved.get("config", {}), json.loads(json.dumps(config))
+    if theirs.get("format") != mine["format"] or "state" not in saved:
+        raise CheckpointError(
+            f"{folder}/training.safetensors is not of a run that this version of pyro_vae can go "
+            "on with; start a new run in another folder"
+        )
+    before, now = theirs["fit"], mine["fit"]
+    for key in _MUST_AGREE:
+        if before.get(key) != now[key]:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {before.get(key)!r}, not {now[key]!r}; resume "
+                "with the same setting, or start a new run in another folder"
+            )
+    if before["num_threads"] != now["num_threads"]:
+        warnings.warn(
+            f"resuming with {now['num_threads']} threads what was begun with "
+            f"{before['num_threads']}: the last bits of the result will differ from an "
+            "uninterrupted run",
+            stacklevel=4,  # the caller of fit
+        )
+
+
+def holds_run(folder: str | Path) -> str | None:
+    """The first file of a run that `folder` holds, or None: `write_run` would replace it."""
+    return next((name for name in _FILES if (Path(folder) / name).exists()), None)
+
+
+def write_run(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
+) -> None:
+    """Writes a run folder; the state to resume from comes first, what is derived from it after.
+
+    Args:
+        folder: Made if need be.
+        config: What `config.json` says.
+        weights: For `model.safetensors`.
+        training: Tensors of the training state.
+        state: The rest of the training state, as JSON.
+        history: One row an evaluation.
+        reached: The row that speaks of `weights`, if there is one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "training.safetensors", training, {"state": state, "config": config})
+    save_tensors(folder / "model.safetensors", weights)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "history.jsonl", "".join(_strict_json(row) + "\n" for row in history))
+    write_text(folder / "README.md", model_card(config, weights, reached))
+
+
+def _strict_json(row: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity: such numbers are left out."""
+    infinite = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({k: v for k, v in row.items() if k not in infinite}, allow_nan=False)
+
+
+def model_card(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], reached: Mapping[str, Any] | None
+) -> str:
+    """The README.md of a run folder: what the model is, what it reached, how to load it."""
+    described = config.get("model") or {}
+    name = described.get("class", "Pyro program")
+    arguments = ", ".join(f"{k}={v!r}" for k, v in described.get("arguments", {}).items())
+    data = config.get("data", {})
+    count = sum(tensor.numel() for tensor in weights.values())
+    lines = [
+        "---",
+        "library_name: pyro-vae",
+        "tags: [pyro, variational-inference]",
+        "---",
+        f"# {name} on {data.get('name', 'data of the caller')}",
+        "",
+        f"`{name}({arguments})`, {count:,} numbers in `model.safetensors`.",
+        "",
+    ]
+    if reached is not None:
+        held_out = "validation_bound" in reached
+        prefix = "validation_" if held_out else ""
+        bound, error = reached[f"{prefix}bound"], reached.get(f"{prefix}bound_se")
+        spread = f" +- {error:.2f}" if error is not None else ""
+        bounded = is_bound(reached)
+        what = "ELBO" if bounded else "negative loss"
+        meaning = "a lower bound of log p(x); " if bounded else ""
+        lines += [
+            f"After epoch {reached['epoch']}: {what} {bound:.2f}{spread} nats per datum on "
+            f"{'held-out' if held_out else 'training'} data ({meaning}measure: "
+            f"{reached.get('measure', 'unknown')}).",
+            "",
+        ]
+    if "class" in described:
+        lines += [
+            "```python",
+            "from pyro_vae import load_run",
+            'run = load_run("this folder")  # run.model, run.guide',
+            "```",
+            "",
+        ]
+    return "\n".join(lines)

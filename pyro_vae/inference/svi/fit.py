@@ -1,0 +1,557 @@
+r"""The one training loop: `fit`, on `pyro.infer.SVI`, without its silent traps.
+
+Pyro trains nothing, without a word, when a module was never registered or another program holds
+its name, warns only when the guide lacks a latent, and goes on from a loss of NaN. `fit` runs SVI
+in a parameter store of its own, gives each module its own names, and raises in these cases.
+"""
+
+import copy
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae.inference.estimators import loss_options
+from pyro_vae.inference.programs import (
+    FittedProgram,
+    Program,
+    as_arguments,
+    batch_length,
+    check_module_names,
+    common_owner,
+    describe_programs,
+    evaluation_mode,
+    keep_random_state,
+    modules_of,
+    program_scope,
+    run_programs,
+    unwrap_programs,
+)
+from pyro_vae.inference.svi.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    check_same_run,
+    load_tensors,
+    write_run,
+)
+from pyro_vae.inference.svi.history import best_row, history_result
+from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
+from pyro_vae.inference.svi.preparation import TrainingData, check_held_out, move_data, prepare
+from pyro_vae.inference.svi.settings import FitSettings
+from pyro_vae.inference.svi.step import (
+    ScaledLatents,
+    deferred_interrupt,
+    refuse_infinite,
+    without_validation,
+)
+from pyro_vae.results import Result, summary_html
+
+__all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
+
+_EVALUATION_DATA = 1000  # training data on which the bound is measured after an epoch
+
+
+@dataclass(frozen=True, repr=False)
+class Fit:
+    """What `fit` reached.
+
+    Attributes:
+        model: The model with the fitted parameters in place, ready for every tool.
+        guide: The guide, likewise.
+        history: A row an epoch, dimension `epoch`; see `fit`.
+        config: How it was trained, as JSON can hold it.
+        parameters: Fitted values by name, in the space users see (constrained), detached.
+        status: "finished", "stopped early" or "interrupted".
+    """
+
+    model: FittedProgram
+    guide: FittedProgram
+    history: Result
+    config: dict[str, Any]
+    parameters: dict[str, Tensor]
+    status: Literal["finished", "stopped early", "interrupted"]
+
+    def summary(self) -> str:
+        """One sentence: how long it trained and which bound it reached."""
+        count = sum(value.numel() for value in self.parameters.values())
+        if not self.history.sizes["epoch"]:
+            return f"fit {self.status} before its first epoch ended; {count:,} parameters"
+        last = self.history.isel(epoch=-1)
+        text = f"fit {self.status} after {int(last.epoch)} epochs, {float(last.seconds):.1f} s"
+        row = self.history.isel(epoch=self._reached())
+        for name in ("bound", "validation_bound"):
+            if name in row:
+                spread = f" +- {float(row[name + '_se']):.2f}" if name + "_se" in row else ""
+                said = name.replace("_", " ")
+                if row[name].attrs["bound"] == "objective":
+                    said = said.replace("bound", "objective")
+                text += f"; {said} {float(row[name]):.2f}{spread} nats per datum"
+        if int(row.epoch) != int(last.epoch):
+            text += f" (back to epoch {int(row.epoch)})"
+        return f"{text}; {count:,} parameters"
+
+    def _reached(self) -> int:
+        """The row of the history that speaks of the parameters."""
+        if self.config["fit"]["patience"] is None or self.status == "interrupted":
+            return -1
+        return best_row(self.history.validation_bound.values.tolist())
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.summary(), self.history)
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    loss: ELBO | None = None,
+    optimizer: PyroOptim | Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    learning_rate: float | Callable[[int], float] = 1e-3,
+    epochs: int = 100,
+    batch_size: int | None = None,
+    seed: int = 0,
+    validation: Any = None,
+    evaluate_every: int = 1,
+    patience: int | None = None,
+    warmup_epochs: int = 0,
+    transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    device: str | torch.device | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Fit:
+    r"""Trains a model and its guide by stochastic variational inference.
+
+    Each row of the history has: `loss` (mean over the epoch of what was minimised), `bound` (the
+    ELBO of up to 1000 training data, the same data and the same draws after every epoch),
+    `reconstruction` and `kl` (its two parts, E log p(x|z) and E log q(z|x) - log p(z)), `bound_se`,
+    the same for the held-out data as `validation_*`, `seconds` and `data_passes`. All are nats per
+    datum. Where latents are summed out of the model the parts are absent. For a guide without a
+    density (a `Delta`), and where log weights cannot be had, `bound` is the negative loss, is
+    labelled an objective, and the parts and `bound_se` are absent.
+
+    Args:
+        model: The generative program, called as `model(x)`.
+        guide: The program of the approximate posterior.
+        x: The data; a tuple for several arguments, a dict for keywords. Tensors as long as the
+            first are cut into mini-batches together.
+        loss: Any Pyro ELBO, Pyro's own or ours; `Trace_ELBO()` if None.
+        optimizer: A function from parameters to a torch optimizer
+            (`functools.partial(torch.optim.SGD, lr=0.1)`), or a `PyroOptim`. If None, one fused
+            Adam.
+        learning_rate: For the default optimizer, or for each epoch (counted from 0) if it is a
+            function.
+        epochs: Passes over the data.
+        batch_size: Data in a mini-batch. None means 128 where every latent belongs to a datum and
+            the guide is amortised, else all data at once.
+        seed: Seeds initial draws, shuffling and particles; the caller's random state is left alone.
+        validation: Held-out data as the model takes them: `transform` is not applied.
+        evaluate_every: Epochs between rows of the history.
+        patience: Stops when the validation bound has not risen for so many evaluations; at the end
+            the best parameters are put back.
+        warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1 (Bowman et al.
+            2016); ELBOs only.
+        transform: Applied to the first tensor of each mini-batch with a generator, such as dynamic
+            binarisation.
+        device: Where modules and data are moved first; None leaves them.
+        checkpoint: A run folder, written every `checkpoint_every` epochs, at the end and on Ctrl-C.
+            One that holds a run already is refused unless `resume` is set.
+        checkpoint_every: Epochs between checkpoints.
+        resume: Goes on from `checkpoint`, to `epochs` in all. Random numbers that programs take
+            from NumPy or `random` are not part of it; those of torch are.
+        config: Further facts for the run folder's `config.json` (such as the name of the data).
+        progress: Shows a bar where stderr is a terminal.
+
+    Returns:
+        The fitted programs and the history. Modules that were passed in have their weights updated
+        as well. Ctrl-C ends training after the step at hand and returns what was reached (`status`
+        "interrupted"); a second Ctrl-C ends it at once, without writing to `checkpoint`.
+
+    Raises:
+        ProgramError: If a parameter that the programs use was never registered, a latent of the
+            model is missing from the guide, or mini-batches were asked for a model with global
+            latents or a guide with parameters for each datum.
+        TrainingError: If the loss or a gradient is not finite.
+        ValueError: If an argument is out of its range.
+        CheckpointError: If `resume` finds no run to go on from, or another than this one; or if
+            `checkpoint` holds a run and `resume` is not set.
+    """
+    settings = FitSettings(
+        loss=loss,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        warmup_epochs=warmup_epochs,
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        config=config or {},
+    )
+    if patience is not None and validation is None:
+        raise ValueError("patience watches the validation bound; pass validation=held_out_data")
+    if warmup_epochs > epochs:
+        warnings.warn(
+            f"KL warm-up of {warmup_epochs} epochs is longer than training ({epochs}): the full "
+            "bound is never optimised",
+            stacklevel=2,
+        )
+    start, model, guide = unwrap_programs(model, guide)
+    if device is not None:
+        for program in (model, guide):
+            for module in modules_of(program):
+                module.to(device)
+        x, validation = move_data(x, device), move_data(validation, device)
+    check_module_names(model, guide)
+    with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
+        store = pyro.get_param_store()
+        caller = store.get_state()
+        own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
+        store.set_state({**caller, "params": own})
+        store.set_state(start)
+        run = _Run(model, guide, TrainingData(x, transform, seed), validation, settings)
+        if resume:
+            run.load()
+        run.train(progress)
+        return run.result()
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """What changes while training, apart from tensors; JSON can hold it."""
+
+    epoch: int = 0
+    position: int = 0
+    loss_sum: float = 0.0
+    loss_data: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    stale: int = 0
+    status: Literal["finished", "stopped early", "interrupted"] = "interrupted"
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """One call of `fit`: set up, train, and hand over."""
+
+    model: Program
+    guide: Program
+    data: TrainingData
+    validation: Any
+    settings: FitSettings
+
+    def __post_init__(self) -> None:
+        asked = self.settings
+        self.state = _State()
+        self.order: Tensor | None = None
+        self.best_values: dict[str, Tensor] = {}
+        self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
+        self.prepared = prepare(
+            self.model,
+            self.guide,
+            self.data,
+            loss=self.loss,
+            batch_size=asked.batch_size,
+            warmup_epochs=asked.warmup_epochs,
+        )
+        self.loss.max_plate_nesting = self.prepared.max_plate_nesting
+        self.optim = make_optimizer(asked.optimizer, asked.learning_rate)
+        self.optim.add(self._parameters().values())
+        for parameter in self._parameters().values():
+            parameter.grad = None  # SVI would add to what a caller left there
+        losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
+        self.svi = SVI(self.model, self.guide, self.optim, *losses)
+        if self.validation is not None:  # what does not fit should not be found out after an epoch
+            self._bound(check_held_out(self.prepared, self.validation))
+        self.data_sha256 = self.data.sha256()  # once: data may be large
+
+    # -- training
+
+    def train(self, progress: bool) -> None:
+        state, asked = self.state, self.settings
+        if state.status == "stopped early" or state.epoch >= asked.epochs:
+            if state.status != "stopped early":
+                state.status = "finished"
+            self._go_back()
+            return
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        bar = tqdm(
+            total=asked.epochs,
+            initial=state.epoch,
+            unit="epoch",
+            disable=not (progress and terminal),
+            leave=False,
+        )
+        state.status = "interrupted"
+        with bar, deferred_interrupt() as interrupted:
+            try:
+                while state.status == "interrupted" and self._epoch(interrupted):
+                    bar.update()
+                    self._show(bar)
+                    if asked.patience is not None and state.stale >= asked.patience:
+                        state.status = "stopped early"
+                    elif state.epoch == asked.epochs:
+                        state.status = "finished"
+                    elif state.epoch % asked.checkpoint_every == 0:
+                        self._save(self._training_tensors())
+            except KeyboardInterrupt:  # in the middle of a step, which no file should hold
+                return
+            tensors = self._training_tensors()
+            self._go_back()
+            self._save(tensors)
+
+    def _keeps_best(self) -> bool:
+        """Whether the parameters at the end are those of the best row, not of the last."""
+        return self.settings.patience is not None and self.state.status != "interrupted"
+
+    def _go_back(self) -> None:
+        """Puts the best parameters back at the end."""
+        if self._keeps_best() and self.best_values:
+            self._set_values(self.best_values)
+
+    def _epoch(self, interrupted: Callable[[], bool]) -> bool:
+        """Trains to the end of the epoch at hand; False if Ctrl-C came first."""
+        state, length, size = self.state, self.data.length, self.prepared.batch_size
+        steps = math.ceil(length / size)
+        if self.order is None:
+            self.order = torch.randperm(length, generator=self.data.shuffler)
+        if callable(self.settings.learning_rate):
+            self.optim.set_learning_rate(self.settings.learning_rate(state.epoch))
+        # The first epoch makes Pyro's checks.
+        with nullcontext() if state.epoch == 0 else without_validation():
+            while state.position < steps:
+                started = time.perf_counter()
+                index = self.order[state.position * size : (state.position + 1) * size]
+                args, kwargs = as_arguments(self.data.batch(index if size < length else None))
+                with self._annealing(state.epoch + state.position / steps):
+                    loss = self.svi.step(*args, **kwargs)
+                share = len(index) / self.prepared.num_data(len(index))
+                state.loss_sum += (loss[0] if isinstance(loss, tuple) else loss) * share
+                state.loss_data += len(index)
+                state.position += 1
+                state.seconds += time.perf_counter() - started
+                if interrupted():
+                    return False
+        state.epoch, state.position, self.order = state.epoch + 1, 0, None
+        if state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.settings.epochs:
+            self._evaluate()
+        return True
+
+    def _annealing(self, epoch: float) -> Any:
+        warmup_epochs = self.settings.warmup_epochs
+        if epoch >= warmup_epochs:
+            return nullcontext()
+        return ScaledLatents(max(epoch / warmup_epochs, 1e-3))
+
+    def _show(self, bar: Any) -> None:
+        if not bar.disable and self.state.history:
+            row = self.state.history[-1]
+            rate = self.data.length * self.state.epoch / max(self.state.seconds, 1e-9)
+            shown = {"bound": f"{row['bound']:.2f}", "data/s": f"{rate:.3g}"}
+            if "validation_bound" in row:
+                shown["held out"] = f"{row['validation_bound']:.2f}"
+            bar.set_postfix(shown)
+
+    # -- evaluation, which moves nothing
+
+    def _evaluate(self) -> None:
+        state, found = self.state, self.prepared
+        passes = float(state.epoch)
+        if found.subsampled is not None and found.batch_size == self.data.length:
+            passes *= found.subsampled.size / found.subsampled.full_size
+        row: dict[str, Any] = {
+            "epoch": state.epoch,
+            "seconds": state.seconds,
+            "data_passes": passes,
+            "loss": state.loss_sum / max(state.loss_data, 1),
+        }
+        state.loss_sum, state.loss_data = 0.0, 0
+        rows = min(self.data.length, _EVALUATION_DATA) if found.takes_some else self.data.length
+        row |= self._bound(self.data.first(rows, stream=3))
+        row["measure"] = found.structure.measure if found.structure is not None else "mixed"
+        if self.validation is not None:
+            held_out = self._bound(self.validation)
+            row |= {f"validation_{name}": value for name, value in held_out.items()}
+            if state.best is None or held_out["bound"] > state.best:
+                state.best, state.stale = held_out["bound"], 0
+                if self.settings.patience is not None:
+                    self.best_values = {n: v.detach().clone() for n, v in self._values().items()}
+            else:
+                state.stale += 1
+        state.history.append(row)
+
+    def _bound(self, x: Any) -> dict[str, float]:
+        """The ELBO per datum by one particle, its parts and its standard error over data."""
+        arguments, length = as_arguments(x), batch_length(x)
+        structure = self.prepared.structure
+        evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
+        with torch.no_grad(), keep_random_state(), evaluation:
+            pyro.set_rng_seed(self.settings.seed)
+            if structure is None:
+                value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
+                value = value[0] if isinstance(value, tuple) else value
+                return {"bound": -float(value) / self.prepared.num_data(length)}
+            log_p, log_q, parts = run_programs(self.model, self.guide, arguments, structure, 1)
+            per = 1.0 if not self.prepared.joint else 1.0 / length
+            log_weights = (log_p - log_q)[0] * per
+            found = {"bound": float(log_weights.mean())}
+            if parts:
+                found["reconstruction"] = float(parts["likelihood"].mean()) * per
+                found["kl"] = float((log_q - parts["prior"]).mean()) * per
+            if len(log_weights) > 1:
+                found["bound_se"] = float(log_weights.std() / math.sqrt(len(log_weights)))
+            return found
+
+    # -- parameters and files
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Unconstrained parameters by name: the tensors that the optimizer moves."""
+        named = pyro.get_param_store().named_parameters()
+        return {name: value for name, value in named if name not in self.prepared.foreign}
+
+    def _values(self) -> dict[str, Tensor]:
+        """Parameters and the buffers of modules (running means): all that training moves."""
+        values = {f"parameter.{name}": p for name, p in self._parameters().items()}
+        for place, module in enumerate(self.prepared.modules):
+            for name, buffer in module.named_buffers(recurse=False):
+                values[f"buffer.{place}.{name}"] = buffer
+        return values
+
+    @torch.no_grad()
+    def _set_values(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self._values().items():
+            value.copy_(values[name])
+
+    def _config(self) -> dict[str, Any]:
+        """What config.json says."""
+        asked = self.settings
+        rate = asked.learning_rate if asked.optimizer is None else None  # it has one of its own
+        return {
+            "format": FORMAT,
+            "model": describe_programs(self.model, self.guide),
+            **asked.config,
+            "fit": {
+                "loss": type(self.loss).__name__,
+                "loss_options": loss_options(self.loss),
+                "num_particles": self.loss.num_particles,
+                "optimizer": self.optim.name,
+                "learning_rate": "a function" if callable(asked.learning_rate) else rate,
+                "optimizer_arguments": self.optim.arguments,
+                "epochs": asked.epochs,
+                "batch_size": self.prepared.batch_size,
+                "seed": asked.seed,
+                "patience": asked.patience,
+                "warmup_epochs": asked.warmup_epochs,
+                "evaluate_every": asked.evaluate_every,
+                "num_data": self.data.length,
+                "data_sha256": self.data_sha256,
+                "num_threads": torch.get_num_threads(),
+                "dtype": str(next(iter(self._parameters().values())).dtype).removeprefix("torch."),
+            },
+        }
+
+    def _training_tensors(self) -> dict[str, Tensor]:
+        """All that going on needs, copied; nothing where no file is to hold it."""
+        if self.settings.checkpoint is None:
+            return {}
+        parameters = self._parameters()
+        tensors = self._values()
+        tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
+        tensors |= {f"optimizer.{n}": value for n, value in self.optim.tensors(parameters).items()}
+        states = {"torch": torch.get_rng_state(), **self.data.random_states()}
+        tensors |= {f"random.{name}": state for name, state in states.items()}
+        if self.order is not None:
+            tensors["order"] = self.order
+        return {name: value.detach().clone() for name, value in tensors.items()}
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The parameters as users see them (constrained), by name."""
+        store = pyro.get_param_store()
+        return {n: v for n, v in store.items() if n not in self.prepared.foreign}
+
+    def _save(self, training: Mapping[str, Tensor]) -> None:
+        if self.settings.checkpoint is None:
+            return
+        owner, rows = common_owner(self.model, self.guide), self.state.history
+        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
+        write_run(
+            self.settings.checkpoint,
+            config=self._config(),
+            weights=owner.state_dict() if owner is not None else self._stored(),
+            training=training,
+            state=asdict(self.state),
+            history=rows,
+            reached=rows[best_row(bounds) if bounds else -1] if rows else None,
+        )
+
+    def load(self) -> None:
+        """Takes up what the run folder holds."""
+        folder = self.settings.checkpoint
+        assert folder is not None
+        tensors, metadata = load_tensors(folder / "training.safetensors")
+        check_same_run(folder, metadata, self._config())
+        wanted = {name: tuple(value.shape) for name, value in self._values().items()}
+        kinds = ("parameter.", "buffer.")
+        saved = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(kinds)}
+        if wanted != saved:
+            raise CheckpointError(
+                f"the parameters in {folder} are not those of this model and guide; resume with "
+                "the programs of that run"
+            )
+        self._set_values(tensors)
+        self.best_values = _part(tensors, "best.")
+        self.optim.restore(_part(tensors, "optimizer."), self._parameters())
+        torch.set_rng_state(tensors["random.torch"])
+        self.data.set_random_states(_part(tensors, "random."))
+        self.order = tensors.get("order")
+        self.state = _State(**metadata["state"])
+        begun = metadata["config"]["fit"]["epochs"]
+        if self.state.status == "stopped early" and self.settings.epochs > begun:
+            self.state.status, self.state.stale = "interrupted", 0  # asked to go on all the same
+
+    def result(self) -> Fit:
+        state = {
+            part: {n: value for n, value in values.items() if n not in self.prepared.foreign}
+            for part, values in pyro.get_param_store().get_state().items()
+        }
+        config, seed = self._config(), self.settings.seed
+        for parameter in self._parameters().values():
+            parameter.grad = None
+        return Fit(
+            model=FittedProgram(self.model, state),
+            guide=FittedProgram(self.guide, state),
+            history=history_result(self.state.history, config, seed, self.data_sha256),
+            config=config,
+            parameters={n: v.detach().clone() for n, v in self._stored().items()},
+            status=self.state.status,
+        )
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,259 @@
+"""Annealed importance sampling, forward and back, against closed forms."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae import log_evidence, log_weights
+from pyro_vae.diagnostics.evidence import annealing
+from pyro_vae.diagnostics.evidence.annealing import (
+    Annealing,
+    annealed_weights,
+    reduce_forward,
+    reduce_reverse,
+    temperatures,
+)
+from pyro_vae.inference.log_weights import importance_bound
+from pyro_vae.inference.mcmc import Tempered
+from pyro_vae.inference.mcmc.hmc import Transition
+from pyro_vae.inference.programs import (
+    Potential,
+    ProgramError,
+    latent_potential,
+    program_scope,
+    simulate,
+)
+from pyro_vae.models import VAE, LinearGaussian
+
+N, D, H = 6, 5, 3
+STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
+
+
+@pytest.fixture
+def linear():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(D, H, generator=generator)
+    return LinearGaussian.from_parameters(
+        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
+    )
+
+
+def exact_log_evidence(linear, x):
+    covariance = linear.weight @ linear.weight.T + 0.5 * torch.eye(D)
+    return torch.distributions.MultivariateNormal(linear.bias, covariance).log_prob(x).detach()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(2)) * 1.5
+
+
+@pytest.mark.parametrize("start", ["prior", "guide"])
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
+def test_weights_are_unbiased_on_the_natural_scale(linear, x, start, schedule):
+    settings = Annealing(
+        num_chains=400, num_temperatures=12, num_leapfrog=3, start=start, schedule=schedule
+    )
+    with torch.no_grad(), program_scope(0):
+        potential = latent_potential(linear.model, linear.best_diagonal_guide, x)
+        weights = annealed_weights(potential, settings)["forward"]
+    relative = (weights - exact_log_evidence(linear, x)).exp()
+    error = relative.std(0) / math.sqrt(len(relative))
+    assert ((relative.mean(0) - 1).abs() < STANDARD_ERRORS * error).all()
+    assert (relative.mean() - 1).abs() < STANDARD_ERRORS * error.norm() / N
+    wrong = relative * math.exp(0.5)  # evidence wrong by half a nat
+    assert (wrong.mean() - 1).abs() > STANDARD_ERRORS * 1.65 * error.norm() / N
+
+
+def test_reverse_weights_are_unbiased_for_the_inverse(linear):
+    """Over exact draws: each datum repeated, with a posterior draw of its own."""
+    repeats = 150
+    x = torch.randn(2, D).repeat_interleave(repeats, 0)
+    exact = linear.posterior(x).sample()[None].detach()
+    settings = Annealing(num_chains=2, num_temperatures=12, num_leapfrog=3)
+    with torch.no_grad(), program_scope(0):
+        potential = latent_potential(linear.model, None, x)
+        weights = annealed_weights(potential, settings, exact)["reverse"]
+    relative = (exact_log_evidence(linear, x) - weights).exp().mean(0).reshape(2, repeats)
+    error = relative.std(1) / math.sqrt(repeats)
+    assert ((relative.mean(1) - 1).abs() < STANDARD_ERRORS * error).all()
+    wrong = relative * math.exp(-1.0)  # evidence wrong by one nat
+    error = wrong.std(1) / math.sqrt(repeats)
+    assert ((wrong.mean(1) - 1).abs() > STANDARD_ERRORS * error).all()
+
+
+def test_result_is_within_its_errors_and_labelled(linear, x):
+    found = log_evidence(
+        linear.model, None, x, method="annealed", num_temperatures=60, num_leapfrog=5, num_chains=24
+    )
+    exact = exact_log_evidence(linear, x).numpy()
+    assert (abs(found.log_evidence - exact) < STANDARD_ERRORS * found.log_evidence_se).all()
+    assert (abs(found.log_evidence - exact - 2) > STANDARD_ERRORS * found.log_evidence_se).all()
+    quantity = found.quantity("log_evidence")
+    assert (quantity.bound, quantity.num_particles, quantity.measure) == ("lower", 24, "real")
+    config = found.provenance["config"]
+    assert (config["schedule"], config["num_temperatures"], config["start"]) == (
+        "sigmoid",
+        60,
+        "prior",
+    )
+    assert ((found.acceptance > 0.4) & (found.acceptance < 0.9)).all()
+
+
+def test_beats_importance_sampling_at_equal_budget_where_the_guide_is_poor(monkeypatch):
+    """A peaked posterior and a guide that sits beside it; model evaluations are counted."""
+    latent_dim = 16
+    weight = torch.randn(20, latent_dim, generator=torch.Generator().manual_seed(3)) / 4
+    linear = LinearGaussian.from_parameters(weight, torch.zeros(20), torch.tensor(0.2))
+    x = linear.sample(5)
+
+    def poor(x):
+        q = linear.best_diagonal_posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(q.mean + 2 * q.stddev, q.stddev).to_event(1))
+
+    chains = 8
+    settings = Annealing(num_chains=chains, num_temperatures=200, num_leapfrog=4)
+    evaluations = 0
+
+    plain = Potential.log_densities
+
+    def counting(self, u, start="prior"):
+        nonlocal evaluations
+        evaluations += len(u)
+        return plain(self, u, start)
+
+    monkeypatch.setattr(Potential, "log_densities", counting)
+    monkeypatch.setattr(annealing, "Tempered", partial(Tempered, capture=False))
+    with torch.no_grad(), program_scope(0):
+        potential = latent_potential(linear.model, poor, x)
+        annealed = reduce_forward(annealed_weights(potential, settings)["forward"])
+    with torch.no_grad():
+        bound = importance_bound(log_weights(linear.model, poor, x, evaluations, seed=0))
+    exact = linear.log_evidence(x).detach()
+    assert evaluations > 200 * chains
+    assert (annealed["log_evidence"].mean() - bound.mean()) > 0.5
+    assert (exact - annealed["log_evidence"]).mean() < (exact - bound).mean() / 2
+
+
+def bidirectional(linear, x, **settings):
+    """Lower and upper bounds of simulated data, and their exact evidence."""
+    with torch.no_grad(), program_scope(0):
+        drawn = simulate(linear.model, x)
+        data = drawn.arguments[0][0]
+        potential = latent_potential(drawn.model, None, data)
+        exact = potential.unconstrain(drawn.latents)
+        found = annealed_weights(potential, Annealing(**settings), exact)
+    lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
+    return lower["log_evidence"], upper["log_evidence"], exact_log_evidence(linear, data)
+
+
+def test_the_interval_covers_the_truth_and_catches_chains_that_do_not_move(linear, monkeypatch):
+    x = torch.zeros(40, D)
+    settings: dict[str, Any] = {"num_chains": 8, "num_temperatures": 60, "num_leapfrog": 4}
+    lower, upper, exact = bidirectional(linear, x, **settings)
+    low_error, high_error = ((exact - t).std() / math.sqrt(len(x)) for t in (lower, upper))
+    assert lower.mean() < exact.mean() + STANDARD_ERRORS * low_error
+    assert upper.mean() > exact.mean() - STANDARD_ERRORS * high_error
+    assert (upper - lower).mean() < 0.5
+
+    def stay(target, point, step_size, **_):
+        still = torch.zeros_like(point.log_density)
+        return Transition(point, still, still.bool())
+
+    monkeypatch.setattr(annealing, "hmc_step", stay)
+    lower, upper, exact = bidirectional(linear, x, **settings)
+    assert (upper - lower).mean() > 1.5  # nats: the interval gives the broken chains away
+    assert lower.mean() < exact.mean() < upper.mean()
+
+
+def test_bidirectional_result(linear, x):
+    settings: dict[str, Any] = {"num_chains": 4, "num_temperatures": 30, "num_leapfrog": 3}
+    found = log_evidence(linear.model, None, x, method="bidirectional", **settings)
+    assert found.simulated_upper.sizes == {"simulation": N}
+    gap = found.quantity("error_bound")
+    assert gap.value == pytest.approx(float((found.simulated_upper - found.simulated_lower).mean()))
+    assert (gap.bound, found.quantity("log_evidence").bound) == ("upper", "lower")
+    assert "real data may err by more" in found.summary()
+    from_guide = log_evidence(
+        linear.model, linear.guide, x, method="bidirectional", start="guide", **settings
+    )
+    assert from_guide.log_evidence.notnull().all()
+
+
+def test_schedules():
+    assert temperatures(4, "linear") == [0.0, 0.25, 0.5, 0.75, 1.0]
+    path = temperatures(10, "sigmoid")
+    low, middle = 1 / (1 + math.exp(4)), 1 / (1 + math.exp(4 * 0.8))
+    assert path[1] == pytest.approx((middle - low) / (1 - 2 * low))
+    assert path[0] == 0
+    assert path[5] == pytest.approx(0.5)
+    assert path[-1] == 1
+    assert temperatures(1, "sigmoid") == [0.0, 1.0]
+
+
+def test_one_chain_one_temperature_one_datum_and_an_impossible_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("x", torch.where(x > 100, 0.0 * z, 1.0).log())
+
+    small: dict[str, Any] = {"method": "annealed", "num_chains": 1, "num_temperatures": 1}
+    one = log_evidence(model, None, torch.tensor([1.0]), **small)
+    assert one.log_evidence.values.tolist() == [0.0]
+    assert math.isnan(one.log_evidence_se[0])
+    small = {"method": "annealed", "num_chains": 3, "num_temperatures": 5}
+    both = log_evidence(model, None, torch.tensor([1.0, 200.0]), **small)
+    assert both.log_evidence.values == pytest.approx([0.0, -math.inf])
+    assert both.quantity("log_evidence").value == -math.inf
+    assert "for 1 of 2 data" in both.summary()
+
+
+def test_a_step_size_that_makes_chains_diverge_gives_finite_bounds(linear, x):
+    found = log_evidence(
+        linear.model, None, x, method="annealed", num_temperatures=5, step_size=1e8, num_chains=4
+    )
+    assert found.log_evidence.notnull().all()
+    assert (found.log_evidence < 0).all()
+
+
+def test_a_guide_without_a_density_is_sent_to_the_prior(linear, x):
+    guide = pyro.infer.autoguide.AutoNormal(linear.model)
+    guide(x)
+    with pytest.raises(ProgramError, match="start='prior'"):
+        log_evidence(linear.model, guide, x, method="annealed", start="guide")
+    found = log_evidence(linear.model, guide, x, method="annealed", num_temperatures=3)
+    assert found.sizes["datum"] == N
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "cosine"}, "'linear' or 'sigmoid'"),
+        ({"start": "moon"}, "'prior' or 'guide'"),
+        ({"num_temperatures": 0}, "positive integer"),
+        ({"target_accept": 0.0}, "between 0 and 1"),
+        ({"step_size": 0.0}, "step_size must be positive"),
+        ({"num_particles": 3}, "no setting 'num_particles'; it has num_chains"),
+        ({"start": "guide"}, "needs the density of a guide"),
+    ],
+)
+def test_bad_settings(linear, x, options, message):
+    with pytest.raises(ValueError, match=message):
+        log_evidence(linear.model, None, x, method="annealed", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.float32
+def test_single_precision(x):
+    vae = VAE(6, 2, hidden=(4,))
+    data = (torch.rand(5, 6) < 0.5).float()
+    found = log_evidence(vae.model, None, data, method="annealed", num_temperatures=40)
+    truth = log_evidence(vae.model, None, data, method="quadrature", tolerance=1e-4)
+    error = STANDARD_ERRORS * found.log_evidence_se + 1e-3
+    assert (abs(found.log_evidence - truth.log_evidence) < error).all()

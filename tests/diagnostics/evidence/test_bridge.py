@@ -1,0 +1,112 @@
+"""Bridge sampling against closed forms."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae import log_evidence
+from pyro_vae.diagnostics.evidence.bridge import bridge_evidence
+from pyro_vae.models import LinearGaussian
+
+N, D, H = 6, 5, 3
+STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
+
+
+@pytest.fixture
+def linear():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(D, H, generator=generator)
+    return LinearGaussian.from_parameters(
+        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
+    )
+
+
+@pytest.fixture
+def x():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(2)) * 1.5
+
+
+def exact_log_evidence(linear, x):
+    covariance = linear.weight @ linear.weight.T + 0.5 * torch.eye(D)
+    return torch.distributions.MultivariateNormal(linear.bias, covariance).log_prob(x).detach()
+
+
+def log_ratios(shift, chains, draws, data):
+    """Posterior N(0, 1), proposal N(shift, 1), p(x) = e^3: log p(x, z) - log q(z) at both."""
+
+    def ratio(z):
+        return 3 - z**2 / 2 + (z - shift) ** 2 / 2
+
+    posterior = ratio(torch.randn(chains, draws, data))
+    return posterior, ratio(torch.randn(chains * draws, data) + shift)
+
+
+def test_standard_errors_are_the_spread_over_data_and_cover_the_truth():
+    value, error = bridge_evidence(*log_ratios(1.5, 2, 250, 400))
+    scores = (value - 3) / error
+    assert scores.abs().max() < STANDARD_ERRORS
+    # The variance of 400 scores has a relative standard error of sqrt(2/399) = 0.07.
+    assert abs(scores.var() - 1) < STANDARD_ERRORS * 0.07
+    assert abs(scores.mean()) < STANDARD_ERRORS / math.sqrt(400)
+    assert abs(((value - 3.05) / error).mean()) > STANDARD_ERRORS / math.sqrt(400)
+
+
+def test_a_proposal_equal_to_the_posterior_is_exact_and_a_far_one_still_converges():
+    value, error = bridge_evidence(*log_ratios(0.0, 2, 50, 3))
+    assert value.tolist() == pytest.approx([3.0] * 3, abs=1e-10)
+    assert (error < 1e-10).all()
+    value, error = bridge_evidence(*log_ratios(4.0, 4, 2000, 5))
+    assert ((value - 3).abs() < STANDARD_ERRORS * error).all()
+
+
+@pytest.mark.parametrize("proposal", ["guide", "normal"])
+def test_linear_gaussian(linear, x, proposal):
+    found = log_evidence(
+        linear.model,
+        linear.best_diagonal_guide,
+        x,
+        method="bridge",
+        proposal=proposal,
+        num_samples=150,
+        num_warmup=150,
+        num_leapfrog=6,
+    )
+    exact = exact_log_evidence(linear, x).numpy()
+    assert (abs(found.log_evidence - exact) < STANDARD_ERRORS * found.log_evidence_se).all()
+    assert (abs(found.log_evidence - exact - 0.5) > STANDARD_ERRORS * found.log_evidence_se).all()
+    assert (found.log_evidence_se < 0.1).all()
+    assert "no bound" in found.summary()
+
+
+def test_without_a_guide_a_normal_is_fitted_and_bad_chains_are_told(linear, x):
+    found = log_evidence(
+        linear.model, None, x, method="bridge", num_samples=8, num_warmup=0, num_chains=2
+    )
+    assert found.provenance["config"]["proposal"] == "normal"
+    assert found.log_evidence.notnull().all()
+    assert "R-hat is above 1.05" in found.summary()
+
+
+def test_masked_latents_are_left_out():
+    data = torch.randn(3, 2)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+
+    def model(x):
+        with pyro.plate("data", 3, dim=-2), pyro.plate("parts", 2, dim=-1):
+            with pyro.poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = log_evidence(
+        model, None, data, method="bridge", num_samples=150, num_warmup=100, num_leapfrog=6
+    )
+    exact = (dist.Normal(0.0, 2**0.5).log_prob(data) * mask).sum(1).numpy()
+    assert (abs(found.log_evidence - exact) < STANDARD_ERRORS * found.log_evidence_se).all()
+
+
+def test_bad_proposal(linear, x):
+    with pytest.raises(ValueError, match="'guide' or 'normal'"):
+        log_evidence(linear.model, None, x, method="bridge", proposal="flow")

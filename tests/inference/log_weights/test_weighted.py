@@ -1,0 +1,140 @@
+"""What importance weights say of a Gaussian guide, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pyro_vae.diagnostics.posterior.assess import Limits
+from pyro_vae.inference.log_weights import weighted_columns
+
+S, N, H = 4000, 6, 2
+STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
+LOG_EVIDENCE = -12.3
+
+
+def drawn(loc, scale, draws=S):
+    """Draws of N(loc, scale^2) in H dimensions for a standard normal posterior, and log weights."""
+    q, p = Normal(loc, scale), Normal(torch.tensor(0.0), torch.tensor(1.0))
+    z = q.sample((draws, N, H))
+    return z, (p.log_prob(z) - q.log_prob(z)).sum(-1) + LOG_EVIDENCE
+
+
+# Narrower ones have weights so heavy that normal theory needs more draws.
+GUIDES = [(0.5, 1.0), (0.0, 1.5), (-0.3, 0.9)]
+
+
+@pytest.mark.parametrize(("loc", "scale"), GUIDES)
+def test_divergences_are_those_of_gaussians(loc, scale):
+    q, p = Normal(torch.tensor(loc), torch.tensor(scale)), Normal(torch.zeros(()), torch.ones(()))
+    found = weighted_columns(*drawn(q.loc, q.scale))
+    exact = {
+        "kl_guide_posterior": H * kl_divergence(q, p),
+        "kl_posterior_guide": H * kl_divergence(p, q),
+    }
+    for name, expected in exact.items():
+        error, se = found[name] - expected, found[f"{name}_se"]
+        assert (error.abs() < STANDARD_ERRORS * se).all(), name
+        assert ((error + 0.2).abs() > STANDARD_ERRORS * se).any(), name
+
+
+@pytest.mark.parametrize("shift", [0.25, 1.0])
+def test_total_variation_of_shifted_normals(shift):
+    q = Normal(torch.tensor(shift), torch.tensor(1.0))
+    found = weighted_columns(*drawn(q.loc, q.scale))
+    exact = 2 * Normal(0.0, 1.0).cdf(torch.tensor(math.sqrt(H) * shift / 2)) - 1
+    error = found["total_variation"] - exact
+    assert (error.abs() < STANDARD_ERRORS * found["total_variation_se"]).all()
+    assert ((error + 0.1).abs() > STANDARD_ERRORS * found["total_variation_se"]).all()
+
+
+@pytest.mark.parametrize(("loc", "scale"), GUIDES)
+def test_corrected_moments_are_those_of_the_posterior(loc, scale):
+    found = weighted_columns(*drawn(torch.tensor(loc), torch.tensor(scale)))
+    exact = {
+        "mean": loc,
+        "sd": scale,
+        "corrected_mean": 0.0,
+        "corrected_sd": 1.0,
+        "mean_correction": loc,
+        "scale_correction": math.log(scale),
+    }
+    for name, expected in exact.items():
+        score = (found[name] - expected) / found[f"{name}_se"]
+        assert score.abs().max() < STANDARD_ERRORS, name
+    wrong = (found["corrected_mean"] - 0.2) / found["corrected_mean_se"]
+    assert wrong.abs().min() > STANDARD_ERRORS
+
+
+def test_standard_errors_are_the_scatter_over_replications():
+    columns = []
+    for _ in range(60):
+        columns.append(weighted_columns(*drawn(torch.tensor(0.4), torch.tensor(1.2), 500)))
+    # 360 replications of each number (720 of latents): 3.7 % is one standard error of an sd.
+    for name in ("kl_guide_posterior", "kl_posterior_guide", "total_variation", "mean_correction"):
+        values = torch.stack([c[name] for c in columns]).flatten()
+        stated = torch.stack([c[f"{name}_se"] for c in columns]).mean()
+        assert abs(float(stated / values.std()) - 1) < 0.2, name
+    values = torch.stack([c["scale_correction"] for c in columns]).flatten()
+    stated = torch.stack([c["scale_correction_se"] for c in columns]).mean()
+    assert abs(float(stated / values.std()) - 1) < 0.2
+
+
+def test_constant_weights_correct_nothing():
+    z = torch.randn(300, N, H) * 3 + 1e6
+    found = weighted_columns(z, torch.full((300, N), -7.0))
+    assert (found["khat"] == -math.inf).all()
+    assert torch.allclose(found["ess"], torch.tensor(300.0))
+    for name in ("kl_guide_posterior", "kl_posterior_guide", "total_variation"):
+        assert found[name].abs().max() < 1e-12
+    assert found["mean_correction"].abs().max() < 1e-9
+    assert found["scale_correction"].abs().max() < 1e-9
+    assert torch.allclose(found["sd"], z.std(0))
+
+
+def test_impossible_draws_infinite_weights_and_a_single_draw():
+    z, log_weights = drawn(torch.tensor(0.0), torch.tensor(1.3), 200)
+    log_weights[5:20, 0] = -math.inf
+    log_weights[7, 1] = math.inf
+    log_weights[:, 2] = -math.inf
+    found = weighted_columns(z, log_weights)
+    assert found["kl_guide_posterior"][0] == math.inf  # q puts mass where the posterior has none
+    assert found["kl_posterior_guide"][0].isfinite()
+    assert found["total_variation"][0] > 15 / 200
+    assert found["khat"][1] == math.inf
+    assert found["khat"][2].isnan()
+    assert found["corrected_mean"][3:].isfinite().all()
+    assert found["khat"][3:].isfinite().all()
+    one = weighted_columns(z[:1], log_weights[:1])
+    assert one["mean_se"].isnan().all()
+    assert one["khat"].tolist()[3:] == [math.inf] * 3
+
+
+def test_squares_can_be_heavy_where_weights_look_light():
+    """Of a guide half as wide the weights often pass, and the sds that they give are too small."""
+    z, w = drawn(torch.tensor(0.0), torch.tensor(0.5), 1000)
+    for _ in range(10):
+        more = drawn(torch.tensor(0.0), torch.tensor(0.5), 1000)
+        z, w = torch.cat([z, more[0]], 1), torch.cat([w, more[1]], 1)
+    found = weighted_columns(z, w)
+    assert (found["khat_moments"] >= found["khat"]).all()
+    threshold = 1 - 1 / 3
+    limit = Limits().khat_moments
+    passing = found["khat"] <= threshold
+    assert passing.sum() > 5
+    assert (passing & (found["khat_moments"] <= limit)).sum() < passing.sum() / 2
+    # A guide that is right, or wider, passes by both.
+    for scale in (0.99, 1.5):
+        light = weighted_columns(*drawn(torch.tensor(0.0), torch.tensor(scale), 1000))
+        assert (light["khat_moments"] <= limit).all()
+
+
+def test_squares_of_latents_with_few_values_or_none_are_not_heavy():
+    z = torch.bernoulli(torch.full((1000, N, H), 0.3))
+    z[..., 1] = 2.0
+    found = weighted_columns(z, 0.1 * torch.randn(1000, N))
+    assert found["khat_moments"].isfinite().all()
+    assert (found["khat_moments"] <= Limits().khat_moments).all()
+    equal = weighted_columns(torch.randn(1000, N, H), torch.zeros(1000, N))
+    assert (equal["khat_moments"] == -math.inf).all()
