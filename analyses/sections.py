@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pyro_vae.app.pages import Heading, Page, Paragraph, Picture, Table, Verbatim, figure_png
 from pyro_vae.results import atomic_path
+from pyro_vae.results import rows_text as as_text
 
 __all__ = ["Section", "as_text", "mean_and_error", "save_figures", "save_sections"]
 
@@ -47,16 +48,6 @@ def save_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
     for name, figure in figures.items():
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(figure_png(figure))
-
-
-def as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as an aligned table."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

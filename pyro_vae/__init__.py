@@ -100,5 +100,5 @@ if (
 
 
 def __dir__() -> list[str]:
-    """Lists the public names, also those not imported yet."""
-    return sorted({*globals(), *__all__})
+    """Lists the public names, also those not imported yet, and the modules that were imported."""
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "import_module"})

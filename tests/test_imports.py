@@ -341,6 +341,12 @@ def test_the_public_names_are_one_list() -> None:
     assert visible == existing, "the imports for type checkers and _HOME must name the same"
 
 
+def test_dir_lists_public_names_and_modules_only() -> None:
+    shown = {name for name in dir(pyro_vae) if not name.startswith("_")}
+    modules = {name for name in shown if {name, f"pyro_vae.{name}"} & set(sys.modules)}
+    assert shown - modules == set(pyro_vae.__all__)
+
+
 @pytest.mark.parametrize("name", pyro_vae.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     assert getattr(pyro_vae, name).__name__ == name

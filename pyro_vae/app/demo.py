@@ -1,12 +1,19 @@
 """The demonstration: two VAEs on binarised digits, measured on the test set, with a report."""
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_vae.app.report import comparison_rows, run_figures, save_figures, write_report
-from pyro_vae.results import Result
+from pyro_vae.app.report import (
+    comparison_rows,
+    difference_sentences,
+    run_figures,
+    save_figures,
+    write_report,
+)
+from pyro_vae.results import Result, rows_text
 from pyro_vae.runs import (
     Run,
     clear_run,
@@ -37,16 +44,14 @@ class Demo:
     interrupted: bool = False
 
     def table(self) -> str:
-        """The runs side by side, in nats per datum of the test set."""
-        names = ("name", "model", "elbo", "log_evidence", "gap", "unreliable")
+        """The runs side by side, in nats per datum of the test set, and how they differ."""
         heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable k-hat")
         evaluated = list(zip(self.runs, self.evaluations, strict=True))
-        rows = [heads, *([row[name] for name in names] for row in comparison_rows(evaluated))]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        rows = [dict(zip(heads, row.values(), strict=True)) for row in comparison_rows(evaluated)]
+        error = "± is the standard error of the draws, for these test data."
+        differences = difference_sentences(self.runs, self.evaluations)
+        said = [textwrap.fill(text, 100) for text in (error, *differences)]
+        return "\n".join([rows_text(rows), "", *said])
 
 
 def run_demo(

@@ -26,12 +26,21 @@ from pyro_vae.plots import (
     plot_reconstructions,
     plot_samples,
 )
-from pyro_vae.results import IncomparableError, Quantity, Result, atomic_path, write_text
+from pyro_vae.results import (
+    IncomparableError,
+    Quantity,
+    Result,
+    atomic_path,
+    difference_text,
+    paired_difference,
+    write_text,
+)
 from pyro_vae.runs import CheckpointError, Run, load_evaluation, load_run, load_run_data
 
 __all__ = [
     "RunFigure",
     "comparison_rows",
+    "difference_sentences",
     "reproduce_commands",
     "run_figures",
     "save_figures",
@@ -135,7 +144,7 @@ def write_report(
         compared=comparison_rows(
             [(r, e) for r, e in zip(loaded, evaluations, strict=True) if e is not None]
         ),
-        differences=_differences(loaded, evaluations),
+        differences=difference_sentences(loaded, evaluations),
         bounded=not all(map(_is_autoencoder, loaded)),
         points=any(map(_is_autoencoder, loaded)),
         measure_text=" ".join(dict.fromkeys(_MEASURES.get(m, _UNKNOWN_MEASURE) for m in measures)),
@@ -167,23 +176,28 @@ def comparison_rows(evaluated: Sequence[tuple[Run, Result]]) -> list[dict[str, s
     return rows
 
 
-def _differences(runs: Sequence[Run], evaluations: Sequence[Result | None]) -> list[str]:
-    """Each run against the first, as a sentence."""
+def difference_sentences(runs: Sequence[Run], evaluations: Sequence[Result | None]) -> list[str]:
+    """Each run against the first, paired over the data, as sentences.
+
+    Args:
+        runs: The runs.
+        evaluations: What `evaluate_run` found of each; None where it was not called.
+    """
     found = [(run, e) for run, e in zip(runs, evaluations, strict=True) if e is not None]
     sentences = []
     for run, other in found[1:]:
         first, reference = found[0]
         for name in ("elbo", "log_evidence"):
             try:
-                value = other.quantity(name).difference(reference.quantity(name))
+                difference = paired_difference(other, reference, name)
             except IncomparableError as error:
                 sentences.append(f"{run.path.name} against {first.path.name}: {error}")
                 break
-            number, error_text = _rounded(value)
             label = {"elbo": "ELBO", "log_evidence": "log evidence"}[name]
             sentences.append(
-                f"{label}: {run.path.name} minus {first.path.name} is {number} ± {error_text} nats "
-                f"per datum, on the same {value.num_data} data. It compares two lower bounds."
+                f"{label}: {run.path.name} minus {first.path.name} is "
+                f"{difference_text(difference)}. It compares two lower bounds of one training "
+                "each: training seeds are not in it."
             )
     return sentences
 

@@ -25,7 +25,7 @@ from pyro_vae.inference.programs import (
     site_values,
     sum_traces,
 )
-from pyro_vae.results import ArvizGroups
+from pyro_vae.results import ArvizGroups, shapes_text
 
 __all__ = [
     "PosteriorDraws",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PosteriorDraws:
     """Draws of the latents from the guide, per datum.
 
@@ -61,6 +61,23 @@ class PosteriorDraws:
     seed: int | None
     sites: LabelledSites = field(default_factory=LabelledSites)
     weights_ess: Float[Tensor, " batch"] | None = None
+
+    def __repr__(self) -> str:
+        count, data = self.log_joint.shape
+        joint = self.structure.batch_dim is None
+        whose = " joint draws" if joint else f" draws for each of {data:,} data"
+        if self.weights_ess is None:
+            ess, how = effective_sample_size(self.log_weights), "from the guide"
+        else:
+            ess, how = self.weights_ess, "resampled by their weights"
+        ends = f"{float(ess.min()):.4g} to {float(ess.max()):.4g} of a datum"
+        lines = [
+            f"PosteriorDraws: {count:,}{whose}, {how}, seed {self.seed}",
+            f"latents: {shapes_text(self.latents)}",
+            f"data: {shapes_text(self.sites.observed)}",
+            f"effective draws by the weights: {f'{float(ess[0]):.4g}' if joint else ends}",
+        ]
+        return "\n  ".join(lines)
 
     @property
     def log_weights(self) -> Float[Tensor, "draws batch"]:

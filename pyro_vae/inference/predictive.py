@@ -29,7 +29,7 @@ from pyro_vae.inference.programs import (
     site_values,
     without_data,
 )
-from pyro_vae.results import ArvizGroups
+from pyro_vae.results import ArvizGroups, ShortRepr
 
 __all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior"]
 
@@ -55,8 +55,8 @@ class LatentDraws(Protocol):
         """Names of the dims of the draws."""
 
 
-@dataclass(frozen=True)
-class PredictiveDraws:
+@dataclass(frozen=True, repr=False)
+class PredictiveDraws(ShortRepr):
     """Data drawn from the posterior predictive.
 
     Attributes:
@@ -75,8 +75,8 @@ class PredictiveDraws:
         return ArvizGroups({"posterior_predictive": drawn})
 
 
-@dataclass(frozen=True)
-class PriorDraws:
+@dataclass(frozen=True, repr=False)
+class PriorDraws(ShortRepr):
     """Latents drawn from the prior, and data drawn at them.
 
     Attributes:

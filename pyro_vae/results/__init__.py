@@ -17,11 +17,13 @@ standard deviation of nats per datum is no longer a bound.
 
 from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
+from pyro_vae.results.digits import ShortRepr, shapes_text
 from pyro_vae.results.files import atomic_path, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import float32_precision, sha256_of
-from pyro_vae.results.quantity import IncomparableError, Quantity
-from pyro_vae.results.result import Result, load_result
+from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
+from pyro_vae.results.result import Result, load_result, paired_difference
+from pyro_vae.results.table import rows_html, rows_text, summary_html
 
 __all__ = [
     "BOUNDS",
@@ -32,12 +34,19 @@ __all__ = [
     "IncomparableError",
     "Quantity",
     "Result",
+    "ShortRepr",
     "atomic_path",
+    "difference_text",
     "float32_precision",
     "label",
     "load_result",
     "make_result",
+    "paired_difference",
+    "rows_html",
+    "rows_text",
     "sha256_of",
+    "shapes_text",
+    "summary_html",
     "to_arviz",
     "write_text",
 ]

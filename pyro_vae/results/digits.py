@@ -1,8 +1,13 @@
-"""How numbers and their standard errors are written."""
+"""How numbers and their standard errors are written, and how little of tensors is."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-__all__ = ["error_text", "number_text"]
+__all__ = ["ShortRepr", "error_text", "number_text", "shapes_text"]
+
+_MOST_LETTERS = 60  # of a value that is no tensor
 
 
 def number_text(value: float, error: float | None = None) -> str:
@@ -22,3 +27,28 @@ def error_text(error: float) -> str:
     if not math.isfinite(error) or not 1e-9 < error < 1e9:
         return f"{error:.2g}"
     return f"{error:.{max(1 - math.floor(math.log10(error)), 0)}f}"
+
+
+class ShortRepr:
+    """A dataclass (with ``repr=False``) that prints the shapes of its tensors, not their values."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.repr]  # type: ignore[arg-type]
+        values = ", ".join(f"{f.name}={_short(getattr(self, f.name))}" for f in shown)
+        return f"{type(self).__name__}({values})"
+
+
+def shapes_text(values: Mapping[str, Any]) -> str:
+    """Names with the shapes of their tensors: ``z [200, 5, 2], w [200, 5]``."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items()) or "none"
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return str(list(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_short(one)}" for name, one in value.items()) + "}"
+    text = repr(value)
+    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"

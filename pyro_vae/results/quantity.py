@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_vae.results.digits import error_text, number_text
 
-__all__ = ["IncomparableError", "Quantity"]
+__all__ = ["IncomparableError", "Quantity", "difference_text"]
 
 _MEASURE_TEXT = {
     "binary": "probability of binary pixels",
@@ -45,7 +45,7 @@ class IncomparableError(ValueError):
     """Raised when two quantities are compared whose labels say that they differ in kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quantity:
     """One number with everything needed to know what it means.
 
@@ -100,6 +100,9 @@ class Quantity:
         details = list(self._details())
         return f"{text} ({', '.join(details)})" if details else text
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
     def _details(self) -> Iterator[str]:
         if self.bound in ("lower", "upper"):
             sampled = self.num_particles is not None or bool(self.standard_error)
@@ -110,6 +113,8 @@ class Quantity:
             yield self.bound
         if self.standard_error is None and self.bound != "exact":
             yield "Monte-Carlo error unknown"
+        elif " - " in self.name and self.data_standard_error is None and self.num_data != 1:
+            yield "error of the draws alone, not over data: see paired_difference"
         if self.num_particles is not None:
             yield f"{self.num_particles} particle{'s' * (self.num_particles != 1)}"
         if self.num_data is not None:
@@ -161,7 +166,7 @@ class Quantity:
             The difference. Its standard error takes the two as independent: for two numbers from
             the same draws it is too large where they go up and down together. An exact number
             without one counts as having none. Its `data_standard_error` is None, since two means do
-            not tell how the data pair up: subtract the per-datum variables for that.
+            not tell how the data pair up: `paired_difference` of the two results knows.
 
         Raises:
             IncomparableError: If unit, reduction, measure or data differ, or one is an objective
@@ -260,6 +265,27 @@ class Quantity:
             data_standard_error=times(self.data_standard_error),
             **changes,
         )
+
+
+def difference_text(difference: Quantity) -> str:
+    """A difference with its error over the data, and that of the draws alone beside it.
+
+    Args:
+        difference: From `paired_difference`.
+    """
+    paired, drawn = difference.data_standard_error, difference.standard_error
+    error = drawn if paired is None else paired
+    unit = difference.unit + (" per datum" if difference.reduction == "per datum" else "")
+    text = number_text(difference.value, error)
+    if error is None:
+        return f"{text} {unit} (standard error unknown)"
+    text += f" ± {error_text(error)} {unit}"
+    count = difference.num_data
+    if paired is None:
+        data = "the one datum" if count == 1 else "these data"
+        return f"{text} (standard error of the draws alone, for {data})"
+    alone = "" if drawn is None else f"; that of the draws alone is {error_text(drawn)}"
+    return f"{text} (standard error over the {count:,} data, paired{alone})"
 
 
 def _check_dimensions(num_dimensions: int) -> None:

@@ -3,6 +3,7 @@
 import html
 import os
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from pyro_vae.results import labelled
 from pyro_vae.results.disk import read_dataset, save_dataset
 from pyro_vae.results.labels import LABELS
 from pyro_vae.results.quantity import Quantity
-from pyro_vae.results.table import WIDTH, table_html, table_text
+from pyro_vae.results.table import WIDTH, hidden_rows, table_html, table_text
 
-__all__ = ["Result", "load_result"]
+__all__ = ["Result", "load_result", "paired_difference"]
 
 
 def _unlabelled(computed: xr.Dataset, keep_attrs: bool | None = None) -> xr.Dataset:
@@ -170,12 +171,15 @@ class Result(xr.Dataset):
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items()) or "none"
         notes = [textwrap.fill(f"note: {note}", WIDTH) for note in self._notes()]
         verdict = [textwrap.fill(text, WIDTH) for text in self._verdict()]
-        return "\n".join([*verdict, self.table(), f"dimensions: {sizes}", *notes])
+        table = table_text(self, brief=True)
+        rest = f"; all {rows:,} rows in table()" if (rows := hidden_rows(self)) else ""
+        return "\n".join([*verdict, table, f"dimensions: {sizes}{rest}", *notes])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in self._notes())
         verdict = "".join(f"<p>{html.escape(text)}</p>" for text in self._verdict())
-        return f"<div>{verdict}{table_html(self)}<ul>{notes}</ul></div>{super()._repr_html_()}"
+        table = table_html(self, brief=True)
+        return f"<div>{verdict}{table}<ul>{notes}</ul></div>{super()._repr_html_()}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the result to a NetCDF file, wholly or not at all.
@@ -197,6 +201,36 @@ class Result(xr.Dataset):
                 left as it was.
         """
         return save_dataset(self, path)
+
+
+def paired_difference(first: Result, second: Result, name: str) -> Quantity:
+    r"""The mean difference of a variable between two results of the same data, paired over them.
+
+    .. math:: \bar d = \frac1N \sum_n (a_n - b_n), \qquad
+              \text{data\_standard\_error} = \mathrm{sd}(a_n - b_n) / \sqrt N
+
+    The second says how the difference would move with other data; the draws behind the values are
+    in it, another training of either model is not.
+
+    Args:
+        first: What is measured against `second`.
+        second: Of the same data in the same order.
+        name: A labelled variable with the dimension ``datum`` alone.
+
+    Returns:
+        The difference, with both errors; its `standard_error`, that of the draws alone, takes the
+        draws of the two as independent.
+
+    Raises:
+        IncomparableError: If the two differ in unit, measure or data.
+        ValueError: If the variable has no value for each datum.
+    """
+    difference = first.quantity(name).difference(second.quantity(name))
+    values = [result[name].values.astype(np.float64) for result in (first, second)]
+    if first[name].dims != ("datum",):
+        raise ValueError(f"{name} has no value for each datum to pair: compare its quantities.")
+    spread = labelled.spread_error(values[0] - values[1], difference.value)
+    return replace(difference, data_standard_error=spread)
 
 
 def load_result(path: str | os.PathLike[str]) -> Result:

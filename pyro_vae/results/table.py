@@ -2,7 +2,8 @@
 
 import html
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -18,28 +19,46 @@ from pyro_vae.results.labelled import (
     standard_error,
 )
 
-__all__ = ["WIDTH", "table_html", "table_rows", "table_text"]
+__all__ = [
+    "WIDTH",
+    "hidden_rows",
+    "rows_html",
+    "rows_text",
+    "summary_html",
+    "table_html",
+    "table_rows",
+    "table_text",
+]
 
 _HEADER = ("quantity", "value", "std. error", "unit", "kind", "particles", "data")
 
 _MAX_STEPS = 12  # rows that a variable along one further dimension, as a history, takes in a table
 _MAX_ROWS = 60  # the same along several
+_MAX_BRIEF = 40  # rows of a whole table that is shown when a result's name is typed
 _END_ROWS = 2  # where there are more, so many from either end are shown
 WIDTH = 100
 """Columns that a table takes at most."""
 
 
-def table_rows(dataset: xr.Dataset) -> Iterator[tuple[str, ...]]:
-    """The cells of the table, row by row."""
+def table_rows(dataset: xr.Dataset, *, brief: bool = False) -> Iterator[tuple[str, ...]]:
+    """The cells of the table, row by row.
+
+    Args:
+        dataset: With labelled variables.
+        brief: Whether variables over further dimensions show their ends alone, where all of them
+            would take more than 40 rows.
+    """
+    short = brief and bool(hidden_rows(dataset))
+    end_rows = 1 if short else _END_ROWS
     for name in labelled_names(dataset):
         part = dataset[[n for n in (name, f"{name}_se") if n in dataset.data_vars]]
         others = [d for d in dataset[name].dims if d != "datum"]
         places = list(itertools.product(*(range(dataset.sizes[d]) for d in others)))
-        limit = _MAX_STEPS if len(others) == 1 else _MAX_ROWS
-        left_out = len(places) - 2 * _END_ROWS if len(places) > limit else 0
+        limit = 2 * end_rows + 1 if short else _MAX_STEPS if len(others) == 1 else _MAX_ROWS
+        left_out = len(places) - 2 * end_rows if len(places) > limit else 0
         for number, place in enumerate(places):
-            if left_out and _END_ROWS <= number < len(places) - _END_ROWS:
-                if number == _END_ROWS:
+            if left_out and end_rows <= number < len(places) - end_rows:
+                if number == end_rows:
                     yield (f"  ... {left_out} more", "", "", "", "", "", "")
                 continue
             chosen = part.isel(dict(zip(others, place, strict=True)))
@@ -47,9 +66,45 @@ def table_rows(dataset: xr.Dataset) -> Iterator[tuple[str, ...]]:
             yield _row(f"{name} ({where})" if where else name, name, chosen)
 
 
-def table_text(dataset: xr.Dataset) -> str:
+def rows_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with the same keys as an aligned table, keys first."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def rows_html(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with the same keys as an HTML table that scrolls where it is too wide."""
+    return _html(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+
+
+def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Without colours of its own: a notebook's theme, light or dark, gives them."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        '<div style="overflow-x: auto"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def hidden_rows(dataset: xr.Dataset) -> int:
+    """Rows of a table that is too long to be shown in full when a name is typed; 0 if it is not."""
+    rows = sum(
+        math.prod(size for dim, size in dataset[name].sizes.items() if dim != "datum")
+        for name in labelled_names(dataset)
+    )
+    return rows if rows > _MAX_BRIEF else 0
+
+
+def table_text(dataset: xr.Dataset, *, brief: bool = False) -> str:
     """The table as aligned text; see `Result.table`."""
-    rows = [_HEADER, *table_rows(dataset)]
+    rows = [_HEADER, *table_rows(dataset, brief=brief)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     widths[0] = max(min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)), 6)
     lines = [_aligned(row, widths) for row in rows]
@@ -57,14 +112,14 @@ def table_text(dataset: xr.Dataset) -> str:
     return "\n".join(lines)
 
 
-def table_html(dataset: xr.Dataset) -> str:
+def table_html(dataset: xr.Dataset, *, brief: bool = False) -> str:
     """The table as an HTML element."""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table_rows(dataset)
-    )
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return _html(_HEADER, list(table_rows(dataset, brief=brief)))
+
+
+def summary_html(text: str, dataset: xr.Dataset) -> str:
+    """A sentence above the table, as HTML."""
+    return f"<p>{html.escape(text)}</p>{table_html(dataset, brief=True)}"
 
 
 def _row(title: str, name: str, chosen: xr.Dataset) -> tuple[str, ...]:

@@ -130,6 +130,10 @@ def test_runs_are_compared_on_the_same_data(made: Path, tmp_path: Path) -> None:
     text = " ".join(Page(write_report(runs, tmp_path / "r.html")).text.split())
     (said,) = re.findall(r"ELBO: vae-3 minus vae-2 is (\S+) ± (\S+) nats per datum", text)
     assert float(said[0]) == pytest.approx(difference, abs=float(said[1]))
+    paired = float((results[1].elbo - results[0].elbo).std(ddof=1)) / 20**0.5
+    assert float(said[1]) == pytest.approx(paired, rel=0.06)
+    assert "standard error over the 20 data, paired" in text
+    assert "training seeds are not in it" in text
     rows = comparison_rows([(runs[0], results[0]), (runs[1], results[1])])
     assert [row["name"] for row in rows] == ["vae-2", "vae-3"]
     threshold = 1 - 1 / torch.log10(torch.tensor(30.0)).item()

@@ -264,6 +264,7 @@ def test_both_data_sets_add_up(pair: LinearGaussian) -> None:
     options = {"evidence": "exact", "richer": (), "max_steps": 40, "num_particles": 50}
     both = gap_on_both(pair.model, pair.guide, training, test, progress=False, **options)
     assert (both.training.sizes["datum"], both.test.sizes["datum"]) == (5, 4)
+    assert repr(both) == f"Ledgers of 5 training and 4 test data.\n{both.summary!r}"
     fall = mean(both.training, "elbo") - mean(both.test, "elbo")
     parts = [
         float(both.summary[f"{part}_generalization"])

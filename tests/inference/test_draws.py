@@ -147,3 +147,27 @@ def test_one_draw_of_a_program_that_cannot_be_vectorised_and_bad_numbers(linear,
             draw_posterior(linear.model, linear.exact_guide, x, num_draws=wrong)
     with pytest.raises(ValueError, match="max_memory"):
         draw_posterior(linear.model, linear.exact_guide, x, max_memory=0)
+
+
+def test_draws_print_short_whatever_their_number(linear, x):
+    drawn = draw_posterior(linear.model, linear.exact_guide, x, num_draws=500, seed=3)
+    lines = repr(drawn).splitlines()
+    assert lines[0] == f"PosteriorDraws: 500 draws for each of {N} data, from the guide, seed 3"
+    assert lines[1:3] == [f"  latents: z [500, {N}, {H}]", f"  data: x [{N}, {D}]"]
+    # The exact posterior has constant weights, so that every draw counts in full.
+    assert lines[3] == "  effective draws by the weights: 500 to 500 of a datum"
+    assert len(lines) == 4
+    assert "resampled by their weights" in repr(drawn.resampled(7))
+    predicted = draw_predictive(linear.model, drawn, x)
+    assert repr(predicted).startswith(f"PredictiveDraws(values={{x: [500, {N}, {D}]}}, ")
+    assert "tensor" not in repr(predicted)
+
+
+def test_joint_draws_have_one_posterior(x):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    drawn = draw_posterior(model, AutoNormal(model), x, num_draws=6, joint=True)
+    assert repr(drawn).startswith("PosteriorDraws: 6 joint draws, from the guide, seed 0\n")

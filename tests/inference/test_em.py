@@ -523,7 +523,8 @@ def test_svi_with_an_amortised_guide():
         ({"method": "online", "batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"record": "all"}, "half steps"),
-        ({"method": "generalized", "hold": ("weights",)}, "hold"),
+        ({"method": "generalized", "hold": ("weights",)}, "the generalised method knows neither"),
+        ({"method": "generalised", "hold": ("weights",)}, "the generalised method knows neither"),
         ({"hold": ("sizes",)}, "hold"),
     ],
 )

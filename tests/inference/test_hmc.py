@@ -52,6 +52,10 @@ def test_moments_of_the_linear_gaussian_posterior(linear, x):
     mean, covariance = posterior_of(linear, x)
     z = found.draws["z"]
     assert z.shape == (5, 200, N, H)
+    lines = repr(found).splitlines()
+    assert lines[0] == f"PosteriorSample: 5 chains x 200 draws of {N} data, seed 0"
+    assert lines[1] == f"  latents: z [5, 200, {N}, {H}]"
+    assert len(lines) == 4
     scores = errors_of_means(found, z, mean, covariance.diagonal())
     assert scores.abs().max() < STANDARD_ERRORS
     wrong = errors_of_means(

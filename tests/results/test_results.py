@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,13 @@ from pyro_vae.results import (
     IncomparableError,
     Quantity,
     Result,
+    ShortRepr,
+    difference_text,
     files,
     label,
     load_result,
     make_result,
+    paired_difference,
     provenance,
     sha256_of,
 )
@@ -525,6 +528,8 @@ def test_difference_adds_errors_as_independent():
     assert (d.value, d.standard_error) == (2.0, pytest.approx(0.5, rel=1e-15))
     assert (d.num_particles, d.seed, d.data_standard_error) == (None, None, None)
     assert d.name == "log_evidence - elbo"
+    assert "error of the draws alone, not over data" in str(d)
+    assert "draws alone" not in str(a)
 
 
 def test_difference_knows_when_an_error_is_unknown():
@@ -537,6 +542,34 @@ def test_difference_knows_when_an_error_is_unknown():
     assert known.difference(infinite).value == math.inf
     with pytest.raises(ValueError, match="both -inf"):
         infinite.difference(infinite)
+
+
+def test_a_paired_difference_has_the_error_over_data():
+    rng = np.random.default_rng(0)
+    shared = 5 * rng.normal(size=400)  # what makes data hard for either model
+    first, second = shared + 0.5 + 0.3 * rng.normal(size=400), shared
+    se = np.full(400, 0.02)
+    d = paired_difference(bound(first, se), bound(second, se), "elbo")
+    assert d.value == pytest.approx((first - second).mean(), rel=1e-12)
+    assert d.data_standard_error == pytest.approx((first - second).std(ddof=1) / 20, rel=1e-12)
+    assert d.standard_error == pytest.approx(0.02 * 2**0.5 / 20, rel=1e-12)
+    # Unpaired, the spread of the data would hide the difference; the draws alone make it too sure.
+    assert d.data_standard_error < first.std() / 20 / 5
+    assert d.data_standard_error > 10 * d.standard_error
+    text = difference_text(d)
+    assert text == (
+        f"{d.value:.3f} ± {d.data_standard_error:.3f} nats per datum (standard error over the 400 "
+        f"data, paired; that of the draws alone is {d.standard_error:.4f})"
+    )
+    one = bound(np.array([-1.0]), np.array([0.1]))
+    assert difference_text(paired_difference(one, one, "elbo")) == (
+        "0.00 ± 0.14 nats per datum (standard error of the draws alone, for the one datum)"
+    )
+    with pytest.raises(IncomparableError):
+        paired_difference(bound(), bound(VALUES[:2], ERRORS[:2]), "elbo")
+    total = build({"elbo": ((), -3.0, label(bound="lower", reduction="total"))})
+    with pytest.raises(ValueError, match="no value for each datum"):
+        paired_difference(total, total, "elbo")
 
 
 def test_selected_data_are_not_the_whole_data():
@@ -652,6 +685,34 @@ def test_summary_says_each_mean_and_each_note():
     first, note = result.summary().splitlines()
     assert first == f"{result.quantity('elbo')}."
     assert note == "Note: k-hat is bad."
+
+
+def test_many_rows_are_shown_by_their_ends_when_the_name_is_typed():
+    values = np.arange(30.0).reshape(10, 3)
+    result = build(
+        {name: (("a", "b"), values, label(bound="lower")) for name in ("first", "second")},
+        coords={"a": np.arange(10), "b": np.arange(3)},
+    )
+    assert len(result.table().splitlines()) == 2 + 60
+    lines = repr(result).splitlines()
+    assert len(lines) == 2 + 2 * 3 + 1
+    assert lines[-1].endswith("all 60 rows in table()")
+    assert sum("... 28 more" in line for line in lines) == 2
+
+
+def test_a_quantity_and_dataclasses_of_tensors_print_short():
+    q = bound().quantity("elbo")
+    assert repr(q) == f"<{q}>"
+
+    @dataclass(frozen=True, repr=False)
+    class Part(ShortRepr):
+        tensor: torch.Tensor
+        by_name: dict
+        words: str
+        unseen: int = field(repr=False, default=1)
+
+    part = Part(torch.zeros(3, 2), {"z": torch.zeros(4)}, "w" * 200)
+    assert repr(part) == f"Part(tensor=[3, 2], by_name={{z: [4]}}, words='{'w' * 58}…)"
 
 
 def test_html_shows_the_table_and_escapes_everything():

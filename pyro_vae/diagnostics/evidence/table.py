@@ -28,7 +28,8 @@ def evidence_table(*results: Result, **named: Result) -> Result:
 
     Returns:
         One variable (and standard error) for each result. `summary()` says what contradicts what,
-        as do `provenance["notes"]`.
+        as do `provenance["notes"]`; a note that several results share is there once, with their
+        names.
 
     Raises:
         IncomparableError: If the results are of different data, measures or reductions.
@@ -48,8 +49,11 @@ def evidence_table(*results: Result, **named: Result) -> Result:
     notes = []
     for first, second in itertools.combinations(columns, 2):
         notes += _contradictions(first, columns[first], second, columns[second])
+    said: dict[str, list[str]] = {}
     for name, result in columns.items():
-        notes += [f"{name}: {note}" for note in result.provenance.get("notes", [])]
+        for note in result.provenance.get("notes", []):
+            said.setdefault(note, []).append(name)
+    notes += [f"{', '.join(names)}: {note}" for note, names in said.items()]
     some = next(iter(columns.values()))
     return make_result(
         variables,

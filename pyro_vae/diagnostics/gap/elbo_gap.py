@@ -397,7 +397,7 @@ def _notes(
 # --- training and test data -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GapOnBoth:
     """The ledgers of training and test data, and how they differ.
 
@@ -414,6 +414,13 @@ class GapOnBoth:
     training: Result
     test: Result
     summary: Result
+
+    def __repr__(self) -> str:
+        data = [f"{part.sizes['datum']:,}" for part in (self.training, self.test)]
+        return f"Ledgers of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
+
+    def _repr_html_(self) -> str:
+        return self.summary._repr_html_()
 
 
 def gap_on_both(

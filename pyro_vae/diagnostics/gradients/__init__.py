@@ -6,6 +6,7 @@ from pyro_vae.diagnostics.gradients.equal_time import train_at_equal_time, train
 from pyro_vae.diagnostics.gradients.recommend import (
     estimator_rows,
     recommend_estimators,
+    recommendation,
     slope_rows,
     snr_slopes,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "enumerated_bound",
     "estimator_rows",
     "recommend_estimators",
+    "recommendation",
     "slope_rows",
     "snr_slopes",
     "train_at_equal_time",

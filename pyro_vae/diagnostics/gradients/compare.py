@@ -24,6 +24,7 @@ import torch
 
 from pyro_vae.diagnostics.gradients.candidates import candidates_of
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
+from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
 from pyro_vae.diagnostics.gradients.references import Reference
 from pyro_vae.diagnostics.gradients.sampler import Bench, own_parameters
 from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
@@ -34,10 +35,12 @@ from pyro_vae.inference.programs import (
     tensors_of,
     unwrap_programs,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import label, make_result, sha256_of
 
 __all__ = ["compare_estimators"]
 
+_MOST_REPEATS, _LEAST_REPEATS = 200, 16
+_RUNS_ONE_BY_ONE = 1280  # of the programs, where particles cannot run together
 _ROUNDING = 1e3  # machine epsilons, relative to the largest gradients: less is no bias
 
 
@@ -48,13 +51,13 @@ def compare_estimators(
     estimators: Sequence[Any] | Mapping[str, Any] | None = None,
     num_particles: Sequence[int] = (1, 8, 64),
     *,
-    repeats: int = 200,
+    repeats: int | None = None,
     parameters: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     reference: Reference | None = None,
     joint: bool = False,
     seed: int = 0,
     progress: bool = True,
-) -> Result:
+) -> EstimatorComparison:
     r"""Measures bias, noise and cost of gradient estimators on any model and guide.
 
     Whether an estimator is biased means: is its gradient, in expectation, that of the bound whose
@@ -71,7 +74,8 @@ def compare_estimators(
             ELBOs; of instances a copy gets each number of particles. A mapping gives names of your
             choice. None tries a common set, and says which of them the guide's latents rule out.
         num_particles: The numbers of particles, K.
-        repeats: Independent gradients of each estimator, R, at least 8.
+        repeats: Independent gradients of each estimator, R, at least 8. None takes 200, or, where
+            particles run one by one, as many as 1280 runs of the programs give, from 16 to 200.
         parameters: Names or patterns (`"encoder.*"`), each a group of its own, or a mapping from
             the group's name to patterns. None groups by who uses a parameter: "model", "guide", or
             "both".
@@ -84,9 +88,11 @@ def compare_estimators(
         progress: Shows a bar on stderr where that is a terminal.
 
     Returns:
-        Over `estimator` and `num_particles`: `value` (the bound, nats per datum), `seconds` (the
-        processor time of the calling thread, on a GPU the elapsed time; median of 30, taken in
-        turns with the other estimators) and `bytes` (peak of what is kept for the backward pass).
+        A `Result` whose `recommend()` says which estimator to train with: a sentence, a short table
+        and a plot. Over `estimator` and `num_particles`: `value` (the bound, nats per datum),
+        `seconds` (the processor time of the calling thread, on a GPU the elapsed time; median of
+        30, or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
+        what is kept for the backward pass).
         Over these and `parameter`: `variance`,
         `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
         `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
@@ -117,7 +123,7 @@ def compare_estimators(
         (('estimator', 'num_particles', 'parameter'), ['guide', 'model'])
     """
     particles = _check_particles(num_particles)
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 8:
+    if isinstance(repeats, bool) or not isinstance(repeats, int | None) or (repeats or 8) < 8:
         raise ValueError(f"repeats must be a whole number from 8, not {repeats!r}")
     if isinstance(reference, str) and reference != "none":
         raise ValueError(
@@ -128,8 +134,9 @@ def compare_estimators(
     with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
         bench = Bench.of(model, guide, x, parameters, joint, seed, candidates)
+        count = _repeats_of(bench, particles) if repeats is None else repeats
         with bench.keep_gradients():
-            found = measure(bench, candidates, particles, repeats, reference, progress)
+            found = measure(bench, candidates, particles, count, reference, progress)
     given = "pooled" if reference is None else "given"
     return _as_result(
         found,
@@ -137,7 +144,7 @@ def compare_estimators(
         config={
             "estimators": [candidate.name for candidate in candidates],
             "num_particles": list(particles),
-            "repeats": repeats,
+            "repeats": count,
             "parameters": {name: list(group) for name, group in bench.groups.items()},
             "reference": reference if isinstance(reference, str) else given,
             "joint": joint,
@@ -146,6 +153,13 @@ def compare_estimators(
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),
     )
+
+
+def _repeats_of(bench: Bench, particles: tuple[int, ...]) -> int:
+    """How many gradients are drawn where the caller does not say."""
+    if bench.structure is None or bench.structure.vectorizable:
+        return _MOST_REPEATS
+    return min(max(_RUNS_ONE_BY_ONE // max(particles), _LEAST_REPEATS), _MOST_REPEATS)
 
 
 def _check_particles(num_particles: Sequence[int]) -> tuple[int, ...]:
@@ -177,7 +191,7 @@ _OF_A_GROUP = {  # unit and description
 
 def _as_result(
     found: Measured, bench: Bench, *, config: Mapping[str, Any], seed: int, data_sha256: str
-) -> Result:
+) -> EstimatorComparison:
     flat, deep = _numbers_of_estimators(found), _numbers_of_groups(found, list(bench.groups))
     _add_efficiency(flat, deep)
     floor = 1 / math.sqrt(found.repeats)
@@ -218,7 +232,7 @@ def _as_result(
         f"'biased' means a score above {threshold:.2f}: by chance at most once in "
         f"{1 / FALSE_ALARMS:,.0f} such results. An SNR below {floor:.3f} is noise."
     )
-    return make_result(
+    result = make_result(
         variables,
         function="compare_estimators",
         config=config,
@@ -234,6 +248,7 @@ def _as_result(
         },
         notes=notes,
     )
+    return EstimatorComparison(result.data_vars, result.coords, result.attrs)
 
 
 def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:

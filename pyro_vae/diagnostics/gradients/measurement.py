@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from pyro.infer import ELBO
@@ -12,13 +13,22 @@ from tqdm.auto import tqdm
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.memory import peak_bytes
 from pyro_vae.diagnostics.gradients.references import Reference, References
-from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError
+from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, Draws
 from pyro_vae.diagnostics.gradients.statistics import Gradients, of_all, statistics
 from pyro_vae.inference.programs import ProgramError
 
 __all__ = ["Measured", "Row", "measure"]
 
 _TIMING_ROUNDS = 30
+
+
+class Pair(NamedTuple):
+    """An estimator that takes the programs with so many particles."""
+
+    candidate: Candidate
+    num_particles: int
+    elbo: ELBO
+    bytes: int
 
 
 @dataclass
@@ -56,39 +66,47 @@ def measure(
     Raises:
         ProgramError: If none takes the pair, or one that was asked for refuses it for every K.
     """
-    rows: list[Row] = []
-    scales = dict.fromkeys(bench.groups, 0.0)
-    references = References(bench, reference, particles, repeats)
     pairs = _admit(bench, candidates, particles)
-    times = bench.time([elbo for _, _, elbo in pairs], min(repeats, _TIMING_ROUNDS))
-    bar = tqdm(
-        total=len(pairs) * repeats,
-        unit="gradient",
-        leave=False,
-        disable=None if progress else True,
-    )
-    with bar:
-        for (candidate, k, elbo), timed in zip(pairs, times.T, strict=True):
-            bar.set_description(f"{candidate.name}, K={k}")
-            _note_sampled(bench, candidate, elbo)
-            size = peak_bytes(partial(bench.step, elbo))
-            drawn = bench.draw(elbo, repeats, bench.seed, bar.update)
-            centre = references.get(candidate, k)
-            groups = {}
+    elbos = [pair.elbo for pair in pairs]
+    times = bench.time(elbos, min(repeats, _TIMING_ROUNDS))
+    counts = [(pair.candidate, pair.num_particles) for pair in pairs]
+    references = References(bench, reference, counts, repeats)
+    scales = dict.fromkeys(bench.groups, 0.0)
+    rows: dict[int, Row] = {}
+    total = len(pairs) * repeats + references.num_gradients
+    with tqdm(total=total, unit="gradient", leave=False, disable=None if progress else True) as bar:
+        bar.set_description("references")
+        references.draw(bar.update)
+        bar.set_description("estimators")
+        for place, drawn in bench.draw(elbos, repeats, bench.seed, bar.update):
+            pair = pairs[place]
+            _note_sampled(bench, pair)
+            groups = _groups_of(bench, pair, drawn, references)
             for name, gradients in drawn.gradients.items():
-                given = None if centre is None else centre[name]
-                groups[name] = of_all(statistics(gradients, given), bench.share(name))
                 scales[name] = max(scales[name], float(gradients.square().sum(1).mean()) ** 0.5)
-                _note_odd(bench, candidate, k, name, gradients)
             numbers = {
                 "value": float(drawn.values.mean()),
                 "value_se": float(drawn.values.std()) / math.sqrt(repeats),
-                **_time_statistics(timed),
-                "bytes": float(size),
+                **_time_statistics(times[:, place]),
+                "bytes": float(pair.bytes),
             }
-            rows.append(Row(candidate, k, numbers, groups))
-    kept = [c for c in candidates if any(row.candidate is c for row in rows)]
-    return Measured(kept, particles, repeats, rows, scales, [*references.notes, *bench.notes])
+            rows[place] = Row(pair.candidate, pair.num_particles, numbers, groups)
+    kept = [c for c in candidates if any(row.candidate is c for row in rows.values())]
+    ordered = [rows[place] for place in sorted(rows)]
+    return Measured(kept, particles, repeats, ordered, scales, [*references.notes, *bench.notes])
+
+
+def _groups_of(
+    bench: Bench, pair: Pair, drawn: Draws, references: References
+) -> dict[str, dict[str, float]]:
+    """The statistics of every group of parameters."""
+    centre = references.get(pair.candidate, pair.num_particles)
+    found = {}
+    for name, gradients in drawn.gradients.items():
+        numbers = statistics(gradients, None if centre is None else centre[name])
+        found[name] = of_all(numbers, bench.share(name))
+        _note_odd(bench, pair, name, gradients)
+    return found
 
 
 def _time_statistics(timed: np.ndarray) -> dict[str, float]:
@@ -98,11 +116,9 @@ def _time_statistics(timed: np.ndarray) -> dict[str, float]:
     return {"seconds": seconds, "seconds_se": 1.2533 * spread / math.sqrt(len(timed))}
 
 
-def _admit(
-    bench: Bench, candidates: Sequence[Candidate], particles: tuple[int, ...]
-) -> list[tuple[Candidate, int, ELBO]]:
+def _admit(bench: Bench, candidates: Sequence[Candidate], particles: tuple[int, ...]) -> list[Pair]:
     """Which estimators take the pair with how many particles; notes about the others."""
-    pairs: list[tuple[Candidate, int, ELBO]] = []
+    pairs: list[Pair] = []
     relaxes = bench.has_unreparameterised()
     for candidate in candidates:
         if candidate.name == "StraightThrough" and not candidate.asked_for and not relaxes:
@@ -111,11 +127,11 @@ def _admit(
         for k in particles:
             try:
                 elbo = bench.make(candidate, k)
-                bench.step(elbo)  # refusals and first-time costs come now
+                size = peak_bytes(partial(bench.step, elbo))  # refusals and first-time costs too
             except (ProgramError, NotImplementedError, CannotMakeError) as error:
                 refusals[k] = error
             else:
-                pairs.append((candidate, k, elbo))
+                pairs.append(Pair(candidate, k, elbo, size))
         if len(refusals) == len(particles) and candidate.asked_for:
             raise next(iter(refusals.values()))
         for text in dict.fromkeys(str(error) for error in refusals.values()):
@@ -127,19 +143,20 @@ def _admit(
     return pairs
 
 
-def _note_sampled(bench: Bench, candidate: Candidate, elbo: ELBO) -> None:
-    sampled = getattr(elbo, "sampled_sites", ())
-    note = f"{candidate.name} draws the KL of {', '.join(sampled)}: no closed form is known."
+def _note_sampled(bench: Bench, pair: Pair) -> None:
+    sampled = getattr(pair.elbo, "sampled_sites", ())
+    note = f"{pair.candidate.name} draws the KL of {', '.join(sampled)}: no closed form is known."
     if sampled and note not in bench.notes:
         bench.notes.append(note)
 
 
-def _note_odd(bench: Bench, candidate: Candidate, k: int, group: str, gradients: Gradients) -> None:
+def _note_odd(bench: Bench, pair: Pair, group: str, gradients: Gradients) -> None:
+    of = f"{pair.candidate.name} with K = {pair.num_particles}"
     bad = int((~gradients.isfinite().all(1)).sum())
     if bad:
         bench.notes.append(
-            f"{candidate.name} with K = {k}: {bad} of {len(gradients)} gradients of '{group}' "
+            f"{of}: {bad} of {len(gradients)} gradients of '{group}' "
             "are not finite, so their statistics are nan."
         )
     elif not gradients.any():
-        bench.notes.append(f"{candidate.name} with K = {k} gives '{group}' no gradient at all.")
+        bench.notes.append(f"{of} gives '{group}' no gradient at all.")

@@ -1,12 +1,13 @@
 """True gradients of bounds to measure a bias against: exact ones, or pooled draws."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.diagnostics.gradients.candidates import TRUSTED, Candidate, option_text
@@ -19,46 +20,84 @@ __all__ = ["Reference", "References"]
 Reference = Mapping[str, Tensor] | Callable[[str, int], Mapping[str, Tensor] | Tensor | None] | str
 
 _FACTOR = 5  # a pooled reference has so many times the repeats
+_FACTOR_ONE_BY_ONE = 2  # where particles run one by one, and draws cost the most
 _BLOCKS = 100
 
 
 class References:
-    """True gradients of bounds, made when first asked for: exact ones, or means of blocks."""
+    """True gradients of bounds: exact ones that were given, or means of blocks of further draws.
+
+    Args:
+        bench: Where gradients are drawn.
+        given: The caller's exact gradients, "none", or None.
+        pairs: The estimators with their numbers of particles.
+        repeats: Gradients of each estimator.
+    """
 
     def __init__(
         self,
         bench: Bench,
         given: Reference | None,
-        particles: tuple[int, ...],
+        pairs: Sequence[tuple[Candidate, int]],
         repeats: int,
     ) -> None:
-        self.bench, self.given, self.repeats = bench, given, repeats
-        self.most = max(particles)
+        self.bench, self.given = bench, given
+        self.most = max(k for _, k in pairs)
         self.known: dict[tuple[str, int], dict[str, ReferenceRows] | None] = {}
+        self.pooled: dict[tuple[str, int], ELBO] = {}
         self.notes: list[str] = []
+        one_by_one = bench.structure is not None and not bench.structure.vectorizable
+        self.blocks = min(_BLOCKS, repeats)
+        factor = _FACTOR_ONE_BY_ONE if one_by_one else _FACTOR
+        self.block_size = math.ceil(factor * repeats / self.blocks)
         if given == "none":
             self.notes.append("Bias was not measured: reference='none'.")
+        else:
+            for candidate, k in pairs:
+                self._find(candidate, k)
+
+    @property
+    def num_gradients(self) -> int:
+        """How many `draw` makes."""
+        return len(self.pooled) * self.blocks * self.block_size
 
     def get(self, candidate: Candidate, num_particles: int) -> dict[str, ReferenceRows] | None:
         """For each group the reference: one row if exact, else independent rows to average."""
-        if isinstance(self.given, str):
-            return None
+        return self.known.get(self._key(candidate, num_particles))
+
+    def draw(self, advance: Callable[[int], Any]) -> None:
+        """Draws what was not given, all of it from the same draws where that can be."""
+        stream = int(np.random.SeedSequence((self.bench.seed, 1)).generate_state(1)[0])
+        keys, elbos = list(self.pooled), list(self.pooled.values())
+        means: list[dict[str, list[Tensor]]] = [{g: [] for g in self.bench.groups} for _ in keys]
+        for block in range(self.blocks if keys else 0):
+            for place, drawn in self.bench.draw(elbos, self.block_size, stream + block, advance):
+                for group, gradients in drawn.gradients.items():
+                    means[place][group].append(gradients.mean(0))
+        for key, rows in zip(keys, means, strict=True):
+            self.known[key] = {group: torch.stack(drawn) for group, drawn in rows.items()}
+
+    def _key(self, candidate: Candidate, num_particles: int) -> tuple[str, int]:
+        """The bound with its options, and K; the gradient of the ELBO does not depend on K."""
         family, options = candidate.bound_at(num_particles)
-        # The gradient of the ELBO does not depend on K.
-        k = max(self.most, 2) if family == "ELBO" else num_particles
         bound = family + (option_text(options) if options else "")
-        key = (bound, k)
-        if key not in self.known:
-            exact = self._exact(bound, k)
-            self.known[key] = exact or self._pooled(candidate, family, options, bound, k)
-        return self.known[key]
+        return bound, max(self.most, 2) if family == "ELBO" else num_particles
+
+    def _find(self, candidate: Candidate, num_particles: int) -> None:
+        bound, k = key = self._key(candidate, num_particles)
+        if key in self.known:
+            return
+        self.known[key] = self._exact(bound, k)
+        if self.known[key] is None:
+            self._trust(candidate, *candidate.bound_at(num_particles), key)
 
     def _exact(self, bound: str, k: int) -> dict[str, ReferenceRows] | None:
         bench = self.bench
         if self.given is None or isinstance(self.given, str):
             return None
+        found: Any
         if isinstance(self.given, Mapping):
-            found: Any = self.given if bound == "ELBO" else None
+            found = self.given if bound == "ELBO" else None
         else:
             found = self.given(bound, k)
         if found is None:
@@ -90,15 +129,11 @@ class References:
             parts.append(given[name].detach().reshape(-1))
         return self.bench.select(group, torch.cat(parts)).cpu().double()
 
-    def _pooled(
-        self,
-        candidate: Candidate,
-        family: str,
-        options: Mapping[str, Any],
-        bound: str,
-        k: int,
-    ) -> dict[str, ReferenceRows] | None:
-        bench = self.bench
+    def _trust(
+        self, candidate: Candidate, family: str, options: Mapping[str, Any], key: tuple[str, int]
+    ) -> None:
+        """Finds an estimator of the bound that is known to be unbiased and takes the pair."""
+        bench, (bound, k) = self.bench, key
         for kind in TRUSTED.get(family, ()) if bench.structure is not None else ():
             trusted = Candidate(
                 kind.__name__,
@@ -111,22 +146,15 @@ class References:
                 bench.step(elbo)
             except (ProgramError, CannotMakeError):  # the next that is trusted may take this pair
                 continue
-            stream = int(np.random.SeedSequence((bench.seed, 1)).generate_state(1)[0])
-            blocks = min(_BLOCKS, self.repeats)
-            size = math.ceil(_FACTOR * self.repeats / blocks)
-            means: dict[str, list[Tensor]] = {group: [] for group in bench.groups}
-            for block in range(blocks):
-                drawn = bench.draw(elbo, size, stream + block, lambda: None)
-                for group, gradients in drawn.gradients.items():
-                    means[group].append(gradients.mean(0))
+            self.pooled[key] = elbo
             text = f"{bound} with K = {k}" if family != "ELBO" else "ELBO"
+            count = self.blocks * self.block_size
             self.notes.append(
-                f"Bias of estimators of the {text}: against a pooled reference, {blocks * size:,} "
-                f"further draws of {kind.__name__} with K = {k}; its standard error is in bias_se."
+                f"Bias of estimators of the {text}: against a pooled reference, {count:,} further "
+                f"draws of {kind.__name__} with K = {k}; its standard error is in bias_se."
             )
-            return {group: torch.stack(rows) for group, rows in means.items()}
+            return
         self.notes.append(
             f"{candidate.name} has no reference for the bound '{bound}' with K = {k}, so its bias "
             "is unknown; pass reference=."
         )
-        return None

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.statistics import Gradients
-from pyro_vae.inference.estimators import Estimator
+from pyro_vae.inference.estimators import Estimator, Terms, can_share, scale_of
 from pyro_vae.inference.programs import (
     Arguments,
     PointMassError,
@@ -25,9 +26,11 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     as_arguments,
+    bytes_of_run,
     check_module_names,
     check_parameters,
     count_data,
+    draw_traces,
     inspect_programs,
     keep_random_state,
     tensors_of,
@@ -38,6 +41,9 @@ from pyro_vae.inference.programs import (
 __all__ = ["Bench", "CannotMakeError", "Draws", "own_parameters"]
 
 _MAX_ENTRIES = 50_000  # of a group, so that all repeats fit in memory
+_ROOM_FOR_REPEATS = 2**29  # bytes of the gradients of estimators that share their draws
+_ROOM_AT_ONCE = 2**26  # bytes of a run: above it, gradients are taken one after the other
+_LEAST_ROUNDS, _SECONDS_TO_TIME = 3, 8.0
 
 
 class CannotMakeError(ValueError):
@@ -69,6 +75,8 @@ class Bench:
     seed: int
     entries: dict[str, Tensor | None]
     notes: list[str]
+    bytes_of_particle: int
+    at_once: bool = True
 
     @classmethod
     def of(
@@ -120,6 +128,7 @@ class Bench:
             seed=seed,
             entries={name: _entries(name, g, leaves, seed, notes) for name, g in groups.items()},
             notes=notes,
+            bytes_of_particle=bytes_of_run(model, guide, arguments),
         )
 
     @contextmanager
@@ -144,14 +153,19 @@ class Bench:
         loss = elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
         return -float(loss[0] if isinstance(loss, tuple) else loss) / self.per
 
-    def gradient(self, group: str) -> Tensor:
-        """The gradient of the bound, flat, from `.grad`."""
-        leaves = [self.leaves[name] for name in self.groups[group]]
-        parts = [
-            (torch.zeros_like(leaf) if leaf.grad is None else -leaf.grad / self.per).reshape(-1)
-            for leaf in leaves
-        ]
-        return self.select(group, torch.cat(parts))
+    def gradients(self) -> list[Tensor | None]:
+        """The gradient of the bound, leaf by leaf, from `.grad`."""
+        leaves = self.leaves.values()
+        return [None if leaf.grad is None else -leaf.grad / self.per for leaf in leaves]
+
+    def flat(self, group: str, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The entries that stand for a group, out of a gradient leaf by leaf."""
+        found = {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True)
+        }
+        flat = torch.cat([found[name].reshape(-1) for name in self.groups[group]])
+        return self.select(group, flat)
 
     def select(self, group: str, flat: Tensor) -> Tensor:
         """The entries that stand for a group."""
@@ -161,35 +175,108 @@ class Bench:
     def share(self, group: str) -> float:
         """The share of a group's entries that stands for all."""
         chosen = self.entries[group]
-        total = sum(self.leaves[name].numel() for name in self.groups[group])
-        return 1.0 if chosen is None else len(chosen) / total
+        return 1.0 if chosen is None else len(chosen) / self._size(group)
 
-    def draw(self, elbo: ELBO, repeats: int, seed: int, advance: Callable[[], Any]) -> Draws:
-        """Independent gradients, started from a seed; `advance` is called after each."""
-        pyro.set_rng_seed(seed)
-        values = torch.empty(repeats, dtype=torch.float64)
-        rows: dict[str, list[Tensor]] = {group: [] for group in self.groups}
-        for r in range(repeats):
-            values[r] = self.step(elbo)
-            for group in self.groups:
-                rows[group].append(self.gradient(group).cpu())
-            advance()
-        gradients = {group: torch.stack(drawn).double() for group, drawn in rows.items()}
-        return Draws(values, gradients)
+    def draw(
+        self, elbos: Sequence[ELBO], repeats: int, seed: int, advance: Callable[[int], Any]
+    ) -> Iterator[tuple[int, Draws]]:
+        """Independent gradients of each, with its place; all start from the same seed.
+
+        Estimators that can share their draws do: then the programs run once for all of them.
+
+        Args:
+            elbos: From `make`.
+            repeats: Gradients of each.
+            seed: Where the draws start.
+            advance: Called with how many gradients were made.
+        """
+        for places in self._sharing(elbos, repeats):
+            pyro.set_rng_seed(seed)
+            values = torch.empty(len(places), repeats, dtype=torch.float64)
+            rows: list[dict[str, list[Tensor]]] = [{g: [] for g in self.groups} for _ in places]
+            for r in range(repeats):
+                for i, (value, found) in enumerate(self._step_all([elbos[p] for p in places])):
+                    values[i, r] = value
+                    for group, drawn in rows[i].items():
+                        drawn.append(self.flat(group, found).cpu())
+                advance(len(places))
+            for i, place in enumerate(places):
+                gradients = {g: torch.stack(drawn).double() for g, drawn in rows[i].items()}
+                rows[i] = {}
+                yield place, Draws(values[i], gradients)
+
+    def _sharing(self, elbos: Sequence[ELBO], repeats: int) -> list[list[int]]:
+        """Which estimators share their draws, as far as the gradients fit in memory."""
+        groups: dict[Any, list[int]] = {}
+        one_by_one = self.structure is not None and not self.structure.vectorizable
+        for place, elbo in enumerate(elbos):
+            shares = self.structure is not None and can_share(elbo)
+            alone = ("alone", place)
+            key = ("all" if one_by_one else elbo.num_particles) if shares else alone
+            groups.setdefault(key, []).append(place)
+        entries = sum(min(self._size(group), _MAX_ENTRIES) for group in self.groups)
+        most = max(1, int(_ROOM_FOR_REPEATS / (8 * repeats * entries)))
+        return [
+            places[i : i + most] for places in groups.values() for i in range(0, len(places), most)
+        ]
+
+    def _step_all(self, elbos: Sequence[ELBO]) -> list[tuple[float, Sequence[Tensor | None]]]:
+        """Value and gradient of each estimator, all of the same draws."""
+        if self.structure is None or not can_share(elbos[0]):
+            return [(self.step(elbo), self.gradients()) for elbo in elbos]
+        most = max(elbo.num_particles for elbo in elbos)
+        traces = draw_traces(self.model, self.guide, self.arguments, self.structure, most)
+        terms = Terms(self.model, self.guide, self.arguments, self.structure, traces)
+        weighed = [elbo.weigh(terms) for elbo in elbos]
+        factor = scale_of(traces, self.joint) / self.per
+        found = self._gradients_of(terms, [weights for _, weights in weighed])
+        return [
+            (float(value.sum()) * factor, [None if g is None else g * factor for g in gradients])
+            for (value, _), gradients in zip(weighed, found, strict=True)
+        ]
+
+    def _gradients_of(
+        self, terms: Terms, weights: list[dict[str, Tensor]]
+    ) -> list[Sequence[Tensor | None]]:
+        """The gradient that each set of weights gives the terms.
+
+        One backward pass, vectorised over the sets, makes all of them; where it takes too much
+        memory, or an operation of the programs cannot be vectorised, each has a pass of its own.
+        """
+        leaves = list(self.leaves.values())
+        room = len(weights) * self.bytes_of_particle * len(terms.log_weights)
+        if self.at_once and room <= _ROOM_AT_ONCE:
+            try:
+                found = _at_once(terms, weights, leaves)
+            except RuntimeError:
+                self.at_once = False
+            else:  # an infinity of one set would reach the others, as 0 * inf
+                if all(g is None or bool(g.isfinite().all()) for one in found for g in one):
+                    return found
+        return [_in_turn(terms, one, leaves) for one in weights]
+
+    def _size(self, group: str) -> int:
+        return sum(self.leaves[name].numel() for name in self.groups[group])
 
     def time(self, elbos: Sequence[ELBO], rounds: int) -> np.ndarray:
-        """Seconds of a gradient, [rounds, elbos]; in turns, so that a busy moment hits all."""
+        """Seconds of a gradient, [rounds, elbos]; in turns, so that a busy moment hits all.
+
+        Where a round takes long there are fewer, but no less than three.
+        """
         on_gpu = any(leaf.is_cuda for leaf in self.leaves.values())
         clock = time.perf_counter if on_gpu else time.thread_time
-        seconds = np.empty((rounds, len(elbos)))
-        for r in range(rounds):
-            for i, elbo in enumerate(elbos):
+        seconds: list[list[float]] = []
+        while len(seconds) < rounds:
+            seconds.append([])
+            for elbo in elbos:
                 started = clock()
                 self.step(elbo)
                 if on_gpu:
                     torch.cuda.synchronize()
-                seconds[r, i] = clock() - started
-        return seconds
+                seconds[-1].append(clock() - started)
+            if len(seconds) >= _LEAST_ROUNDS and sum(map(sum, seconds)) > _SECONDS_TO_TIME:
+                break
+        return np.array(seconds)
 
     def make(self, candidate: Candidate, num_particles: int) -> ELBO:
         """The estimator for so many particles.
@@ -201,10 +288,11 @@ class Bench:
             elbo = candidate.make(num_particles)
         except ValueError as error:  # too few particles, or groups that do not divide them
             raise CannotMakeError(str(error)) from error
-        if (
-            not isinstance(elbo, Estimator)
-            and math.isinf(elbo.max_plate_nesting)
-            and self.structure is not None
+        if isinstance(elbo, Estimator):
+            if self.structure is not None:
+                elbo.assume(self.model, self.guide, self.structure)
+        elif (
+            math.isinf(elbo.max_plate_nesting) and self.structure is not None
         ):  # Pyro's own guess would draw random numbers
             own = int(elbo.vectorize_particles and num_particles > 1)
             elbo.max_plate_nesting = self.structure.max_plate_nesting + own
@@ -216,6 +304,44 @@ class Bench:
             guide_trace, _ = trace_programs(self.model, self.guide, self.arguments)
         sites = weighted_sites(guide_trace).values()
         return any(not site["is_observed"] and not site["fn"].has_rsample for site in sites)
+
+
+def _in_turn(
+    terms: Terms, weights: Mapping[str, Tensor], leaves: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the weighted terms; None where a leaf has none."""
+    used = [(terms[n][: len(w)], w) for n, w in weights.items() if terms[n].requires_grad]
+    if not used:
+        return (None,) * len(leaves)
+    outputs, given = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)
+
+
+def _at_once(
+    terms: Terms, weights: list[dict[str, Tensor]], leaves: list[Tensor]
+) -> list[Sequence[Tensor | None]]:
+    """The same for several sets of weights, in one pass."""
+    names = dict.fromkeys(n for one in weights for n in one if terms[n].requires_grad)
+    if not names:
+        return [(None,) * len(leaves)] * len(weights)
+    given = []
+    for name in names:
+        rows = torch.zeros(len(weights), *terms[name].shape).to(terms[name])
+        for row, one in zip(rows, weights, strict=True):
+            if name in one:
+                row[: len(one[name])] = one[name]
+        given.append(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that are vectorised by a loop
+        found = torch.autograd.grad(
+            [terms[name] for name in names],
+            leaves,
+            given,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    return [[None if g is None else g[i] for g in found] for i in range(len(weights))]
 
 
 def own_parameters(start: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pyro_vae.inference.log_weights import khat_threshold
+from pyro_vae.results import ShortRepr
 
 __all__ = ["Finding", "Limits", "Verdict", "judge"]
 
@@ -66,8 +67,8 @@ class Limits:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(ShortRepr):
     """One reason against some of the data.
 
     Attributes:

@@ -21,6 +21,7 @@ from pyro_vae.diagnostics.posterior.two_sample import (
 from pyro_vae.inference.draws import flat_latents
 from pyro_vae.inference.mcmc import PosteriorSample, bulk_ess, sample_posterior
 from pyro_vae.inference.programs import Program
+from pyro_vae.results import ShortRepr
 
 __all__ = ["HmcReference", "Reference", "given_reference", "hmc_reference", "reference_columns"]
 
@@ -65,8 +66,8 @@ def _one_chain(found: Any) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Reference:
+@dataclass(frozen=True, repr=False)
+class Reference(ShortRepr):
     """Draws that a guide is compared with.
 
     Attributes:

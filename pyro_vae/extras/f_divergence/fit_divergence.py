@@ -39,7 +39,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.svi import TrainingData, TrainingError, deferred_interrupt
 from pyro_vae.models.parts import mlp
-from pyro_vae.results import Result, float32_precision, label, make_result
+from pyro_vae.results import Result, float32_precision, label, make_result, summary_html
 
 __all__ = ["DivergenceFit", "fit_divergence"]
 
@@ -84,6 +84,9 @@ class DivergenceFit:
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.summary(), self.history)
 
 
 def fit_divergence(

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from pyro_vae.extras.samples.features import Features, check_rows
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, ShortRepr, label, make_result, sha256_of
 
 __all__ = [
     "FrechetEstimate",
@@ -285,8 +285,8 @@ def _distances(a: Rows, b: Rows) -> Float64[Tensor, "a b"]:
 # --- power at high frequencies --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PowerSpectrum:
+@dataclass(frozen=True, repr=False)
+class PowerSpectrum(ShortRepr):
     """How the variance of pixels within images spreads over spatial frequencies.
 
     Attributes:
@@ -382,8 +382,8 @@ def high_frequency_power(
 # --- memorising -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NearestDistances:
+@dataclass(frozen=True, repr=False)
+class NearestDistances(ShortRepr):
     """Distances to the nearest training datum, of samples beside held-out data.
 
     Attributes:

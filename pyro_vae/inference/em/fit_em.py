@@ -118,10 +118,10 @@ def fit_em(
         model: A mixture of this package (or any `StatisticsModel`); for "generalized" also any
             program called as `model(x)` whose latents can all be enumerated.
         x: The data, shape (batch, features); for programs, their arguments as `fit` takes them.
-        method: "exact" (EM), "generalized" (gradient M steps), "monte_carlo" (draws from the
-            posterior), "hard" (its most probable component), "incremental" (blocks of data) or
-            "online" (mini-batches: :math:`s \leftarrow s + n^{-a} (\hat s - s)` for the statistics
-            s, averaged over the second half).
+        method: "exact" (EM), "generalized" or "generalised" (gradient M steps), "monte_carlo"
+            (draws from the posterior), "hard" (its most probable component), "incremental" (blocks
+            of data) or "online" (mini-batches: :math:`s \leftarrow s + n^{-a} (\hat s - s)` for the
+            statistics s, averaged over the second half).
         max_iterations: Iterations at most; passes over the data for "incremental" and "online".
         tolerance: Stops when an iteration raises the bound by less, in nats per datum. 0 makes all
             iterations. "monte_carlo" and "online" are random and make all as well.
@@ -165,6 +165,7 @@ def fit_em(
         incremental, sparse, and other variants. Cappe & Moulines (2009), On-line
         expectation-maximization algorithm for latent data models, JRSS B 71, 593-613.
     """
+    method = {"generalised": "generalized"}.get(method, method)
     settings = EMSettings(
         method=method,
         max_iterations=max_iterations,

@@ -11,7 +11,14 @@ module            what it holds
 ================  ================================================================================
 """
 
-from pyro_vae.inference.estimators.base import log_p_of, log_q_of, scale_of, sites_without_path
+from pyro_vae.inference.estimators.base import (
+    Terms,
+    can_share,
+    log_p_of,
+    log_q_of,
+    scale_of,
+    sites_without_path,
+)
 from pyro_vae.inference.estimators.objectives import (
     BetaELBO,
     FreeBits,
@@ -71,8 +78,10 @@ __all__ = [
     "SleepPhi",
     "StickingTheLanding",
     "StraightThrough",
+    "Terms",
     "WakeDReG",
     "bounds_nothing",
+    "can_share",
     "estimator_names",
     "log_p_of",
     "log_q_of",

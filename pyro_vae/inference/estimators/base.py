@@ -1,7 +1,7 @@
 r"""How a row of the table of estimators becomes a loss that Pyro can train with."""
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -34,7 +34,10 @@ from pyro_vae.inference.programs import (
 __all__ = [
     "Coefficients",
     "Estimator",
+    "Terms",
+    "Traces",
     "Weights",
+    "can_share",
     "closed_kl",
     "is_number",
     "log_p_of",
@@ -65,6 +68,77 @@ class Coefficients(NamedTuple):
     path: Weights | None
     score: Weights
     reinforce: Weights | None
+
+
+class Terms:
+    """Log p and log q of the same draws: attached, and at latents held fixed.
+
+    Every term is `[particles, batch]`, in nats and without the factor N/B: `log_p` and `log_q`
+    with the gradient through the latents, `fixed_log_p` and `fixed_log_q` without it (the programs
+    are run again when one of these is first asked for), and `unpathed_log_q`, the part of `log_q`
+    that sites without a reparameterised draw have.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        arguments: From `as_arguments`.
+        structure: From `inspect_programs`.
+        traces: From `draw_traces`.
+        attached: Whether a gradient passes through the latents of `traces`.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        arguments: Arguments,
+        structure: ProgramStructure,
+        traces: Traces,
+        attached: bool = True,
+    ) -> None:
+        self._programs = model, guide, arguments
+        self.structure, self.traces, self.attached = structure, traces, attached
+        log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
+        self.log_weights = (log_p - log_q).detach()
+        self._known: dict[str, Tensor] = {"log_p": _of_possible(log_p), "log_q": log_q}
+
+    @cached_property
+    def fixed(self) -> Traces:
+        """The traces at latents through which no gradient passes."""
+        return (
+            rerun_traces(*self._programs, self.structure, self.traces)
+            if self.attached
+            else self.traces
+        )
+
+    def __getitem__(self, name: str) -> Weights:
+        if name not in self._known:
+            self._known[name] = self._sum(name)
+        return self._known[name].expand_as(self.log_weights)
+
+    def define(
+        self, name: str, make: Callable[[Trace, Trace, int, ProgramStructure], Weights]
+    ) -> Weights:
+        """A further term, made from each pair of traces when it is first asked for."""
+        if name not in self._known:
+            parts = [make(*trace, self.structure) for trace in self.traces]
+            self._known[name] = torch.cat(parts)
+        return self[name]
+
+    def _sum(self, name: str) -> Tensor:
+        if name == "fixed_log_p":
+            return _of_possible(log_p_of(self.fixed, self.structure))
+        if name == "fixed_log_q":
+            return log_q_of(self.fixed, self.structure)
+        return log_q_of(self.traces, self.structure, only=sites_without_path(self.traces))
+
+
+def can_share(elbo: ELBO) -> bool:
+    """Whether an estimator is no more than weights of `Terms`, which others can use as well."""
+    return isinstance(elbo, Estimator) and all(
+        getattr(type(elbo), name) is getattr(Estimator, name)
+        for name in ("loss_and_grads", "differentiable_loss", "_surrogate")
+    )
 
 
 class Estimator(ELBO):
@@ -149,6 +223,10 @@ class Estimator(ELBO):
 
     # -- the one evaluation behind them
 
+    def assume(self, model: Program, guide: Program, structure: ProgramStructure) -> None:
+        """Takes a pair as inspected, which saves the runs of `inspect_programs`."""
+        self._inspected = (model, guide, structure)
+
     def structure_of(
         self, model: Program, guide: Program, arguments: Arguments
     ) -> ProgramStructure:
@@ -178,29 +256,42 @@ class Estimator(ELBO):
             self.check_replayable(structure)
         with nullcontext() if self._reparameterizes else _WithoutPath():
             traces = draw_traces(model, guide, arguments, structure, self.num_particles)
-        log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
-        row = self.coefficients((log_p - log_q).detach())
-        log_p, scale = _of_possible(log_p), scale_of(traces, self.joint)
-        if row.path is None:  # every latent is held fixed already
-            self._check_densities(traces)
+        terms = Terms(model, guide, arguments, structure, traces, self._reparameterizes)
+        value, weights = self.weigh(terms)
+        surrogate = torch.stack([(w * terms[name]).sum() for name, w in weights.items()]).sum()
+        return value, surrogate, scale_of(traces, self.joint)
+
+    def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
+        """The value, and the weights with which the terms sum to the estimator's gradient.
+
+        Of more particles than the estimator's own it takes the first.
+
+        Raises:
+            ProgramError: If the estimator cannot take the guide of these draws.
+        """
+        row = self.coefficients(terms.log_weights[: self.num_particles])
+        if row.path is None:  # every latent is held fixed
+            self.check_replayable(terms.structure)
+            self._check_densities(terms.fixed)
             score = row.score if row.reinforce is None else row.score + row.reinforce
-            return row.value, (row.theta * log_p + score * log_q).sum(), scale
-        fixed = sites_without_path(traces)
-        self._check_path(fixed, traces)
+            return row.value, {"fixed_log_p": row.theta, "fixed_log_q": score}
+        unpathed = sites_without_path(terms.traces)
+        self._check_path(unpathed, terms.traces)
         if torch.equal(row.path, row.theta) and torch.equal(row.score, -row.theta):
-            surrogate = row.theta * (log_p - log_q)  # one pass is enough
+            weights = {"log_p": row.theta, "log_q": -row.theta}  # one pass is enough
         else:
-            self.check_replayable(structure)
-            again = rerun_traces(model, guide, arguments, structure, traces)
-            self._check_densities(again)
-            log_p_fixed = _of_possible(log_p_of(again, structure))
-            log_q_fixed = log_q_of(again, structure)
-            path = (log_p - log_p_fixed) - (log_q - log_q_fixed)
-            surrogate = row.theta * log_p_fixed + row.path * path + row.score * log_q_fixed
-        if fixed and row.reinforce is not None:
+            self.check_replayable(terms.structure)
+            self._check_densities(terms.fixed)
+            weights = {
+                "log_p": row.path,
+                "log_q": -row.path,
+                "fixed_log_p": row.theta - row.path,
+                "fixed_log_q": row.score + row.path,
+            }
+        if unpathed and row.reinforce is not None:
             # Attached: their distribution also moves with reparameterised latents above them.
-            surrogate = surrogate + row.reinforce * log_q_of(traces, structure, only=fixed)
-        return row.value, surrogate.sum(), scale
+            weights["unpathed_log_q"] = row.reinforce
+        return row.value, weights
 
     @cached_property
     def _reparameterizes(self) -> bool:

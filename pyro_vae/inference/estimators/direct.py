@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae.inference.estimators.base import (
     Coefficients,
     Estimator,
+    Terms,
     Weights,
     closed_kl,
     is_number,
@@ -65,21 +66,19 @@ class AnalyticELBO(_BesideTheTable):
 
     value_name = "ELBO"
     sampled_sites: tuple[str, ...] = ()
+    _reparameterizes = True
 
-    def _surrogate(
-        self, model: Program, guide: Program, arguments: Arguments
-    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
-        structure = self.structure_of(model, guide, arguments)
-        traces = draw_traces(model, guide, arguments, structure, self.num_particles)
-        fixed = sites_without_path(traces)
+    def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
+        """The mean over particles of a term of its own."""
+        fixed = sites_without_path(terms.traces)
         if fixed:
             raise ProgramError(
                 f"AnalyticELBO needs reparameterised latents, but the guide's site '{fixed[0]}' is "
                 "not; use LeaveOneOut, ScoreFunction or VIMCO"
             )
-        parts = [self._terms(*trace, structure) for trace in traces]
-        value = torch.cat(parts).mean(0)
-        return value, value.sum(), scale_of(traces, self.joint)
+        log_weights = terms.define("analytic", self._terms)[: self.num_particles]
+        each = torch.full_like(log_weights, 1 / len(log_weights))
+        return log_weights.detach().mean(0), {"analytic": each}
 
     def _terms(
         self, guide_trace: Trace, model_trace: Trace, count: int, structure: ProgramStructure

@@ -16,12 +16,12 @@ from pyro_vae.inference.programs import (
     program_scope,
     site_log_probs,
 )
-from pyro_vae.results import ArvizGroups, Result, label, make_result
+from pyro_vae.results import ArvizGroups, Result, label, make_result, shapes_text
 
 __all__ = ["PosteriorSample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PosteriorSample:
     """Draws from p(z | x) of each datum, and how well the chains mixed.
 
@@ -52,6 +52,18 @@ class PosteriorSample:
     config: dict[str, Any]
     data_sha256: str
     sites: LabelledSites
+
+    def __repr__(self) -> str:
+        chains, draws, data = self.log_joint.shape
+        whose = "joint draws" if self.structure.batch_dim is None else f"draws of {data:,} data"
+        lines = [
+            f"PosteriorSample: {chains} chains x {draws:,} {whose}, seed {self.config['seed']}",
+            f"latents: {shapes_text(self.draws)}",
+            f"data: {shapes_text(self.sites.observed)}",
+            f"R-hat up to {float(self.rhat.max()):.3f}; effective draws from "
+            f"{float(self.ess.min()):.4g}; {int(self.divergences.sum())} divergences",
+        ]
+        return "\n  ".join(lines)
 
     @property
     def latents(self) -> dict[str, Tensor]:

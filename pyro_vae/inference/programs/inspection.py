@@ -45,10 +45,10 @@ __all__ = [
     "check_module_names",
     "check_parameters",
     "common_scale",
+    "count_data",
     "inspect_programs",
     "is_delta",
     "leaves",
-    "count_data",
 ]
 
 

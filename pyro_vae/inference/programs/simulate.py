@@ -17,12 +17,13 @@ from pyro_vae.inference.programs.traces import (
     as_arguments,
     weighted_sites,
 )
+from pyro_vae.results import ShortRepr
 
 __all__ = ["Simulation", "simulate", "without_data"]
 
 
-@dataclass(frozen=True)
-class Simulation:
+@dataclass(frozen=True, repr=False)
+class Simulation(ShortRepr):
     """Data drawn from a model, with the latents behind them.
 
     Attributes:

@@ -14,12 +14,13 @@ from pyro_vae.inference.programs.traces import (
     site_values,
     subsamples,
 )
+from pyro_vae.results import ShortRepr
 
 __all__ = ["LabelledSites", "as_run", "is_factor", "label_sites"]
 
 
-@dataclass(frozen=True)
-class LabelledSites:
+@dataclass(frozen=True, repr=False)
+class LabelledSites(ShortRepr):
     """Names and places of the dims of latent and observed sites, with what was observed.
 
     Attributes:

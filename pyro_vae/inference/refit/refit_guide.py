@@ -48,6 +48,7 @@ from pyro_vae.inference.programs import (
     run_programs,
     weighted_sites,
 )
+from pyro_vae.results import ShortRepr
 
 __all__ = [
     "FAMILIES",
@@ -496,8 +497,8 @@ def _spline(values: Mapping[str, Tensor]) -> Any:
 # --- ascent ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Climb:
+@dataclass(repr=False)
+class Climb(ShortRepr):
     """Where `climb_each` came to, per datum.
 
     Attributes:

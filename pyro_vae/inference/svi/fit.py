@@ -56,7 +56,7 @@ from pyro_vae.inference.svi.step import (
     refuse_infinite,
     without_validation,
 )
-from pyro_vae.results import Result, float32_precision
+from pyro_vae.results import Result, float32_precision, summary_html
 
 __all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
 
@@ -110,6 +110,9 @@ class Fit:
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.summary(), self.history)
 
 
 def fit(

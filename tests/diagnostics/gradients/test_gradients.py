@@ -12,6 +12,7 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
+from pyro_vae.diagnostics.gradients import compare as gradient_compare
 from pyro_vae.diagnostics.gradients import (
     compare_estimators,
     enumerated_bound,
@@ -19,9 +20,10 @@ from pyro_vae.diagnostics.gradients import (
     recommend_estimators,
     snr_slopes,
 )
+from pyro_vae.diagnostics.gradients import measurement as gradient_measurement
 from pyro_vae.diagnostics.gradients import sampler as gradient_bench
 from pyro_vae.diagnostics.gradients.statistics import cross_fitted
-from pyro_vae.inference.estimators import Estimator
+from pyro_vae.inference.estimators import Estimator, make_estimator
 from pyro_vae.inference.estimators.table import Coefficients, LeaveOneOut, Renyi
 from pyro_vae.inference.log_weights import elbo
 from pyro_vae.inference.programs import ProgramError
@@ -544,6 +546,95 @@ def test_joint_numbers_are_totals(x):
     assert found.value.attrs["reduction"] == "total"
     with pytest.raises(ProgramError, match="joint=True"):
         compare_estimators(model, guide, x, ["PathwiseELBO"], [1], repeats=8, progress=False)
+
+
+def gradients_one_by_one(estimator, model, guide, x, leaves, repeats):
+    """Gradients of the mean bound by `loss_and_grads`, from the seed of a comparison."""
+    estimator.loss(model, guide, x)  # inspects, which draws
+    pyro.set_rng_seed(0)
+    rows = []
+    for _ in range(repeats):
+        for leaf in leaves:
+            leaf.grad = None
+        estimator.loss_and_grads(model, guide, x)
+        rows.append(torch.cat([-leaf.grad.reshape(-1) for leaf in leaves]))
+    return torch.stack(rows)
+
+
+class Mixed(nn.Module):
+    """A binary latent and a normal one that depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit, self.loc = nn.Parameter(torch.tensor(0.4)), nn.Parameter(torch.randn(2))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(b, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+    def guide(self, x):
+        logit, loc = pyro.param("logit", self.logit), pyro.param("loc", self.loc)
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(logits=logit))
+            pyro.sample("z", dist.Normal(loc[0] + loc[1] * b, 0.8))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_shared_draws_give_each_estimator_its_own_gradient(x, at_once, monkeypatch):
+    names = ["PathwiseELBO", "ScoreFunction", "ImportanceWeighted", "VIMCO", "ReweightedWakeSleep"]
+    monkeypatch.setattr(gradient_bench, "_ROOM_AT_ONCE", 2**26 if at_once else 0)
+    pair = Mixed()
+    found = compare(pair, x, names, [3], repeats=8, reference="none", parameters={"all": ["*"]})
+    for name in names:
+        own = gradients_one_by_one(
+            make_estimator(name, 3), pair.model, pair.guide, x, list(pair.parameters()), 8
+        )
+        chosen = found.sel(estimator=name).squeeze()
+        assert chosen.variance.item() == pytest.approx((own / N).var(0).sum().item(), rel=1e-9)
+        assert chosen.gradient_norm.item() == pytest.approx((own / N).mean(0).norm().item())
+
+
+@pytest.fixture
+def counted():
+    """A program with a global latent that takes one particle at a time, and counts its runs."""
+    loc = nn.Parameter(torch.tensor(0.2))
+    runs = []
+
+    def model(x):
+        runs.append(1)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(float(z.detach()) * 0 + z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", loc), 1.0))
+
+    return model, guide, loc, runs
+
+
+def test_particles_one_by_one_share_their_runs(x, counted, monkeypatch):
+    model, guide, loc, runs = counted
+    monkeypatch.setattr(gradient_compare, "_RUNS_ONE_BY_ONE", 5 * 24)
+    monkeypatch.setattr(gradient_measurement, "_TIMING_ROUNDS", 1)
+    names = ["PathwiseELBO", "AnalyticELBO", "DReG", "VIMCO"]
+    found = compare_estimators(model, guide, x, names, [2, 5], joint=True, progress=False)
+    repeats = found.provenance["config"]["repeats"]
+    assert repeats == 24
+    # Of 5 particles each draw of the estimators takes two passes and, twice as often, one of the
+    # references takes one; admitting and timing take two passes of 7 particles for each estimator.
+    assert len(runs) < repeats * 5 * (2 + 2) + 2 * len(names) * 7 * 2 + 100
+    own = gradients_one_by_one(
+        make_estimator("DReG", 5, joint=True), model, guide, x, [loc], repeats
+    )
+    dreg = found.sel(estimator="DReG", num_particles=5, parameter="guide")
+    assert dreg.variance.item() == pytest.approx(own.var().item(), rel=1e-9)
+    # d/dz of the log joint is sum x - (N + 1) z; the mean of K of them has 1 / K of its variance.
+    few = found.sel(estimator="PathwiseELBO", num_particles=2, parameter="guide")
+    assert abs(few.variance - (N + 1) ** 2 / 2) < STANDARD_ERRORS * few.variance_se
+    assert abs(few.variance - (N + 1) ** 2 / 2 * 5) > STANDARD_ERRORS * few.variance_se
+    assert (found.verdict.sel(parameter="guide") == "no bias seen").all()
 
 
 def test_subsampled_plates_are_per_datum_too(x):

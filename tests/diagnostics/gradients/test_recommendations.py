@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from pyro_vae.diagnostics.gradients import slope_rows, snr_slopes
-from pyro_vae.results import label, make_result
+from pyro_vae.diagnostics.gradients import recommendation, slope_rows, snr_slopes
+from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
+from pyro_vae.results import label, load_result, make_result
 
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
@@ -58,3 +59,91 @@ def test_slopes_stand_beside_the_theory():
     (other,) = slope_rows(result, {("another", "guide"): "-1/2"}, late=256)
     assert other["theory, large K"] == "-"
     assert other["slope from K = 256"] == "-"  # no slope without two points
+
+
+def measured(costs, *, bounds, verdicts=None, particles=(1, 8), relative=0.01):
+    """A comparison whose variance x time is known: [estimators, particles]."""
+    costs = np.array(costs, dtype=float)[..., None]
+    names = [f"Estimator{'X' * 9}{i}" for i in range(len(costs))]
+    dims = ("estimator", "num_particles", "parameter")
+    pure = label(unit="none", reduction="none", bound="none")
+    words = np.full(costs.shape, "no bias seen") if verdicts is None else np.array(verdicts)
+    variables = {
+        name: (dims, costs, pure)
+        for name in ("efficiency", "variance", "bias", "bias_z", "snr", "gradient_norm")
+    }
+    result = make_result(
+        {
+            **variables,
+            **{f"{n}_se": (dims, relative * costs, {}) for n in ("efficiency", "variance")},
+            "verdict": (dims, words.astype(str), {}),
+            "value": (dims[:2], -costs[..., 0], label(bound="lower")),
+        },
+        function="compare_estimators",
+        config={"repeats": 77},
+        seed=0,
+        data_sha256=None,
+        coords={
+            "estimator": names,
+            "num_particles": list(particles),
+            "parameter": ["guide"],
+            "bound": ("estimator", list(bounds)),
+            "claims_unbiased": ("estimator", [True] * len(names)),
+        },
+    )
+    return EstimatorComparison(result.data_vars, result.coords, result.attrs), names
+
+
+def test_a_recommendation_is_one_sentence_a_short_table_and_a_picture():
+    result, names = measured([[4.0, 2.0], [3.0, 6.0], [5.0, 8.0]], bounds=["ELBO", "ELBO", "IWAE"])
+    found = result.recommend()
+    # Of one bound whatever its K the least cost counts; bounds of different K are different.
+    assert found.sentence == (
+        f"to maximise the ELBO, train with {names[0]} (K = 8): of the 2 estimators without a "
+        f"measurable bias its gradient of 'guide' has the least variance x time ({names[1]} "
+        f"3.00 ± 0.04 times as much); to maximise the IWAE bound with K = 8, train with {names[2]} "
+        "(no other estimator of it was measured without a bias)."
+    )
+    assert [(row["bound"], row["K"]) for row in found.rows] == [
+        ("ELBO", "1"),
+        ("IWAE", "1"),
+        ("ELBO", "8"),
+        ("IWAE", "8"),
+    ]
+    ax = found.plot()
+    assert {x for line in ax.lines for x in line.get_xdata()} == {2.0, 3.0, 4.0, 5.0, 6.0, 8.0}
+    assert "variance x time" in ax.get_xlabel()
+
+
+def test_neighbours_within_their_errors_are_not_parted():
+    result, names = measured([[2.0], [2.1]], bounds=["ELBO"] * 2, particles=[4], relative=0.2)
+    assert f"{names[0]} or {names[1]}" in result.recommend().sentence
+    assert "not told apart" in result.recommend().sentence
+
+
+def test_nothing_is_recommended_where_no_bias_was_measured():
+    unknown = [[["no reference"]], [["biased"]]]
+    result, _ = measured([[2.0], [1.0]], bounds=["ELBO"] * 2, particles=[4], verdicts=unknown)
+    found = result.recommend()
+    assert found.sentence.startswith("no estimator can be recommended")
+    assert not found.rows
+
+
+def test_a_comparison_prints_short_and_names_estimators_in_full(tmp_path):
+    result, names = measured(
+        np.arange(1.0, 34.0).reshape(11, 3), bounds=["ELBO"] * 11, particles=[1, 8, 64]
+    )
+    text = repr(result)
+    assert len(text.splitlines()) <= 25
+    assert max(map(len, text.splitlines())) <= 100
+    assert names[0] in text
+    assert "…" not in text
+    assert "77 gradients" in text
+    assert "recommend()" in text
+    html = result._repr_html_()
+    assert names[0] in html
+    # What was read back from a file, or is a part, still prints, and can be asked as well.
+    loaded = load_result(result.save(tmp_path / "c.nc"))
+    assert len(repr(loaded).splitlines()) <= 40
+    assert recommendation(loaded).sentence == result.recommend().sentence
+    assert "efficiency" in repr(result.sel(num_particles=8))

@@ -987,6 +987,9 @@ def test_it_is_quiet_where_nobody_watches(capfd):
         r"30 parameters>",
         repr(found),
     )
+    page = found._repr_html_()
+    assert page.startswith(f"<p>{found.summary()}</p><div")
+    assert "<td>bound (1)</td>" in page
 
 
 def test_the_same_seed_gives_the_same_bits():
