@@ -127,8 +127,9 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 define ENVIRONMENT
 import tomllib
 with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
+    whole = tomllib.load(file)
+project = whole["project"]
+requirements = project["dependencies"] + whole["dependency-groups"]["dev"]
 print("# Written by `make lock` from pyproject.toml; edit that file instead.")
 print("name: pyro-vae\nchannels:\n  - conda-forge\n  - nodefaults\ndependencies:")
 print(f'  - "python{project["requires-python"]}"\n  - pip\n  - make\n  - pip:')
@@ -140,7 +141,7 @@ export ENVIRONMENT
 
 lock: ## Write requirements.lock and environment.yml from pyproject.toml (ARGS=--upgrade for newer versions)
 	@$(ENSURE_UV)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-emit-index-url \
 		--no-emit-find-links --custom-compile-command "make lock" $(ARGS) -o requirements.lock pyproject.toml
 	$(BIN)/python -c "$$ENVIRONMENT" > environment.yml
 

@@ -22,6 +22,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal
 
+from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import check_batch, check_finite
 
 __all__ = ["LinearGaussian"]
@@ -110,6 +111,7 @@ class LinearGaussian(nn.Module):
         return model
 
     @classmethod
+    @takes_arrays()
     def ppca_optimum(cls, x: Float[Tensor, "batch features"], latent_dim: int) -> "LinearGaussian":
         r"""The maximum likelihood fit of probabilistic PCA, and of the linear VAE.
 
@@ -142,9 +144,10 @@ class LinearGaussian(nn.Module):
         model.recognition.set(gain, -gain @ bias, model.posterior_precision.diagonal().rsqrt())
         return model
 
-    @staticmethod
+    @classmethod
+    @takes_arrays()
     def ppca_log_likelihood(
-        x: Float[Tensor, "batch features"], latent_dim: int
+        cls, x: Float[Tensor, "batch features"], latent_dim: int
     ) -> Float[Tensor, ""]:
         r"""The log-likelihood of x at the maximum, from the eigenvalues alone.
 
@@ -259,11 +262,13 @@ class LinearGaussian(nn.Module):
         noise = torch.randn(num_samples, self.data_dim, generator=generator, **options)
         return z @ self.weight.mT + self.bias + noise * self._noise_scale
 
+    @takes_arrays()
     def amortized_posterior(self, x: Float[Tensor, "batch features"]) -> Independent:
         """The q(z | x) of `guide`: diagonal normals with batch shape (batch,)."""
         self._check(x)
         return self.recognition(x)
 
+    @takes_arrays()
     def posterior(self, x: Float[Tensor, "batch features"]) -> MultivariateNormal:
         """The exact posterior p(z | x): normals with batch shape (batch,)."""
         self._check(x)
@@ -271,6 +276,7 @@ class LinearGaussian(nn.Module):
             self._posterior_mean(x), scale_tril=self._posterior_scale_tril()
         )
 
+    @takes_arrays()
     def best_diagonal_posterior(self, x: Float[Tensor, "batch features"]) -> Independent:
         """The diagonal q that minimises KL(q || p(z | x)): the posterior's mean and diag(L).
 
@@ -281,6 +287,7 @@ class LinearGaussian(nn.Module):
         scale = self.posterior_precision.diagonal().rsqrt()
         return dist.Normal(self._posterior_mean(x), scale).to_event(1)
 
+    @takes_arrays()
     def log_evidence(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         r"""The exact log p(x), in nats per datum, differentiable.
 
@@ -293,6 +300,7 @@ class LinearGaussian(nn.Module):
         half_log_det = -self._posterior_scale_tril().diagonal().log().sum()
         return self._log_joint(x, self._posterior_mean(x)) - half_log_det
 
+    @takes_arrays()
     def elbo(
         self,
         x: Float[Tensor, "batch features"],
@@ -313,6 +321,7 @@ class LinearGaussian(nn.Module):
         entropy_and_spread = self._minus_half_trace(covariance) + _half_log_det(covariance)
         return self._log_joint(x, loc) + entropy_and_spread + self.latent_dim / 2
 
+    @takes_arrays()
     def kl_to_posterior(
         self,
         x: Float[Tensor, "batch features"],

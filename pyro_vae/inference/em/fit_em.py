@@ -27,6 +27,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed, as_tensor
 from pyro_vae.inference.em.generalized import fit_generalized
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.em.loop import (
@@ -46,6 +47,7 @@ from pyro_vae.inference.programs import (
     describe_programs,
     keep_random_state,
     program_scope,
+    ready_data,
     tensors_of,
 )
 from pyro_vae.inference.svi import Fit, deferred_interrupt
@@ -91,8 +93,8 @@ def fit_em(
     tolerance: float = 1e-7,
     initialization: str = "k-means++",
     num_restarts: int = 1,
-    seed: int = 0,
-    sample_weights: Tensor | None = None,
+    seed: Seed = 0,
+    sample_weights: Any = None,
     hold: Sequence[str] = (),
     on_singular: Literal["raise", "restart"] = "raise",
     batch_size: int | None = None,
@@ -165,6 +167,7 @@ def fit_em(
         incremental, sparse, and other variants. Cappe & Moulines (2009), On-line
         expectation-maximization algorithm for latent data models, JRSS B 71, 593-613.
     """
+    seed = as_seed(seed)
     settings = EMSettings(
         method=method,
         max_iterations=max_iterations,
@@ -189,8 +192,11 @@ def fit_em(
                 "the generalised method knows neither sample_weights nor hold; weight the model's "
                 "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
             )
+        x = ready_data(model, None, x)
         end = fit_generalized(model, x, settings)
     elif isinstance(model, StatisticsModel):
+        x = as_tensor(x)
+        sample_weights = None if sample_weights is None else as_tensor(sample_weights)
         end = _fit_on_statistics(model, x, sample_weights, hold, settings)
     else:
         raise ValueError(

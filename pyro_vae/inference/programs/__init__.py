@@ -1,5 +1,12 @@
 """A pair of Pyro programs: run it, inspect it, name the site that has no log weights."""
 
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
+    as_arguments,
+    batch_length,
+    map_batch,
+    tensors_of,
+)
 from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
 from pyro_vae.inference.programs.inspection import (
     check_module_names,
@@ -11,15 +18,13 @@ from pyro_vae.inference.programs.inspection import (
 )
 from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
 from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
+from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
 from pyro_vae.inference.programs.traces import (
-    Arguments,
     FittedProgram,
     Program,
     ProgramError,
     ProgramStructure,
     Site,
-    as_arguments,
-    batch_length,
     bytes_of_run,
     common_owner,
     describe_programs,
@@ -29,7 +34,6 @@ from pyro_vae.inference.programs.traces import (
     fixed_draws,
     in_particle_plate,
     keep_random_state,
-    map_batch,
     modules_of,
     program_scope,
     rerun_traces,
@@ -40,7 +44,6 @@ from pyro_vae.inference.programs.traces import (
     sum_dims,
     sum_sites,
     sum_traces,
-    tensors_of,
     trace_programs,
     unwrap_programs,
     weighted_sites,
@@ -91,6 +94,7 @@ __all__ = [
     "modules_of",
     "no_guide",
     "program_scope",
+    "ready_data",
     "rerun_traces",
     "run_programs",
     "simulate",
@@ -102,6 +106,8 @@ __all__ = [
     "sum_traces",
     "support_of",
     "tensors_of",
+    "tool",
+    "tool_of_model",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",

@@ -7,7 +7,7 @@ keeps the caller's parameters, random state and settings; `FittedProgram` carrie
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import CellType
@@ -24,15 +24,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.inference.programs.arguments import Arguments
+
 __all__ = [
-    "Arguments",
     "FittedProgram",
     "Program",
     "ProgramError",
     "ProgramStructure",
     "Site",
-    "as_arguments",
-    "batch_length",
     "bytes_of_run",
     "common_owner",
     "describe_programs",
@@ -42,7 +41,6 @@ __all__ = [
     "fixed_draws",
     "in_particle_plate",
     "keep_random_state",
-    "map_batch",
     "modules_of",
     "program_scope",
     "rerun_traces",
@@ -54,14 +52,12 @@ __all__ = [
     "sum_dims",
     "sum_sites",
     "sum_traces",
-    "tensors_of",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",
 ]
 
 Program = Callable[..., Any]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Site = dict[str, Any]
 
 
@@ -100,48 +96,7 @@ class ProgramStructure:
     enumerated: tuple[str, ...] = ()
 
 
-# --- arguments and scope --------------------------------------------------------------------------
-
-
-def as_arguments(x: Any) -> Arguments:
-    """Turns the `x` of every tool into a program's arguments.
-
-    Args:
-        x: A tensor (one argument), a tuple (several positional ones) or a dict (keywords).
-
-    Returns:
-        Positional and keyword arguments.
-    """
-    if isinstance(x, tuple):
-        return x, {}
-    if isinstance(x, Mapping):
-        return (), dict(x)
-    return (x,), {}
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    """The tensors among the arguments that `x` stands for, in their order."""
-    args, kwargs = as_arguments(x)
-    return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-
-
-def batch_length(x: Any) -> int:
-    """Number of data in `x`: the length of its first tensor (1 if it has none)."""
-    return next((len(a) for a in tensors_of(x) if a.dim() > 0), 1)
-
-
-def map_batch(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `change` to the tensors of `x` as long as the first; the others are passed on."""
-    length = batch_length(x)
-
-    def apply(a: Any) -> Any:
-        return change(a) if isinstance(a, Tensor) and a.dim() > 0 and len(a) == length else a
-
-    if isinstance(x, tuple):
-        return tuple(apply(a) for a in x)
-    if isinstance(x, Mapping):
-        return {name: apply(a) for name, a in x.items()}
-    return apply(x)
+# --- scope ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -557,6 +512,8 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 def modules_of(program: Any) -> list[nn.Module]:
     """The modules a program reaches: itself, its owner, those its closure and globals name."""
     while not isinstance(program, nn.Module):  # fitted, partial and decorated programs
+        if isinstance(getattr(program, "__self__", None), nn.Module):
+            break  # a decorated method's own function knows no module
         inner = getattr(program, "func", getattr(program, "__wrapped__", None))
         if inner is None:
             break

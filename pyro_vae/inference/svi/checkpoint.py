@@ -197,7 +197,7 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             f"resuming with {now['num_threads']} threads what was begun with "
             f"{before['num_threads']}: the last bits of the result will differ from an "
             "uninterrupted run",
-            stacklevel=4,  # the caller of fit
+            stacklevel=5,  # the caller of fit
         )
 
 
