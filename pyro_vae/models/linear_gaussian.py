@@ -27,6 +27,8 @@ from pyro_vae.models.parts import check_batch, check_finite
 
 __all__ = ["LinearGaussian"]
 
+_LEAST_NOISE = 1e-12
+
 
 class LinearGaussian(nn.Module):
     r"""Probabilistic PCA or factor analysis as a Pyro model, with three guides.
@@ -143,6 +145,69 @@ class LinearGaussian(nn.Module):
         gain = scale_tril @ scale_tril.mT @ (weight / noise_variance.to(x.dtype)).mT
         model.recognition.set(gain, -gain @ bias, model.posterior_precision.diagonal().rsqrt())
         return model
+
+    @classmethod
+    @takes_arrays()
+    def factor_analysis(
+        cls,
+        x: Float[Tensor, "batch features"],
+        latent_dim: int,
+        *,
+        tolerance: float = 1e-8,
+        max_iterations: int = 1000,
+    ) -> tuple["LinearGaussian", list[float]]:
+        r"""The maximum likelihood fit of factor analysis, by alternating W and Psi.
+
+        With Psi held fixed the best W has a closed form, from the singular values s and right
+        vectors V of the data scaled to unit noise; with W held fixed, the best Psi is what the
+        factors leave of each feature's variance:
+
+        .. math:: W = \Psi^{1/2} V (s^2 - 1)_+^{1/2}, \qquad
+                  \Psi = \operatorname{diag}(S - W W^\top)
+
+        Args:
+            x: Data, shape (batch, features).
+            latent_dim: Number of factors, at most the number of features.
+            tolerance: Stops when a round raises the total log-likelihood by less, in nats.
+            max_iterations: Rounds at most.
+
+        Returns:
+            The model, and the total log-likelihood of x after each round, in nats.
+
+        Raises:
+            ValueError: If there are more factors than features.
+
+        Note: where the likelihood rises as the noise of a feature falls to zero (a Heywood case),
+            its variance stops at 1e-12.
+
+        References:
+            Barber (2012), Bayesian Reasoning and Machine Learning, section 21.2.
+        """
+        check_finite(x)
+        data = x.detach().double()
+        if not 0 < latent_dim <= data.shape[1]:
+            raise ValueError(
+                f"latent_dim must lie between 1 and {data.shape[1]}, the features of the data, "
+                f"not {latent_dim}."
+            )
+        bias, variance = data.mean(0), data.var(0, correction=0)
+        noise = torch.ones_like(variance)
+        path: list[float] = []
+        while True:
+            root = noise.sqrt() + _LEAST_NOISE
+            scaled = (data - bias) / (root * math.sqrt(len(data)))
+            _, values, axes = torch.linalg.svd(scaled, full_matrices=False)
+            values, axes = values[:latent_dim].square(), axes[:latent_dim]
+            weight = ((values - 1).clamp(min=0).sqrt()[:, None] * axes * root).mT
+            unexplained = scaled.square().sum() - values.sum()
+            log_det = values.clamp(min=1).log().sum() + 2 * root.log().sum()
+            constant = data.shape[1] * math.log(2 * math.pi) + values.clamp(max=1).sum()
+            path.append(-len(data) / 2 * float(constant + log_det + unexplained))
+            if len(path) == max_iterations or (len(path) > 1 and path[-1] - path[-2] < tolerance):
+                break
+            noise = (variance - weight.square().sum(1)).clamp(min=_LEAST_NOISE)
+        weight = torch.nn.functional.pad(weight, (0, latent_dim - weight.shape[1]))
+        return cls.from_parameters(weight, bias, noise), path
 
     @classmethod
     @takes_arrays()
