@@ -105,7 +105,7 @@ def _prepared(function: Callable[..., Any], ready: Callable[..., Any]) -> Callab
     return call
 
 
-def ready_data(model: Program, guide: Program | None, x: Any) -> Any:
+def ready_data(model: Any, guide: Program | None, x: Any) -> Any:
     """The data as tensors of the programs' type, refused where they are not finite.
 
     Raises:
@@ -117,7 +117,7 @@ def ready_data(model: Program, guide: Program | None, x: Any) -> Any:
     return ready
 
 
-def converted_data(model: Program, guide: Program | None, x: Any) -> Any:
+def converted_data(model: Any, guide: Program | None, x: Any) -> Any:
     """The data as tensors of the programs' type, whatever their values."""
     ready = as_data(x, _dtype_of(model, guide))
     _check_arity(model, x, ready)

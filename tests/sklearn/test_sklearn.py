@@ -1,5 +1,9 @@
 """The estimators keep scikit-learn's contract, and equal its own where the models coincide."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +17,6 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from pyro_vae import LinearGaussian
 from pyro_vae.sklearn import FactorAnalyzer, GaussianMixtureEM, ProbabilisticPCA, VAETransformer
@@ -29,18 +32,38 @@ def small_vae(**settings):
 ALL = [GaussianMixtureEM(), ProbabilisticPCA(), FactorAnalyzer(), small_vae()]
 
 
+CONTRACT = """
+import json, warnings
+warnings.simplefilter("ignore")
+from sklearn.utils.estimator_checks import check_estimator
+from pyro_vae.sklearn import FactorAnalyzer, GaussianMixtureEM, ProbabilisticPCA, VAETransformer
+class Unruly(ProbabilisticPCA):
+    def transform(self, X):
+        return super().transform(X) + len(X)  # of a datum, by how many others there are
+small = VAETransformer(hidden=(5,), epochs=2, num_particles=5)
+failed = {}
+for estimator in (GaussianMixtureEM(), ProbabilisticPCA(), FactorAnalyzer(), small, Unruly()):
+    results = check_estimator(estimator, on_fail=None, on_skip=None)
+    assert sum(r["status"] == "passed" for r in results) > 40
+    wrong = [r["check_name"] for r in results if r["status"] not in ("passed", "skipped")]
+    failed[type(estimator).__name__] = wrong
+print(json.dumps(failed))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("estimator", ALL, ids=lambda e: type(e).__name__)
-def test_no_check_of_scikit_learn_fails(estimator):
-    failed = []
-    for candidate, check in estimator_checks_generator(estimator, mark="skip"):
-        try:
-            check(candidate)
-        except Exception as error:  # all failures in one list
-            failed.append(f"{check.func.__name__}: {type(error).__name__} {str(error)[:300]}")
-    assert failed == []
+def test_no_check_of_scikit_learn_fails():
+    # In a process of its own: the checks pass wrong types, which annotations refuse in tests.
+    command = [sys.executable, "-c", CONTRACT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    failed = json.loads(done.stdout.splitlines()[-1])
+    assert "check_methods_subset_invariance" in failed.pop("Unruly")
+    assert failed == {
+        name: []
+        for name in ("GaussianMixtureEM", "ProbabilisticPCA", "FactorAnalyzer", "VAETransformer")
+    }
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -121,7 +144,7 @@ def test_factor_analysis_is_that_of_scikit_learn(number):
 def test_factor_analysis_knows_the_likelihood_where_factors_fade():
     # Singular values below one: scikit-learn's criterion is then no likelihood, and it stops early.
     theirs, ours = FactorAnalysis().fit(X), FactorAnalyzer().fit(X)
-    assert theirs.loglike_[-1] / len(X) > theirs.score(X) + 1
+    assert theirs.loglike_[-1] / len(X) > theirs.score(X) + 0.5
     assert ours.loglike_[-1] / len(X) == pytest.approx(ours.score(X), abs=1e-8)
     assert ours.score(X) > theirs.score(X)
 
