@@ -7,7 +7,7 @@ keeps the caller's parameters, random state and settings; `FittedProgram` carrie
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import CellType
@@ -509,7 +509,7 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             module.training = mode
 
 
-def modules_of(program: Any) -> list[nn.Module]:
+def modules_of(program: Any) -> Collection[nn.Module]:
     """The modules a program reaches: itself, its owner, those its closure and globals name."""
     while not isinstance(program, nn.Module):  # fitted, partial and decorated programs
         if isinstance(getattr(program, "__self__", None), nn.Module):
