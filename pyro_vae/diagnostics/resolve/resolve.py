@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import plan_chunks
 from pyro_vae.diagnostics.posterior import Limits
 from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, Climb
@@ -26,6 +27,7 @@ from pyro_vae.inference.programs import (
     latent_potential,
     map_batch,
     program_scope,
+    tool,
 )
 from pyro_vae.inference.refit import WeightedDraws
 from pyro_vae.results import ArvizGroups, Result, label, make_result, sha256_of
@@ -98,6 +100,7 @@ class ResolvedDraws:
         return ArvizGroups({n: g for n, g in groups.items() if g}, {"draws_from": "resolve"})
 
 
+@tool
 def resolve(
     model: Program,
     guide: Program,
@@ -107,7 +110,7 @@ def resolve(
     budget: float | None = None,
     limits: Limits | None = None,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 1.0,
     progress: bool = True,
 ) -> ResolvedDraws:
@@ -165,6 +168,7 @@ def resolve(
         >>> found.rung.tolist(), found.unresolved
         ([0, 0, 0, 0, 0], [])
     """
+    seed = as_seed(seed)
     _check(num_draws, budget, max_memory)
     seconds = np.zeros(len(RUNGS))
     with program_scope(seed):

@@ -28,7 +28,7 @@ from pyro_vae import (
 )
 from pyro_vae.inference.predictive import draw_prior
 from pyro_vae.inference.programs import ProgramError
-from pyro_vae.inference.refit.refit_guide import refit_guide
+from pyro_vae.inference.refit import refit_guide
 
 ROWS = np.random.default_rng(0).normal(size=(20, 3))
 
