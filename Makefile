@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks lock clean
+.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks lock dist clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -127,8 +127,9 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 define ENVIRONMENT
 import tomllib
 with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
+    whole = tomllib.load(file)
+project = whole["project"]
+requirements = project["dependencies"] + whole["dependency-groups"]["dev"]
 print("# Written by `make lock` from pyproject.toml; edit that file instead.")
 print("name: pyro-vae\nchannels:\n  - conda-forge\n  - nodefaults\ndependencies:")
 print(f'  - "python{project["requires-python"]}"\n  - pip\n  - make\n  - pip:')
@@ -140,9 +141,27 @@ export ENVIRONMENT
 
 lock: ## Write requirements.lock and environment.yml from pyproject.toml (ARGS=--upgrade for newer versions)
 	@$(ENSURE_UV)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-emit-index-url \
 		--no-emit-find-links --custom-compile-command "make lock" $(ARGS) -o requirements.lock pyproject.toml
 	$(BIN)/python -c "$$ENVIRONMENT" > environment.yml
+
+# Unpacked beside nothing of the checkout, the wheel must bring its templates and types along.
+define TRY_WHEEL
+outside=$$(mktemp -d); trap 'rm -rf "$$outside"' EXIT; python=$$(cd $(BIN) && pwd)/python; \
+"$$python" -m zipfile -e dist/*.whl "$$outside"; \
+"$$python" -m tarfile -l dist/*.tar.gz | grep /tests/conftest.py >/dev/null; \
+test -f "$$outside/pyro_vae/py.typed"; \
+ls "$$outside"/pyro_vae/app/templates/*.j2; \
+cd "$$outside"; \
+PYTHONPATH="$$outside" "$$python" -c 'import pyro_vae, sys; sys.exit(not pyro_vae.__file__.startswith(sys.argv[1]))' "$$outside"; \
+PYTHONPATH="$$outside" "$$python" -m pyro_vae demo --help
+endef
+
+dist: $(STAMP) ## Build sdist and wheel, and try the wheel outside the checkout
+	rm -rf dist
+	@$(ENSURE_UV)
+	$(BIN)/uv build --quiet --python $(BIN)/python
+	@$(TRY_WHEEL)
 
 clean: ## Delete caches and built files (virtual environments and results stay)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

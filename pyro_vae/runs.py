@@ -23,7 +23,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae.data import Dataset, load_dataset
+from pyro_vae.data import Dataset, Seed, as_seed, load_dataset
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.estimators import make_objective, objective_names
 from pyro_vae.inference.programs import keep_random_state
@@ -376,7 +376,7 @@ def start_run(
     patience: int | None = None,
     learning_rate: float = 1e-3,
     warmup_epochs: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -426,6 +426,7 @@ def start_run(
         CheckpointError: If the folder holds a run.
         TrainingError: If the loss is not finite.
     """
+    seed = as_seed(seed)
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
     loss = _choose_loss(model, objective, num_particles, warmup_epochs)
@@ -599,7 +600,7 @@ def evaluate_run(
     *,
     num_particles: int = 1000,
     num_data: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     root: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
@@ -623,6 +624,7 @@ def evaluate_run(
         ProgramError: If the run is one of an autoencoder, for which these numbers do not exist.
         ValueError: If a number is out of its range.
     """
+    seed = as_seed(seed)
     test = load_run_data(run, root).test
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be a positive integer, not {num_data!r}")

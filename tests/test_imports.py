@@ -22,7 +22,7 @@ LAYERS = (
     {"inference"},
     {"diagnostics"},
     {"extras"},
-    {"plots"},
+    {"plots", "sklearn"},
     {"runs"},
     {"app"},
     {"__main__"},

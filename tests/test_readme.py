@@ -27,6 +27,12 @@ def test_the_example_prints_what_is_shown_and_agrees_with_the_exact_evidence(cap
     )
 
 
+def test_the_search_prints_what_is_shown(capsys):
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"^# (.*)$", code, re.M)[1]
+
+
 def test_every_make_target_it_names_exists():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([a-z_-]+)`", README):

@@ -13,6 +13,7 @@ from pyro_vae.app.report import (
     save_figures,
     write_report,
 )
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.results import Result, rows_text
 from pyro_vae.runs import (
     Run,
@@ -61,7 +62,7 @@ def run_demo(
     hidden: Sequence[int] = (200, 100),
     epochs: int = 1000,
     num_particles: int = 1000,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Demo:
@@ -83,6 +84,7 @@ def run_demo(
     Returns:
         The runs and what was measured.
     """
+    seed = as_seed(seed)
     target = Path(folder)
     dataset = load_training_data("digits", binarization="dynamic")
     runs: list[Run] = []

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.replicates import Replicates, log_likelihood, observed_data, replicate
 from pyro_vae.inference.programs import (
     Program,
@@ -22,6 +23,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     site_values,
     tensors_of,
+    tool,
 )
 from pyro_vae.results import Result, label, make_result, sha256_of
 
@@ -63,6 +65,7 @@ class _Compared(NamedTuple):
     as_likely: np.ndarray | None
 
 
+@tool
 def predictive_check(
     model: Program,
     guide: Program | None,
@@ -72,7 +75,7 @@ def predictive_check(
     num_draws: int = 200,
     kind: Kind = "posterior",
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
 ) -> Result:
     r"""Compares statistics of the data with those of data replicated by the model.
@@ -132,6 +135,7 @@ def predictive_check(
         >>> bool(found.p_value.sel(statistic="mean") < 1e-2)
         True
     """
+    seed = as_seed(seed)
     _check(num_draws, kind, max_memory)
     kinds = ["posterior", "prior"] if kind == "both" else [kind]
     if guide is None and "posterior" in kinds:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.log_weights import effective_sample_size
 from pyro_vae.inference.programs import (
     LabelledSites,
@@ -24,6 +25,7 @@ from pyro_vae.inference.programs import (
     site_log_probs,
     site_values,
     sum_traces,
+    tool,
 )
 from pyro_vae.results import ArvizGroups, shapes_text
 
@@ -89,7 +91,7 @@ class PosteriorDraws:
         """Names of the dims of the draws."""
         return ("sample",)
 
-    def resampled(self, num_draws: int | None = None, *, seed: int = 0) -> "PosteriorDraws":
+    def resampled(self, num_draws: int | None = None, *, seed: Seed = 0) -> "PosteriorDraws":
         r"""Draws of the posterior: these draws, taken again in proportion to their weights.
 
         Systematic resampling with the plain weights, each datum by itself, or all together if
@@ -110,6 +112,7 @@ class PosteriorDraws:
             Kitagawa (1996), Monte Carlo filter and smoother for non-Gaussian nonlinear state space
             models, appendix (stratified resampling, its deterministic variant).
         """
+        seed = as_seed(seed)
         count = len(self.log_joint) if num_draws is None else num_draws
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
@@ -160,6 +163,7 @@ class PosteriorDraws:
         return ArvizGroups({name: group for name, group in groups.items() if group}, attrs)
 
 
+@tool
 def draw_posterior(
     model: Program,
     guide: Program,
@@ -167,7 +171,7 @@ def draw_posterior(
     *,
     num_draws: int = 1000,
     joint: bool = False,
-    seed: int | None = 0,
+    seed: Seed | None = 0,
     max_memory: float = 0.5,
 ) -> PosteriorDraws:
     r"""Draws the latents of each datum from the guide, with their log weights.
@@ -193,6 +197,7 @@ def draw_posterior(
         >>> found.latents["z"].shape, found.log_weights.shape
         (torch.Size([7, 5, 2]), torch.Size([7, 5]))
     """
+    seed = as_seed(seed)
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
         raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
     if not max_memory > 0:

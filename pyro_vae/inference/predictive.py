@@ -12,6 +12,7 @@ from pyro.infer import infer_discrete
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.draws import PosteriorDraws, draw_posterior, labelled_draws
 from pyro_vae.inference.programs import (
     Arguments,
@@ -27,6 +28,7 @@ from pyro_vae.inference.programs import (
     is_factor,
     program_scope,
     site_values,
+    tool_of_model,
     without_data,
 )
 from pyro_vae.results import ArvizGroups, ShortRepr
@@ -99,13 +101,14 @@ class PriorDraws(ShortRepr):
         )
 
 
+@tool_of_model(observes=False)
 def draw_prior(
     model: Program,
     x: Any,
     *,
     num_draws: int = 1000,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
 ) -> PriorDraws:
     """Draws latents from the prior and data at them, in the shapes of the data given.
@@ -125,6 +128,7 @@ def draw_prior(
 
     Note: discrete latents marked for enumeration are drawn for the data, and not returned.
     """
+    seed = as_seed(seed)
     with program_scope(seed):
         drawn = draw_posterior(
             model,
@@ -139,8 +143,9 @@ def draw_prior(
     return PriorDraws(drawn.latents, values, drawn.sites)
 
 
+@tool_of_model(observes=False)
 def draw_predictive(
-    model: Program, draws: LatentDraws, x: Any, *, seed: int = 0, max_memory: float = 0.5
+    model: Program, draws: LatentDraws, x: Any, *, seed: Seed = 0, max_memory: float = 0.5
 ) -> PredictiveDraws:
     """Draws data from the posterior predictive, one for each draw of the latents.
 
@@ -157,6 +162,7 @@ def draw_predictive(
     Note: discrete latents that were summed out are drawn from their posterior given the data and
     the other latents.
     """
+    seed = as_seed(seed)
     outer = len(draws.sample_dims)
     flat = {name: value.flatten(0, outer - 1) for name, value in draws.latents.items()}
     shape = next(iter(draws.latents.values())).shape[:outer]

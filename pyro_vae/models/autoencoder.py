@@ -44,6 +44,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import (
     ACTIVATIONS,
     Likelihood,
@@ -325,6 +326,7 @@ class Autoencoder(nn.Module):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(code, event_dim=1))
 
+    @takes_arrays()
     def encode(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch code"]:
         """The code of x, uncorrupted.
 
@@ -336,14 +338,17 @@ class Autoencoder(nn.Module):
             check_finite(x)
         return self.encoder(x)
 
+    @takes_arrays()
     def decode(self, z: Float[Tensor, "*batch code"]) -> Float[Tensor, "*batch features"]:
         """The mean of x given the code, the pixel values that pictures show."""
         return self.likelihood.mean(self.decoder(z))
 
+    @takes_arrays()
     def reconstruct(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch features"]:
         """The mean of x given its code: `decode(encode(x))`."""
         return self.decode(self.encode(x))
 
+    @takes_arrays()
     def contraction(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         r""":math:`\lVert \partial g / \partial x \rVert_F^2` of the encoder at each datum."""
         return squared_jacobian_norm(self.encoder, x)

@@ -22,9 +22,12 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal
 
+from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import check_batch, check_finite
 
 __all__ = ["LinearGaussian"]
+
+_LEAST_NOISE = 1e-12
 
 
 class LinearGaussian(nn.Module):
@@ -110,6 +113,7 @@ class LinearGaussian(nn.Module):
         return model
 
     @classmethod
+    @takes_arrays()
     def ppca_optimum(cls, x: Float[Tensor, "batch features"], latent_dim: int) -> "LinearGaussian":
         r"""The maximum likelihood fit of probabilistic PCA, and of the linear VAE.
 
@@ -142,9 +146,73 @@ class LinearGaussian(nn.Module):
         model.recognition.set(gain, -gain @ bias, model.posterior_precision.diagonal().rsqrt())
         return model
 
-    @staticmethod
+    @classmethod
+    @takes_arrays()
+    def factor_analysis(
+        cls,
+        x: Float[Tensor, "batch features"],
+        latent_dim: int,
+        *,
+        tolerance: float = 1e-8,
+        max_iterations: int = 1000,
+    ) -> tuple["LinearGaussian", list[float]]:
+        r"""The maximum likelihood fit of factor analysis, by alternating W and Psi.
+
+        With Psi held fixed the best W has a closed form, from the singular values s and right
+        vectors V of the data scaled to unit noise; with W held fixed, the best Psi is what the
+        factors leave of each feature's variance:
+
+        .. math:: W = \Psi^{1/2} V (s^2 - 1)_+^{1/2}, \qquad
+                  \Psi = \operatorname{diag}(S - W W^\top)
+
+        Args:
+            x: Data, shape (batch, features).
+            latent_dim: Number of factors, at most the number of features.
+            tolerance: Stops when a round raises the total log-likelihood by less, in nats.
+            max_iterations: Rounds at most.
+
+        Returns:
+            The model, and the total log-likelihood of x after each round, in nats.
+
+        Raises:
+            ValueError: If there are more factors than features.
+
+        Note: where the likelihood rises as the noise of a feature falls to zero (a Heywood case),
+            its variance stops at 1e-12.
+
+        References:
+            Barber (2012), Bayesian Reasoning and Machine Learning, section 21.2.
+        """
+        check_finite(x)
+        data = x.detach().double()
+        if not 0 < latent_dim <= data.shape[1]:
+            raise ValueError(
+                f"latent_dim must lie between 1 and {data.shape[1]}, the features of the data, "
+                f"not {latent_dim}."
+            )
+        bias, variance = data.mean(0), data.var(0, correction=0)
+        noise = torch.ones_like(variance)
+        path: list[float] = []
+        while True:
+            root = noise.sqrt() + _LEAST_NOISE
+            scaled = (data - bias) / (root * math.sqrt(len(data)))
+            _, values, axes = torch.linalg.svd(scaled, full_matrices=False)
+            values, axes = values[:latent_dim].square(), axes[:latent_dim]
+            weight = ((values - 1).clamp(min=0).sqrt()[:, None] * axes * root).mT
+            unexplained = scaled.square().sum() - values.sum()
+            log_det = values.clamp(min=1).log().sum() + 2 * root.log().sum()
+            constant = data.shape[1] * math.log(2 * math.pi) + values.clamp(max=1).sum()
+            path.append(-len(data) / 2 * float(constant + log_det + unexplained))
+            if len(path) == max_iterations or (len(path) > 1 and path[-1] - path[-2] < tolerance):
+                break
+            noise = (variance - weight.square().sum(1)).clamp(min=_LEAST_NOISE)
+        weight = torch.nn.functional.pad(weight, (0, latent_dim - weight.shape[1]))
+        return cls.from_parameters(weight, bias, noise), path
+
+    @classmethod
+    @takes_arrays()
     def ppca_log_likelihood(
-        x: Float[Tensor, "batch features"], latent_dim: int
+        cls, x: Float[Tensor, "batch features"], latent_dim: int
     ) -> Float[Tensor, ""]:
         r"""The log-likelihood of x at the maximum, from the eigenvalues alone.
 
@@ -259,11 +327,13 @@ class LinearGaussian(nn.Module):
         noise = torch.randn(num_samples, self.data_dim, generator=generator, **options)
         return z @ self.weight.mT + self.bias + noise * self._noise_scale
 
+    @takes_arrays()
     def amortized_posterior(self, x: Float[Tensor, "batch features"]) -> Independent:
         """The q(z | x) of `guide`: diagonal normals with batch shape (batch,)."""
         self._check(x)
         return self.recognition(x)
 
+    @takes_arrays()
     def posterior(self, x: Float[Tensor, "batch features"]) -> MultivariateNormal:
         """The exact posterior p(z | x): normals with batch shape (batch,)."""
         self._check(x)
@@ -271,6 +341,7 @@ class LinearGaussian(nn.Module):
             self._posterior_mean(x), scale_tril=self._posterior_scale_tril()
         )
 
+    @takes_arrays()
     def best_diagonal_posterior(self, x: Float[Tensor, "batch features"]) -> Independent:
         """The diagonal q that minimises KL(q || p(z | x)): the posterior's mean and diag(L).
 
@@ -281,6 +352,7 @@ class LinearGaussian(nn.Module):
         scale = self.posterior_precision.diagonal().rsqrt()
         return dist.Normal(self._posterior_mean(x), scale).to_event(1)
 
+    @takes_arrays()
     def log_evidence(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         r"""The exact log p(x), in nats per datum, differentiable.
 
@@ -293,6 +365,7 @@ class LinearGaussian(nn.Module):
         half_log_det = -self._posterior_scale_tril().diagonal().log().sum()
         return self._log_joint(x, self._posterior_mean(x)) - half_log_det
 
+    @takes_arrays()
     def elbo(
         self,
         x: Float[Tensor, "batch features"],
@@ -313,6 +386,7 @@ class LinearGaussian(nn.Module):
         entropy_and_spread = self._minus_half_trace(covariance) + _half_log_det(covariance)
         return self._log_joint(x, loc) + entropy_and_spread + self.latent_dim / 2
 
+    @takes_arrays()
     def kl_to_posterior(
         self,
         x: Float[Tensor, "batch features"],

@@ -18,6 +18,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import (
     DiagonalPosterior,
     Likelihood,
@@ -55,6 +56,7 @@ class _VariationalAutoencoder(nn.Module, ABC):
     def _draw_latents(self, num_samples: int) -> Float[Tensor, "samples latent"]:
         """Draws from the prior what the decoder takes."""
 
+    @takes_arrays()
     def encode(self, x: Float[Tensor, "batch features"]) -> Distribution:
         """The approximate posterior of the latents that the decoder takes.
 
@@ -67,10 +69,12 @@ class _VariationalAutoencoder(nn.Module, ABC):
         self._check_data(x)
         return self._posterior(x)
 
+    @takes_arrays()
     def decode(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch features"]:
         """The mean of x given z, the pixel values that pictures show."""
         return self.likelihood.mean(self.decoder(z))
 
+    @takes_arrays()
     def reconstruct(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch features"]:
         """The mean of x given the posterior's location, which is its mean where it has one.
 

@@ -23,6 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients import snr_slopes
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
@@ -435,7 +436,7 @@ def plot_samples(
     ax: Axes | None = None,
     *,
     num_images: int = 64,
-    seed: int = 0,
+    seed: Seed = 0,
     data: str = "",
 ) -> Axes:
     """Shows draws from the prior: the mean of x given each drawn z.
@@ -452,6 +453,7 @@ def plot_samples(
         TypeError: If the module cannot sample.
         ValueError: If what it draws are not images of that shape.
     """
+    seed = as_seed(seed)
     if num_images < 1:
         raise ValueError(f"num_images must be a positive integer, not {num_images!r}.")
     device = next(module.parameters()).device

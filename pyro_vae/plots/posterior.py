@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration import coverage
 from pyro_vae.diagnostics.posterior import worst_data
 from pyro_vae.inference.log_weights import khat_threshold
@@ -108,7 +109,7 @@ def plot_khat_by_class(
     ax: Axes | None = None,
     *,
     label_names: Sequence[str] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Axes:
     """Plots k-hat by class: a dot for each datum, a bar at the class's median.
 
@@ -122,6 +123,7 @@ def plot_khat_by_class(
     Raises:
         ValueError: If the result has no k-hat for each datum, or another number of data.
     """
+    seed = as_seed(seed)
     khat, threshold = _khat(result)
     classes = labels.cpu().numpy()
     if len(classes) != len(khat):

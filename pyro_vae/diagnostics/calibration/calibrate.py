@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration.ecdf import ecdf, ecdf_band, ecdf_p_value
 from pyro_vae.diagnostics.calibration.notes import LEVEL, SCOPE, calibration_words
 from pyro_vae.diagnostics.calibration.ranks import (
@@ -32,7 +33,7 @@ from pyro_vae.diagnostics.calibration.simulations import (
     simulate_pairs,
 )
 from pyro_vae.diagnostics.evidence import ChunkPlan, plan_chunks
-from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of
+from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of, tool
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["calibrate"]
@@ -42,6 +43,7 @@ _LEAST_DRAWS = 9
 _Ranks = dict[str, np.ndarray]
 
 
+@tool
 def calibrate(
     model: Program,
     guide: Program,
@@ -52,7 +54,7 @@ def calibrate(
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     joint: bool = False,
     refit: Callable[[Program, Any], Program] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
 ) -> Result:
@@ -120,6 +122,7 @@ def calibrate(
         >>> found.ranks.dims
         ('simulation', 'latent')
     """
+    seed = as_seed(seed)
     _check(num_simulations, num_draws, levels, joint, refit)
     with torch.no_grad(), program_scope(seed):
         plan = plan_chunks(

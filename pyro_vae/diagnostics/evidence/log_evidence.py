@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence.annealing import (
     Annealing,
     annealed_weights,
@@ -39,6 +40,7 @@ from pyro_vae.inference.programs import (
     latent_potential,
     program_scope,
     simulate,
+    tool,
 )
 from pyro_vae.results import Result, label, make_result, sha256_of
 
@@ -47,6 +49,7 @@ __all__ = ["METHODS", "log_evidence"]
 _CHUNK = 100  # data at once in the methods that run chains
 
 
+@tool
 def log_evidence(
     model: Program,
     guide: Program | None,
@@ -54,7 +57,7 @@ def log_evidence(
     *,
     method: str = "importance",
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -131,6 +134,7 @@ def log_evidence(
         >>> bool(abs(by_grid.log_evidence - exact.log_evidence).max() < 1e-4)
         True
     """
+    seed = as_seed(seed)
     if method == "exact":
         return _exact(model, x)
     if method not in METHODS:

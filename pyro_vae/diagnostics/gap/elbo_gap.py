@@ -23,6 +23,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
@@ -42,6 +43,7 @@ from pyro_vae.inference.programs import (
     is_delta,
     program_scope,
     sum_traces,
+    tool,
     weighted_sites,
 )
 from pyro_vae.inference.refit import (
@@ -69,6 +71,7 @@ _BOUND_OF_GAP = {"exact": "unbiased", "unbiased": "unbiased", "lower": "lower", 
 _ACTIVE = 1e-2
 
 
+@tool
 def elbo_gap(
     model: Program,
     guide: Program,
@@ -79,7 +82,7 @@ def elbo_gap(
     richer: Sequence[str] = ("full", "flow"),
     max_steps: int = 1000,
     step_size: float = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
 ) -> Result:
@@ -137,6 +140,7 @@ def elbo_gap(
         >>> bool(abs(ledger.amortization_gap).max() < 0.1)
         True
     """
+    seed = as_seed(seed)
     families = _families(richer)
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
         raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
@@ -423,6 +427,7 @@ class GapOnBoth:
         return self.summary._repr_html_()
 
 
+@tool
 def gap_on_both(
     model: Program, guide: Program, training: Any, test: Any, **options: Any
 ) -> GapOnBoth:
@@ -506,13 +511,14 @@ def _summary(training: Result, test: Result) -> Result:
 # --- surgery --------------------------------------------------------------------------------------
 
 
+@tool
 def elbo_surgery(
     model: Program,
     guide: Program,
     x: Any,
     *,
     num_particles: int = 50,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     r"""Cuts the ELBO into distortion and rate, and the rate into information and marginal KL.
 
@@ -552,6 +558,7 @@ def elbo_surgery(
         ELBO; Burda, Grosse & Salakhutdinov (2016), section 5.2 (activity); Poole et al. (2019),
         On variational bounds of mutual information, eq. 12.
     """
+    seed = as_seed(seed)
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
         raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
     arguments = as_arguments(x)

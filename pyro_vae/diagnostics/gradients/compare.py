@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients.candidates import candidates_of
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
 from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
@@ -33,6 +34,7 @@ from pyro_vae.inference.programs import (
     Program,
     program_scope,
     tensors_of,
+    tool,
     unwrap_programs,
 )
 from pyro_vae.results import label, make_result, sha256_of
@@ -44,6 +46,7 @@ _RUNS_ONE_BY_ONE = 1280  # of the programs, where particles cannot run together
 _ROUNDING = 1e3  # machine epsilons, relative to the largest gradients: less is no bias
 
 
+@tool
 def compare_estimators(
     model: Program,
     guide: Program,
@@ -55,7 +58,7 @@ def compare_estimators(
     parameters: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     reference: Reference | None = None,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> EstimatorComparison:
     r"""Measures bias, noise and cost of gradient estimators on any model and guide.
@@ -122,6 +125,7 @@ def compare_estimators(
         >>> found.variance.dims, found.parameter.values.tolist()
         (('estimator', 'num_particles', 'parameter'), ['guide', 'model'])
     """
+    seed = as_seed(seed)
     particles = _check_particles(num_particles)
     if isinstance(repeats, bool) or not isinstance(repeats, int | None) or (repeats or 8) < 8:
         raise ValueError(f"repeats must be a whole number from 8, not {repeats!r}")

@@ -21,6 +21,7 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     program_scope,
     sum_sites,
+    tool,
     trace_programs,
     weighted_sites,
 )
@@ -31,6 +32,7 @@ _MAX_STATES = 4096
 _MAX_OUTCOMES = 500_000
 
 
+@tool
 def enumerated_bound(
     model: Program, guide: Program, x: Any, bound: str = "ELBO", num_particles: int = 1
 ) -> Float[Tensor, " batch"]:

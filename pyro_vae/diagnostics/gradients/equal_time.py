@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.inference.svi import fit
@@ -33,7 +34,7 @@ def train_at_equal_time(
     learning_rate: float = 3e-3,
     transform: Callable[..., Tensor] | None = None,
     config: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     say: Callable[[str], None] | None = None,
     progress: bool = True,
 ) -> Result:
@@ -65,6 +66,7 @@ def train_at_equal_time(
 
     Note: Standard errors are of the draws; the spread over training seeds is larger.
     """
+    seed = as_seed(seed)
     trainer = _Trainer(make, x, learning_rate, transform)
     times = _time_epochs(trainer, estimators, timing_rounds)
     names = [f"{name} K={k}" for name, k in estimators]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.posterior.pairs import check_two_samples, finite_data
 
 __all__ = ["C2ST", "classifier_two_sample"]
@@ -37,7 +38,7 @@ def classifier_two_sample(
     reference: Float[Tensor, "others batch dim"],
     *,
     folds: int = 5,
-    seed: int = 0,
+    seed: Seed = 0,
     kind: str = "quadratic",
 ) -> C2ST:
     r"""Trains a classifier for each datum to tell a sample from a reference.
@@ -82,6 +83,7 @@ def classifier_two_sample(
         >>> bool(classifier_two_sample(a, b + 20).accuracy > 0.99)
         True
     """
+    seed = as_seed(seed)
     if kind not in _MAKERS:
         raise ValueError(f"kind is 'quadratic' or 'mlp', not {kind!r}")
     if folds < 2:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration import calibrate
 from pyro_vae.diagnostics.evidence import plan_chunks
 from pyro_vae.diagnostics.posterior.assess import Limits, judge
@@ -20,7 +21,7 @@ from pyro_vae.diagnostics.posterior.settings import (
 from pyro_vae.diagnostics.posterior.summary import blind_spots, verdict_notes, worst_data
 from pyro_vae.diagnostics.predictive_check import predictive_check
 from pyro_vae.inference.log_weights import khat_threshold, pareto_khat
-from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of
+from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of, tool
 from pyro_vae.results import Result, make_result, sha256_of
 
 __all__ = ["CHECKS", "khat_threshold", "pareto_khat", "posterior_quality", "worst_data"]
@@ -28,6 +29,7 @@ __all__ = ["CHECKS", "khat_threshold", "pareto_khat", "posterior_quality", "wors
 _CHUNK = 200  # data compared with a reference at once
 
 
+@tool
 def posterior_quality(
     model: Program,
     guide: Program,
@@ -38,7 +40,7 @@ def posterior_quality(
     checks: Sequence[str] | None = None,
     num_simulations: int = 0,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
     limits: Limits | None = None,
@@ -125,6 +127,7 @@ def posterior_quality(
         >>> found.trustworthy.values.all()
         np.True_
     """
+    seed = as_seed(seed)
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits is {limits!r}; pass verdict.Limits(mean=...), or leave it out")
     options = QualityOptions(

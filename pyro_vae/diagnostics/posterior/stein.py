@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.posterior.pairs import (
     centred,
     finite_data,
@@ -42,7 +43,7 @@ def kernel_stein_discrepancy(
     bandwidth: float | None = None,
     standardise: bool = True,
     num_bootstrap: int = 500,
-    seed: int = 0,
+    seed: Seed = 0,
     resolve: float | None = None,
 ) -> SteinDiscrepancy:
     r"""The squared kernel Stein discrepancy of draws from the density whose gradient is given.
@@ -93,6 +94,7 @@ def kernel_stein_discrepancy(
         >>> bool(exact.p_value > 0.05), bool(shifted.p_value < 0.01)
         (True, True)
     """
+    seed = as_seed(seed)
     radial = _radial(kernel)
     _check(draws, scores, bandwidth, num_bootstrap)
     broken = ~finite_data(draws, scores)

@@ -12,11 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import plan_chunks
 from pyro_vae.diagnostics.posterior import Limits
 from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, Climb
 from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
+    Axes,
     LabelledSites,
     Program,
     ProgramError,
@@ -26,6 +28,7 @@ from pyro_vae.inference.programs import (
     latent_potential,
     map_batch,
     program_scope,
+    tool,
 )
 from pyro_vae.inference.refit import WeightedDraws
 from pyro_vae.results import ArvizGroups, Result, label, make_result, sha256_of
@@ -90,7 +93,7 @@ class ResolvedDraws:
         per_datum = () if self.structure.batch_dim is None else ("datum",)
         columns = {name: torch.as_tensor(self.result[name].values) for name in _COLUMNS}
         fit = {n: (per_datum, v if per_datum else v.reshape(-1)[0]) for n, v in columns.items()}
-        groups = {
+        groups: dict[str, Any] = {
             "posterior": labelled_draws(self.latents, self.sites),
             **self.sites.arviz_groups(),
             "fit": fit,
@@ -98,6 +101,8 @@ class ResolvedDraws:
         return ArvizGroups({n: g for n, g in groups.items() if g}, {"draws_from": "resolve"})
 
 
+@tool
+@tool
 def resolve(
     model: Program,
     guide: Program,
@@ -107,7 +112,7 @@ def resolve(
     budget: float | None = None,
     limits: Limits | None = None,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 1.0,
     progress: bool = True,
 ) -> ResolvedDraws:
@@ -165,6 +170,7 @@ def resolve(
         >>> found.rung.tolist(), found.unresolved
         ([0, 0, 0, 0, 0], [])
     """
+    seed = as_seed(seed)
     _check(num_draws, budget, max_memory)
     seconds = np.zeros(len(RUNGS))
     with program_scope(seed):
@@ -180,7 +186,7 @@ def resolve(
         with shown:
             for first, part in plan.parts():
                 pyro.set_rng_seed((seed + 7919 * first) % 2**31)
-                work = _Part(model, guide, part, num_draws, limits or Limits(), joint)
+                work = _Part(model, guide, part, plan.axes, num_draws, limits or Limits(), joint)
                 parts.append(work.climb(seconds, deadline))
                 shown.update(len(parts[-1].rung))
     latents = {
@@ -220,9 +226,16 @@ class _Part:
     """Data that are worked on at once."""
 
     def __init__(
-        self, model: Program, guide: Program, x: Any, num_draws: int, limits: Limits, joint: bool
+        self,
+        model: Program,
+        guide: Program,
+        x: Any,
+        axes: Axes,
+        num_draws: int,
+        limits: Limits,
+        joint: bool,
     ) -> None:
-        self.model, self.guide, self.x, self.joint = model, guide, x, joint
+        self.model, self.guide, self.x, self.axes, self.joint = model, guide, x, axes, joint
         self.potential = latent_potential(model, guide, x, joint=joint)
         with torch.no_grad():
             u = self.potential.draw(num_draws, "guide")
@@ -267,7 +280,7 @@ class _Part:
             return
         left = torch.nonzero(rest)[:, 0]
         try:
-            part = map_batch(self.x, lambda a: a[self.open[left]])
+            part = map_batch(self.x, take(self.open[left]), self.axes)
             potential = latent_potential(self.model, self.guide, part, joint=self.joint)
             same = potential.num_data == len(left) and not self.joint
         except (ProgramError, RuntimeError, IndexError):  # programs that take all data or none

@@ -23,6 +23,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.f_divergence.divergences import divergence_bound, get_divergence
 from pyro_vae.extras.f_divergence.generation import generated
 from pyro_vae.inference.programs import (
@@ -102,7 +103,7 @@ def fit_divergence(
     critic_learning_rate: float = 5e-3,
     critic_steps: int = 1,
     noise: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
     validation: Float[Tensor, "held_out *event"] | None = None,
     evaluate_every: int = 1,
     progress: bool = True,
@@ -173,6 +174,7 @@ def fit_divergence(
         >>> found.history.bound.attrs["bound"]
         'objective'
     """
+    seed = as_seed(seed)
     settings = _Settings(
         divergence=divergence,
         mean=mean,

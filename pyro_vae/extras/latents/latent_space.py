@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.latents.paths import Decoder
 from pyro_vae.results import Result, label, make_result, sha256_of
 
@@ -70,7 +71,7 @@ def attribute_effect(
     *,
     strengths: Sequence[float] = (0.0, 0.5, 1.0, 1.5),
     num_controls: int = 20,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     """Measures what adding a vector to codes does to the pictures they decode to.
 
@@ -94,6 +95,7 @@ def attribute_effect(
     Raises:
         ValueError: If there are too few codes or directions.
     """
+    seed = as_seed(seed)
     if len(codes) < 2 or num_controls < 2:
         raise ValueError(
             f"{len(codes)} codes and {num_controls} controls give no errors: both must be at "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = [
@@ -56,9 +57,10 @@ def kmeans_clusters(
     test_codes: Float[np.ndarray, "test code"],
     num_clusters: int,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Int[np.ndarray, " test"]:
     """The clusters of test codes, by k-means on training codes without labels."""
+    seed = as_seed(seed)
     from sklearn.cluster import KMeans
 
     kmeans = KMeans(num_clusters, n_init=_KMEANS_STARTS, random_state=seed)
@@ -95,7 +97,7 @@ def feature_quality(
     test_labels: Any,
     *,
     num_bootstrap: int = 200,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     """Probes codes of several kinds with a linear classifier and with k-means.
 
@@ -117,6 +119,7 @@ def feature_quality(
     Raises:
         ValueError: If a kind has no codes, or codes and labels differ in number.
     """
+    seed = as_seed(seed)
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     _check(features, len(train_labels), len(test_labels))
     generator = np.random.default_rng(seed)

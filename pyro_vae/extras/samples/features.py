@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import program_scope
 from pyro_vae.models.parts import Convolutional, Perceptron
 from pyro_vae.results import sha256_of
@@ -106,7 +107,7 @@ def make_features(
     image_shape: Sequence[int] | None = None,
     dim: int | None = None,
     data_name: str = "the given data",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Features:
     """Makes a feature space from data; no weights are downloaded.
 
@@ -141,6 +142,7 @@ def make_features(
         >>> make_features("pca", x, dim=1, data_name="a cross")
         Features(PCA, 1 component (90.0 % of the variance) of 4 rows of a cross)
     """
+    seed = as_seed(seed)
     if kind not in FEATURES:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(map(repr, FEATURES))}.")
     if dim is not None and (kind == "pixels" or dim < 1):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.samples.features import Features, check_rows
 from pyro_vae.results import Result, ShortRepr, label, make_result, sha256_of
 
@@ -118,7 +119,7 @@ def frechet_distance_infinity(
     b: Float[Tensor, "data _features"],
     *,
     num_groups: int = 20,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> FrechetEstimate:
     r"""The Frechet distance extrapolated to infinitely many rows, and its standard error.
 
@@ -146,6 +147,7 @@ def frechet_distance_infinity(
         Chong & Forsyth (2020), Effectively unbiased FID and Inception score and where to find them,
         arXiv:1911.07023; Efron & Stein (1981), The jackknife estimate of variance.
     """
+    seed = as_seed(seed)
     if num_groups < 2:
         raise ValueError(f"num_groups is {num_groups}, but must be at least 2.")
     first, second = _pair("a", a, "b", b, minimum=max(3, num_groups))
@@ -491,7 +493,7 @@ def sample_quality(
     k: int = 3,
     cutoff: float = _CUTOFF,
     num_groups: int = 20,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Result:
     r"""Measures samples against training data, with held-out data measured in the same way.
 
@@ -537,6 +539,7 @@ def sample_quality(
         >>> float(result.frechet_distance) > 5 * float(result.frechet_distance_held_out)
         True
     """
+    seed = as_seed(seed)
     rows = {"samples": samples, "train": train, "test": test}
     least = max(3, k + 1, num_groups)
     checked = {

@@ -27,6 +27,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed, as_tensor
 from pyro_vae.inference.em.generalized import fit_generalized
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.em.loop import (
@@ -46,6 +47,7 @@ from pyro_vae.inference.programs import (
     ieee_precision,
     keep_random_state,
     program_scope,
+    ready_data,
     tensors_of,
 )
 from pyro_vae.inference.svi import Fit, deferred_interrupt
@@ -91,8 +93,8 @@ def fit_em(
     tolerance: float = 1e-7,
     initialization: str = "k-means++",
     num_restarts: int = 1,
-    seed: int = 0,
-    sample_weights: Tensor | None = None,
+    seed: Seed = 0,
+    sample_weights: Any = None,
     hold: Sequence[str] = (),
     on_singular: Literal["raise", "restart"] = "raise",
     batch_size: int | None = None,
@@ -166,6 +168,7 @@ def fit_em(
         expectation-maximization algorithm for latent data models, JRSS B 71, 593-613.
     """
     method = {"generalised": "generalized"}.get(method, method)
+    seed = as_seed(seed)
     settings = EMSettings(
         method=method,
         max_iterations=max_iterations,
@@ -198,8 +201,11 @@ def fit_em(
         )
     with ieee_precision():  # a bound that never falls has no bits to lose
         if isinstance(model, StatisticsModel) and not generalized:
+            x = as_tensor(x)
+            sample_weights = None if sample_weights is None else as_tensor(sample_weights)
             end = _fit_on_statistics(model, x, sample_weights, hold, settings)
         else:
+            x = ready_data(model, None, x)
             end = fit_generalized(model, x, settings)
     config = {
         "format": 1,

@@ -14,17 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Program,
     as_arguments,
     inspect_programs,
     program_scope,
     run_programs,
+    tool,
 )
 
 __all__ = ["effective_sample_size", "elbo", "importance_bound", "log_weights"]
 
 
+@tool
 def log_weights(
     model: Program,
     guide: Program,
@@ -32,7 +35,7 @@ def log_weights(
     num_particles: int = 1,
     *,
     joint: bool = False,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> Float[Tensor, "particles batch"]:
     r"""Draws particles from a guide; returns the log importance weight of each, per datum.
 
@@ -73,6 +76,7 @@ def log_weights(
         tensor([[-1.2655, -1.5155],
                 [-1.2655, -1.5155]])
     """
+    seed = as_seed(seed)
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
     arguments = as_arguments(x)

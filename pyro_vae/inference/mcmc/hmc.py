@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
 from pyro_vae.inference.mcmc.sample import PosteriorSample
 from pyro_vae.inference.mcmc.tempered import Point, Tempered
@@ -25,6 +26,7 @@ from pyro_vae.inference.programs import (
     label_sites,
     latent_potential,
     program_scope,
+    tool_of_model,
 )
 from pyro_vae.results import sha256_of
 
@@ -160,6 +162,7 @@ class DualAveraging:
         return self._log_mean.exp()
 
 
+@tool_of_model()
 def sample_posterior(
     model: Program,
     x: Any,
@@ -172,7 +175,7 @@ def sample_posterior(
     target_accept: float = 0.8,
     step_size: float = 0.1,
     joint: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> PosteriorSample:
     r"""Draws from the posterior of each datum by Hamiltonian Monte Carlo, all in parallel.
@@ -219,6 +222,7 @@ def sample_posterior(
         >>> found.draws["z"].shape
         torch.Size([4, 300, 5, 2])
     """
+    seed = as_seed(seed)
     _check_settings(num_chains, num_warmup, num_samples, num_leapfrog, target_accept, step_size)
     with torch.no_grad(), program_scope(seed):
         potential = latent_potential(model, guide, x, joint=joint)

@@ -1,5 +1,15 @@
 """A pair of Pyro programs: run it, inspect it, name the site that has no log weights."""
 
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
+    Axes,
+    as_arguments,
+    batch_axes,
+    batch_length,
+    map_batch,
+    take,
+    tensors_of,
+)
 from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
 from pyro_vae.inference.programs.inspection import (
     check_module_names,
@@ -12,9 +22,8 @@ from pyro_vae.inference.programs.inspection import (
 )
 from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
 from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
+from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
 from pyro_vae.inference.programs.traces import (
-    Arguments,
-    Axes,
     FilledGaps,
     FittedProgram,
     JointOnlyError,
@@ -25,9 +34,6 @@ from pyro_vae.inference.programs.traces import (
     ProgramStructure,
     Site,
     SupportError,
-    as_arguments,
-    batch_axes,
-    batch_length,
     bytes_of_run,
     common_owner,
     describe_programs,
@@ -38,7 +44,6 @@ from pyro_vae.inference.programs.traces import (
     ieee_precision,
     in_particle_plate,
     keep_random_state,
-    map_batch,
     modules_of,
     program_scope,
     rerun_traces,
@@ -50,8 +55,6 @@ from pyro_vae.inference.programs.traces import (
     sum_dims,
     sum_sites,
     sum_traces,
-    take,
-    tensors_of,
     trace_programs,
     unwrap_programs,
     weighted_sites,
@@ -111,6 +114,7 @@ __all__ = [
     "modules_of",
     "no_guide",
     "program_scope",
+    "ready_data",
     "rerun_traces",
     "run_programs",
     "simulate",
@@ -124,6 +128,8 @@ __all__ = [
     "support_of",
     "take",
     "tensors_of",
+    "tool",
+    "tool_of_model",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",

@@ -12,11 +12,11 @@ from pyro.ops import packed
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.inference.programs.arguments import as_arguments
 from pyro_vae.inference.programs.inspection import check_module_names, check_parameters, count_data
 from pyro_vae.inference.programs.traces import (
     Program,
     ProgramError,
-    as_arguments,
     keep_random_state,
     trace_programs,
     weighted_sites,

@@ -17,8 +17,8 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.inference.programs.arguments import Arguments
 from pyro_vae.inference.programs.traces import (
-    Arguments,
     JointOnlyError,
     NoParametersError,
     PointMassError,

@@ -10,11 +10,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.inference.programs.arguments import Arguments, as_arguments
 from pyro_vae.inference.programs.traces import (
-    Arguments,
     Program,
     ProgramError,
-    as_arguments,
     weighted_sites,
 )
 from pyro_vae.results import ShortRepr

@@ -7,7 +7,7 @@ keeps the caller's parameters, random state and settings; `FittedProgram` carrie
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -27,9 +27,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, transform_to
 
+from pyro_vae.inference.programs.arguments import Arguments
+
 __all__ = [
-    "Arguments",
-    "Axes",
     "FilledGaps",
     "FittedProgram",
     "JointOnlyError",
@@ -41,9 +41,6 @@ __all__ = [
     "Site",
     "SitesError",
     "SupportError",
-    "as_arguments",
-    "batch_axes",
-    "batch_length",
     "bytes_of_run",
     "common_owner",
     "describe_programs",
@@ -54,7 +51,6 @@ __all__ = [
     "ieee_precision",
     "in_particle_plate",
     "keep_random_state",
-    "map_batch",
     "modules_of",
     "program_scope",
     "rerun_traces",
@@ -67,16 +63,12 @@ __all__ = [
     "sum_dims",
     "sum_sites",
     "sum_traces",
-    "take",
-    "tensors_of",
     "trace_programs",
     "unwrap_programs",
     "weighted_sites",
 ]
 
 Program = Callable[..., Any]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Axes = tuple[int | None, ...]
 Site = dict[str, Any]
 
 
@@ -143,89 +135,7 @@ class ProgramStructure:
     enumerated: tuple[str, ...] = ()
 
 
-# --- arguments and scope --------------------------------------------------------------------------
-
-
-def as_arguments(x: Any) -> Arguments:
-    """Turns the `x` of every tool into a program's arguments.
-
-    Args:
-        x: A tensor (one argument), a tuple (several positional ones) or a dict (keywords).
-
-    Returns:
-        Positional and keyword arguments.
-    """
-    if isinstance(x, tuple):
-        return x, {}
-    if isinstance(x, Mapping):
-        return (), dict(x)
-    return (x,), {}
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    """The tensors among the arguments that `x` stands for, in their order."""
-    args, kwargs = as_arguments(x)
-    return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-
-
-def batch_axes(x: Any, size: int | None = None) -> list[Axes]:
-    """The axes that so many data may lie along in the arguments of `x`, the likeliest first.
-
-    Data often lie along the first axis, but sequences have time there as often as not. Which it is
-    the programs say: their batch plate has the size of the part that they are given.
-
-    Args:
-        x: In one of the forms of `as_arguments`.
-        size: Number of data, as the batch plate has it; None for the length of the first tensor,
-            which says less.
-
-    Returns:
-        Ways to cut the data, each with an axis for every argument, or None where it is no tensor or
-        is not cut. Empty if no tensor has so many entries along any axis.
-    """
-    args, kwargs = as_arguments(x)
-    shapes = [a.shape if isinstance(a, Tensor) else torch.Size() for a in (*args, *kwargs.values())]
-    if size is None:
-        return [_axes(shapes, 0, next((shape[0] for shape in shapes if shape), 1))]
-    first = next((shape for shape in shapes if size in shape), torch.Size())
-    return [_axes(shapes, axis, size) for axis in range(len(first)) if first[axis] == size]
-
-
-def _axes(shapes: list[torch.Size], axis: int, size: int) -> Axes:
-    """Data along this axis of each argument, or along the first of those that lack it."""
-    return tuple(
-        next((i for i in (axis, 0) if i < len(shape) and shape[i] == size), None)
-        for shape in shapes
-    )
-
-
-def batch_length(x: Any, axes: Axes) -> int:
-    """Number of data in `x` along `axes` (1 if none is cut)."""
-    args, kwargs = as_arguments(x)
-    given = zip((*args, *kwargs.values()), axes, strict=True)
-    return next((a.shape[axis] for a, axis in given if axis is not None), 1)
-
-
-def map_batch(x: Any, change: Callable[[Tensor, int], Tensor], axes: Axes) -> Any:
-    """Applies `change` to the tensors of `x` with their axis of the data; the others are passed on.
-
-    `take` is such a change.
-    """
-    args, kwargs = as_arguments(x)
-    changed = [
-        a if axis is None else change(a, axis)
-        for a, axis in zip((*args, *kwargs.values()), axes, strict=True)
-    ]
-    if isinstance(x, tuple):
-        return tuple(changed)
-    return dict(zip(kwargs, changed, strict=True)) if isinstance(x, Mapping) else changed[0]
-
-
-def take(part: slice | Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Takes some of the data: a slice, or those at indices."""
-    if isinstance(part, slice):
-        return lambda a, axis: a[(*(slice(None),) * axis, part)]
-    return lambda a, axis: a.index_select(axis, part.to(a.device))
+# --- scope ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -729,9 +639,11 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             module.training = mode
 
 
-def modules_of(program: Any) -> list[nn.Module]:
+def modules_of(program: Any) -> Collection[nn.Module]:
     """The modules a program reaches: itself, its owner, those its closure and globals name."""
     while not isinstance(program, nn.Module):  # fitted, partial and decorated programs
+        if isinstance(getattr(program, "__self__", None), nn.Module):
+            break  # a decorated method's own function knows no module
         inner = getattr(program, "func", getattr(program, "__wrapped__", None))
         if inner is None:
             break

@@ -12,6 +12,7 @@ from pyro_vae.inference.refit.refit_guide import (
     RefittedGuide,
     inspect_refittable,
     paired_log_weights,
+    refit_guide,
     refits,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "inspect_refittable",
     "match_moments",
     "paired_log_weights",
+    "refit_guide",
     "refits",
     "weighted_normal",
 ]

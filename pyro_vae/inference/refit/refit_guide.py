@@ -34,6 +34,7 @@ from torch import distributions as torch_dist
 from torch.distributions import constraints, transform_to
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Arguments,
     JointOnlyError,
@@ -46,6 +47,7 @@ from pyro_vae.inference.programs import (
     is_delta,
     program_scope,
     run_programs,
+    tool,
     weighted_sites,
 )
 from pyro_vae.results import ShortRepr
@@ -626,6 +628,7 @@ class _Plateau:
 # --- refitting ------------------------------------------------------------------------------------
 
 
+@tool
 def refit_guide(
     model: Program,
     guide: Program,
@@ -634,7 +637,7 @@ def refit_guide(
     family: str = "same",
     max_steps: int = 1000,
     step_size: float = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
 ) -> RefittedGuide:
@@ -683,6 +686,7 @@ def refit_guide(
         >>> log_weights(pair.model, better, x, num_particles=5).shape
         torch.Size([5, 4])
     """
+    seed = as_seed(seed)
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}, but must be one of {', '.join(FAMILIES)}")
     chain = FAMILIES[: FAMILIES.index(family) + 1]

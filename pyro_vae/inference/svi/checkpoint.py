@@ -197,7 +197,7 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             warnings.warn(
                 f"resuming with {now[key]} {what} what was begun with {before.get(key)}: the last "
                 "bits of the result will differ from an uninterrupted run",
-                stacklevel=4,  # the caller of fit
+                stacklevel=5,  # the caller of fit
             )
 
 

@@ -23,6 +23,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.estimators import loss_options
 from pyro_vae.inference.programs import (
     FittedProgram,
@@ -37,6 +38,7 @@ from pyro_vae.inference.programs import (
     modules_of,
     program_scope,
     run_programs,
+    tool,
     unwrap_programs,
 )
 from pyro_vae.inference.svi.checkpoint import (
@@ -115,6 +117,7 @@ class Fit:
         return summary_html(self.summary(), self.history)
 
 
+@tool
 def fit(
     model: Program,
     guide: Program,
@@ -125,7 +128,7 @@ def fit(
     learning_rate: float | Callable[[int], float] = 1e-3,
     epochs: int = 100,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     validation: Any = None,
     evaluate_every: int = 1,
     patience: int | None = None,
@@ -194,6 +197,7 @@ def fit(
         CheckpointError: If `resume` finds no run to go on from, or another than this one; or if
             `checkpoint` holds a run and `resume` is not set.
     """
+    seed = as_seed(seed)
     settings = FitSettings(
         loss=loss,
         optimizer=optimizer,
@@ -215,7 +219,7 @@ def fit(
         warnings.warn(
             f"KL warm-up of {warmup_epochs} epochs is longer than training ({epochs}): the full "
             "bound is never optimised",
-            stacklevel=2,
+            stacklevel=3,
         )
     start, model, guide = unwrap_programs(model, guide)
     if device is not None:

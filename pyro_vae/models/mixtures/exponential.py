@@ -21,6 +21,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.data import Seed, as_seed, takes_arrays
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -112,6 +113,7 @@ class ExponentialMixture(nn.Module, ABC):
         """Coordinates for scores, which owe nothing to the data that are scored."""
         return None
 
+    @takes_arrays(keep_dtype=True)
     def prepare(
         self,
         x: Num[Tensor, "batch features"],
@@ -196,23 +198,26 @@ class ExponentialMixture(nn.Module, ABC):
     def _infer(self) -> dict[str, str]:
         return {"enumerate": "parallel"} if self.enumerate else {}
 
+    @takes_arrays()
     def log_joint(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch components"]:
         """The log of p(x, z = k) in nats for each datum and component, differentiable."""
         log_weights = self.generative.logits.log_softmax(-1)
         return log_weights + self.components().log_prob(x[:, None])
 
+    @takes_arrays()
     def log_evidence(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         """The exact log p(x), in nats per datum, differentiable; see also `score_samples`."""
         self._check(x)
         return self.log_joint(x).logsumexp(-1)
 
+    @takes_arrays(keep_dtype=True)
     def initialize(
         self: _Mixture,
         x: Num[Tensor, "batch features"],
         method: str = "k-means++",
         *,
         sample_weights: Num[Tensor, " batch"] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> _Mixture:
         """Sets the parameters to a start for these data, and returns the mixture itself.
 
@@ -227,30 +232,37 @@ class ExponentialMixture(nn.Module, ABC):
             ValueError: As `prepare`, or if there are fewer distinct data than components.
             SingularComponentError: If data have no spread where the model needs one.
         """
+        seed = as_seed(seed)
         problem = self.prepare(x, sample_weights)
         problem.write(problem.initialize(method, torch.Generator().manual_seed(seed)))
         return self
 
+    @takes_arrays(keep_dtype=True)
     def score_samples(self, x: Num[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         """Log-density of each datum, in nats, float64, without gradient, in bounded memory."""
         return torch.cat([part.logsumexp(1) for part in self._log_joints(x)])
 
+    @takes_arrays(keep_dtype=True)
     def score(self, x: Num[Tensor, "batch features"]) -> float:
         """The mean of log p(x), in nats per datum."""
         return float(self.score_samples(x).mean())
 
+    @takes_arrays(keep_dtype=True)
     def predict_proba(self, x: Num[Tensor, "batch features"]) -> Float[Tensor, "batch components"]:
         """The responsibilities p(z = k | x), float64."""
         return torch.cat([part.softmax(1) for part in self._log_joints(x)])
 
+    @takes_arrays(keep_dtype=True)
     def predict(self, x: Num[Tensor, "batch features"]) -> Int[Tensor, " batch"]:
         """The most probable component of each datum."""
         return torch.cat([part.argmax(1) for part in self._log_joints(x)])
 
+    @takes_arrays(keep_dtype=True)
     def aic(self, x: Num[Tensor, "batch features"]) -> float:
         """Akaike's criterion, -2 log p(x) + 2 `num_parameters`; lower is better."""
         return -2.0 * float(self.score_samples(x).sum()) + 2.0 * self.num_parameters
 
+    @takes_arrays(keep_dtype=True)
     def bic(self, x: Num[Tensor, "batch features"]) -> float:
         """The Bayesian criterion, -2 log p(x) + log N `num_parameters`; lower is better."""
         total = float(self.score_samples(x).sum())

@@ -1,0 +1,40 @@
+"""Seeds: an integer, or a generator that one is drawn from."""
+
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import torch
+
+__all__ = ["Seed", "as_seed"]
+
+Seed: TypeAlias = int | np.integer | np.random.Generator | torch.Generator
+"""What every tool takes as its `seed`."""
+
+
+@overload
+def as_seed(seed: Seed) -> int: ...
+@overload
+def as_seed(seed: Seed | None) -> int | None: ...
+def as_seed(seed: Any) -> int | None:
+    """The integer that a result records as its seed.
+
+    Args:
+        seed: An integer is returned as it is, None too. From a `numpy.random.Generator` or a
+            `torch.Generator` an integer is drawn, so that a second call with it gives another one.
+
+    Raises:
+        TypeError: If it is something else.
+
+    Example:
+        >>> as_seed(3), as_seed(np.random.default_rng(0)) == as_seed(np.random.default_rng(0))
+        (3, True)
+    """
+    if isinstance(seed, np.random.Generator):
+        return int(seed.integers(2**31))
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**31, (), generator=seed, device=seed.device))
+    if seed is None or (isinstance(seed, int | np.integer) and not isinstance(seed, bool)):
+        return seed if seed is None else int(seed)
+    raise TypeError(
+        f"seed is an integer, a numpy.random.Generator or a torch.Generator, not {seed!r}"
+    )

@@ -1,0 +1,261 @@
+"""What every public tool takes: a pair as one object, data in any form, and no stray NaN."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.data import as_data
+from pyro_vae.inference.programs.arguments import (
+    as_arguments,
+    batch_axes,
+    batch_length,
+    map_batch,
+    take,
+    tensors_of,
+)
+from pyro_vae.inference.programs.traces import (
+    Program,
+    ProgramError,
+    evaluation_mode,
+    modules_of,
+    program_scope,
+    site_log_prob,
+    trace_programs,
+    weighted_sites,
+)
+
+__all__ = ["ready_data", "tool", "tool_of_model"]
+
+_P = ParamSpec("_P")
+_F = TypeVar("_F", bound=Callable[..., Any])
+_R = TypeVar("_R")
+_R_co = TypeVar("_R_co", covariant=True)
+
+_DATA = ("x", "validation", "training", "test")  # parameters of tools that hold data
+_PROBED = 1000  # rows with a value that is not finite, looked at
+
+
+@runtime_checkable
+class _Pair(Protocol):
+    """A VAE, an autoencoder, a mixture, a `Fit`: anything that has both programs."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def guide(self) -> Any: ...
+
+
+@runtime_checkable  # where annotations are checked while running
+class _Tool(Protocol[_P, _R_co]):
+    """A function of `model, guide, ...` that takes a pair in their place."""
+
+    @overload
+    def __call__(
+        self, model: Program, guide: Program | None, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R_co: ...
+    @overload
+    def __call__(self, pair: _Pair, /, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
+
+def tool(function: Callable[Concatenate[Program, Program, _P], _R]) -> _Tool[_P, _R]:
+    """Lets a function of `model, guide, x` take what people have.
+
+    One object with both programs may stand for `model, guide`: a module with methods of these
+    names, or what `fit` returned. The data may come in any form that `data.as_data` reads and are
+    converted to the dtype of the programs' parameters. Values that are not finite are refused in a
+    sentence, unless the model masks them.
+    """
+    return cast(_Tool[_P, _R], _prepared(function, ready_data))
+
+
+def tool_of_model(*, observes: bool = True) -> Callable[[_F], _F]:
+    """The same for a function of `model, x` that may be given a guide by keyword, or knows none.
+
+    Args:
+        observes: Whether the values of x are looked at; not where the model draws them anew.
+    """
+    ready = ready_data if observes else converted_data
+
+    def decorate(function: _F) -> _F:
+        return cast(_F, _prepared(function, ready))
+
+    return decorate
+
+
+def _prepared(function: Callable[..., Any], ready: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _apart(args, kwargs, function.__name__, signature.parameters)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # for Python's own sentence
+        given = bound.arguments
+        for name in _DATA:
+            if given.get(name) is not None:
+                given[name] = ready(given["model"], given.get("guide"), given[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def ready_data(model: Any, guide: Program | None, x: Any) -> Any:
+    """The data as tensors of the programs' type, refused where they are not finite.
+
+    Raises:
+        ValueError: If the data cannot be converted without loss, or their values cannot be used.
+        TypeError: If they hold no numbers.
+    """
+    ready = converted_data(model, guide, x)
+    _check_finite(model, guide, ready)
+    return ready
+
+
+def converted_data(model: Any, guide: Program | None, x: Any) -> Any:
+    """The data as tensors of the programs' type, whatever their values."""
+    ready = as_data(x, _dtype_of(model, guide))
+    _check_arity(model, x, ready)
+    return ready
+
+
+def _apart(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str, parameters: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with a pair at their head taken apart; others are returned as they are."""
+    positional = list(parameters)[1] == "guide"
+    rest = args[1:]
+    has_guide = "guide" in kwargs or (rest and (rest[0] is None or callable(rest[0])))
+    if not args or (positional and has_guide):
+        return args, kwargs
+    pair = args[0]
+    if isinstance(pair, _Pair) and callable(pair.model):
+        if positional:
+            return (pair.model, pair.guide, *rest), kwargs
+        guide = {"guide": pair.guide} if "guide" in parameters else {}
+        return (pair.model, *rest), {**guide, **kwargs}
+    if positional and rest:
+        raise TypeError(
+            f"{name} takes model, guide and x, or one object that has `model` and `guide`, and x; "
+            f"{type(pair).__name__} {'has no guide' if hasattr(pair, 'model') else 'has neither'}, "
+            f"and a {type(rest[0]).__name__} is no guide"
+        )
+    return args, kwargs
+
+
+def _dtype_of(*programs: Program | None) -> torch.dtype | None:
+    """The one floating-point type of the modules' parameters; None without modules."""
+    types = {
+        parameter.dtype
+        for program in programs
+        if program is not None
+        for module in modules_of(program)
+        for parameter in module.parameters()
+        if parameter.is_floating_point()
+    }
+    return types.pop() if len(types) == 1 else None
+
+
+def _check_arity(model: Program, given: Any, ready: Any) -> None:
+    """A data set of images and labels is not silently cut to its images."""
+    if not isinstance(ready, tuple) or isinstance(given, tuple):
+        return
+    try:
+        inspect.signature(model).bind(*ready)
+    except TypeError as error:
+        raise ProgramError(
+            f"an item of {type(given).__name__} has {len(ready)} parts, but the model takes other "
+            f"arguments ({error}): pass the part it takes, for example "
+            "x=torch.stack([item[0] for item in dataset])"
+        ) from error
+
+
+# --- values that are not finite -------------------------------------------------------------------
+
+
+def _check_finite(model: Program, guide: Program | None, x: Any) -> None:
+    """Refuses data with NaN or infinite values that reach a log-probability.
+
+    What a mask takes out of the model may be anything: the programs are run, and the observed
+    sites' log-probabilities looked at.
+
+    Raises:
+        ProgramError: Names the site, how many values there are, and where the first is.
+    """
+    suspects = [t for t in tensors_of(x) if t.is_floating_point() and not _all_finite(t)]
+    if not suspects:
+        return
+    axes = batch_axes(x)[0]
+    rows = _rows_with(suspects, batch_length(x, axes))
+    part = x if rows is None else map_batch(x, take(rows), axes)
+    for data, kept in ((part, rows), (x, None)):
+        try:
+            reason = _reason(model, guide, data, kept)
+        except Exception:  # programs that want all data, or whose own sentence is the better one
+            continue
+        if reason:
+            raise ProgramError(f"{reason}: remove or impute such data, or mask them in the model")
+        return
+
+
+def _all_finite(x: Tensor) -> bool:
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())  # the sum is much the faster
+
+
+def _rows_with(tensors: list[Tensor], length: int) -> Tensor | None:
+    """The data that hold such values; None where tensors are not as long as the data."""
+    if any(t.dim() == 0 or len(t) != length for t in tensors):
+        return None
+    wrong = torch.stack([~t.reshape(length, -1).isfinite().all(1).cpu() for t in tensors])
+    return wrong.any(0).nonzero().flatten()[:_PROBED]
+
+
+@torch.no_grad()
+def _reason(model: Program, guide: Program | None, x: Any, rows: Tensor | None) -> str:
+    args, kwargs = arguments = as_arguments(x)
+    programs = [model] if guide is None else [model, guide]
+    with program_scope(0), pyro.validation_enabled(False), evaluation_mode(*programs):
+        if guide is None:
+            traces = [poutine.trace(model).get_trace(*args, **kwargs)]
+        else:
+            traces = list(trace_programs(model, guide, arguments))[::-1]
+        for name, site in weighted_sites(traces[0]).items():
+            if site["is_observed"] and (said := _where(name, site, rows)):
+                return said
+        for trace in traces:
+            for name, site in weighted_sites(trace).items():
+                if not site["is_observed"] and not site["value"].isfinite().all():
+                    return (
+                        f"the data hold values that are not finite, which a mask of the model "
+                        f"cannot undo, since latent '{name}' is not finite because of them"
+                    )
+    return ""
+
+
+def _where(name: str, site: dict[str, Any], rows: Tensor | None) -> str:
+    """Which observed values make the log-probability of a site NaN or infinite, in words."""
+    value = site["value"]
+    if not value.is_floating_point():
+        return ""
+    log_prob = site_log_prob(site)
+    event = (...,) + (None,) * site["fn"].event_dim
+    wrong = ~value.isfinite() & ~log_prob.isfinite()[event]
+    if not bool(wrong.any()):
+        return ""
+    place = wrong.nonzero()[0].tolist()
+    if rows is not None and len(rows) in wrong.shape:
+        dim = wrong.shape.index(len(rows))
+        place[dim] = int(rows[place[dim]])
+    count, missing = int(wrong.sum()), int((wrong & value.isnan()).sum())
+    more = "at least " if rows is not None and len(rows) == _PROBED else ""
+    return (
+        f"site '{name}' observes {more}{count} values that are not finite ({missing} NaN, "
+        f"{count - missing} infinite), the first at {place}"
+    )
