@@ -6,8 +6,10 @@ pixels and the density of grey ones are different things). Numbers that differ i
 compared: `IncomparableError` says what differs.
 
 Three names carry the conventions. A variable that has one value per datum has the dimension
-``datum``. The Monte-Carlo standard error of the variable ``foo`` is the variable ``foo_se``.
-`label` makes a variable's attributes.
+``datum``. The Monte-Carlo standard error of the variable ``foo`` is the variable ``foo_se``, which
+takes in the bias ``foo_bias`` where there is one. `label` makes a variable's attributes; one more,
+``reliable_by``, may name a variable that says for which data the standard error holds. Where it
+does not hold for all, the table shows it with a question mark.
 
 A `Result` is an `xarray.Dataset`. Selecting from one (``sel``, ``isel``, ``result[["elbo"]]``,
 ``rename``) keeps the type and the labels. Computing with one (arithmetic, ``mean``, ``map``) gives

@@ -31,9 +31,9 @@ def make_result(
 
     Args:
         variables: Name -> (dims, array or tensor, attributes made by `label`). Values are copied.
-            Every variable of floating point needs a label, except ``foo_se``, the standard error of
-            ``foo``; bools, whole numbers and text may do without. Further attributes may be text,
-            bools and numbers; those that are None are dropped.
+            Every variable of floating point needs a label, except ``foo_se`` and ``foo_bias``, the
+            standard error and the estimated bias of ``foo``; bools, whole numbers and text may do
+            without. Further attributes may be text, bools and numbers; None is dropped.
         function: The function that made the numbers, such as ``log_evidence``.
         config: Its arguments, of JSON's types (tuples become lists, paths become text).
         seed: Its seed.
@@ -101,8 +101,8 @@ def _as_coordinate(name: Hashable, given: Any) -> Any:
 
 def _check_variable(result: Result, name: str) -> None:
     variable = result[name]
-    if name.endswith("_se"):
-        _check_standard_error(result, name)
+    if name.endswith(("_se", "_bias")):
+        _check_error(result, name)
         if not any(key in variable.attrs for key in LABELS):
             return
     present = [key for key in LABELS if key in variable.attrs]
@@ -122,17 +122,18 @@ def _check_variable(result: Result, name: str) -> None:
         )
 
 
-def _check_standard_error(result: Result, name: str) -> None:
-    owner = name.removesuffix("_se")
+def _check_error(result: Result, name: str) -> None:
+    owner, _, kind = name.rpartition("_")
+    said = {"se": "standard error", "bias": "bias"}[kind]
     if owner not in result.data_vars:
         raise ValueError(
-            f"{name} is the standard error of {owner}, which is missing: add it or rename {name}."
+            f"{name} is the {said} of {owner}, which is missing: add it or rename {name}."
         )
     if result[name].dims != result[owner].dims:
         raise ValueError(
             f"{name} has dims {result[name].dims}, but {owner} has {result[owner].dims}."
         )
-    if result[name].dtype.kind not in "fiu" or bool((result[name].values < 0).any()):
-        raise ValueError(
-            f"{name} is a standard error, so it cannot be negative or anything but numbers."
-        )
+    if result[name].dtype.kind not in "fiu":
+        raise ValueError(f"{name} is a {said}, so it cannot be anything but numbers.")
+    if kind == "se" and bool((result[name].values < 0).any()):
+        raise ValueError(f"{name} is a standard error, so it cannot be negative.")

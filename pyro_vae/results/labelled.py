@@ -22,6 +22,7 @@ __all__ = [
     "nan_text",
     "num_data",
     "num_particles",
+    "num_unreliable",
     "provenance",
     "spread_error",
     "standard_error",
@@ -48,7 +49,7 @@ def labelled_variable(dataset: xr.Dataset, name: str) -> xr.DataArray:
 
 
 def labelled_names(dataset: xr.Dataset) -> list[str]:
-    """The variables that have a label, without standard errors."""
+    """The variables that have a label, without standard errors and biases."""
     return [
         str(name)
         for name, variable in dataset.data_vars.items()
@@ -68,12 +69,29 @@ def label_at(variable: xr.DataArray, key: str) -> str | None:
 
 
 def standard_error(dataset: xr.Dataset, name: str, value: float) -> float | None:
-    """Monte-Carlo error of the mean of a variable over the data; None if unknown."""
+    """Monte-Carlo error of the mean of a variable over the data; None if unknown.
+
+    Noise averages out over the data, bias does not.
+    """
     if f"{name}_se" not in dataset.data_vars or not math.isfinite(value):
         return None
     errors = np.atleast_1d(dataset[f"{name}_se"].values.astype(np.float64))
-    total = float(np.linalg.norm(errors)) / errors.size
+    if f"{name}_bias" not in dataset.data_vars:
+        total = float(np.linalg.norm(errors)) / errors.size
+    else:
+        bias = np.atleast_1d(dataset[f"{name}_bias"].values.astype(np.float64))
+        noise = float(np.maximum(errors**2 - bias**2, 0.0).sum()) ** 0.5 / errors.size
+        total = math.hypot(noise, float(bias.mean()))
     return None if math.isnan(total) else total
+
+
+def num_unreliable(dataset: xr.Dataset, name: str) -> int:
+    """For how many values the standard error is not to be relied upon.
+
+    The attribute `reliable_by` of a variable names the variable that says so.
+    """
+    by = dataset[name].attrs.get("reliable_by")
+    return 0 if by not in dataset.data_vars else int((~dataset[by].values.astype(bool)).sum())
 
 
 def num_particles(variable: xr.DataArray) -> int | None:
@@ -107,7 +125,8 @@ def data_sha256(dataset: xr.Dataset, variable: xr.DataArray) -> str | None:
 
 
 def _is_error_of(name: Hashable, names: Mapping[Hashable, Any]) -> bool:
-    return str(name).endswith("_se") and str(name).removesuffix("_se") in names
+    owner, _, kind = str(name).rpartition("_")
+    return kind in ("se", "bias") and owner in names
 
 
 def check_has_mean(name: str, values: np.ndarray) -> None:

@@ -35,6 +35,7 @@ def label(
     num_particles: int | None = None,
     seed: int | None = None,
     description: str | None = None,
+    reliable_by: str | None = None,
 ) -> dict[str, str | int]:
     """Makes the attributes of one variable of a `Result`.
 
@@ -47,6 +48,7 @@ def label(
         num_particles: Particles behind each value, at least 1; None where there are none.
         seed: The seed the values were drawn with, if it is not the seed of the whole result.
         description: One line for the reader.
+        reliable_by: The variable, of bools, that says for which data the standard error holds.
 
     Returns:
         The attributes, without those that are None, which NetCDF cannot hold.
@@ -78,6 +80,8 @@ def label(
         attrs["seed"] = int(seed)
     if description is not None:
         attrs["description"] = str(description)
+    if reliable_by is not None:
+        attrs["reliable_by"] = str(reliable_by)
     return attrs
 
 

@@ -56,8 +56,8 @@ class Quantity:
         name: What it is, such as ``log_evidence``.
         value: The number; for per-datum variables the mean over the data. Never nan; may be
             infinite.
-        standard_error: Monte-Carlo error of `value` for **these** data, taking the errors of
-            different data as independent; None if unknown.
+        standard_error: Monte-Carlo error of `value` for **these** data, taking the noise of
+            different data as independent and their biases as they add up; None if unknown.
         data_standard_error: Standard error of `value` as an estimate for the population the data
             were drawn from, sd / sqrt(number of data); None if unknown.
         unit: One of `UNITS`.
@@ -72,6 +72,7 @@ class Quantity:
         num_dimensions: Dimensions of a datum, where the unit is bits per dimension and they are
             known.
         objective: Which objective it is, where `bound` is "objective" and it is known.
+        num_unreliable: For how many of the data `standard_error` is not to be relied upon.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Quantity:
     data_sha256: str | None
     num_dimensions: int | None = None
     objective: str | None = None
+    num_unreliable: int = 0
 
     def __str__(self) -> str:
         text = f"{self.name.replace('_', ' ')} = {number_text(self.value, self.standard_error)}"
@@ -115,6 +117,10 @@ class Quantity:
             yield "Monte-Carlo error unknown"
         elif " - " in self.name and self.data_standard_error is None and self.num_data != 1:
             yield "error of the draws alone, not over data: see paired_difference"
+        if self.num_unreliable:
+            several = self.num_data not in (None, 1)
+            where = f" for {self.num_unreliable} of {self.num_data} data" if several else ""
+            yield f"error unreliable{where}"
         if self.num_particles is not None:
             yield f"{self.num_particles} particle{'s' * (self.num_particles != 1)}"
         if self.num_data is not None:
@@ -189,6 +195,7 @@ class Quantity:
             bound=_bound_of_difference(self.bound, other.bound),
             num_particles=_common(self.num_particles, other.num_particles),
             seed=_common(self.seed, other.seed),
+            num_unreliable=max(self.num_unreliable, other.num_unreliable),
         )
 
     def __lt__(self, other: "Quantity") -> bool:

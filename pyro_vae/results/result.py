@@ -80,10 +80,11 @@ class Result(xr.Dataset):
     def quantity(self, name: str) -> Quantity:
         r"""The one number a variable comes to: for per-datum variables the mean over the data.
 
-        Two errors are carried, with s_n the standard error of datum n and sd the spread of the
-        values:
+        Two errors are carried, with s_n the standard error of datum n, b_n the part of it that is
+        bias (0 where there is no variable ``..._bias``) and sd the spread of the values:
 
-        .. math:: \text{standard\_error} = \frac1N \sqrt{\sum_n s_n^2}, \qquad
+        .. math:: \text{standard\_error} = \frac1N \sqrt{\sum_n (s_n^2 - b_n^2)
+                  + \Bigl(\sum_n b_n\Bigr)^2}, \qquad
                   \text{data\_standard\_error} = \frac{\mathrm{sd}}{\sqrt N}
 
         The first is the Monte-Carlo error for these data, the second says how the mean would move
@@ -123,6 +124,7 @@ class Result(xr.Dataset):
             seed=variable.attrs.get("seed", self.provenance.get("seed")),
             data_sha256=labelled.data_sha256(self, variable),
             measure=variable.attrs.get("measure"),
+            num_unreliable=labelled.num_unreliable(self, name),
             objective=labelled.label_at(variable, "objective") if bound == "objective" else None,
             bound=bound,
             **{key: variable.attrs[key] for key in LABELS if key != "bound"},
@@ -132,8 +134,8 @@ class Result(xr.Dataset):
         """Every labelled number as an aligned table, at most 100 columns wide up to 10^5 data.
 
         For per-datum variables the value is the mean over the data, and the standard error is the
-        Monte-Carlo error of that mean for these data. A mean that a nan spoils says for how many
-        data.
+        Monte-Carlo error of that mean for these data, with a question mark where that of some datum
+        is not to be relied upon. A mean that a nan spoils says for how many data.
         """
         return table_text(self)
 

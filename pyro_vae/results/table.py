@@ -16,6 +16,7 @@ from pyro_vae.results.labelled import (
     nan_text,
     num_data,
     num_particles,
+    num_unreliable,
     standard_error,
 )
 
@@ -51,7 +52,8 @@ def table_rows(dataset: xr.Dataset, *, brief: bool = False) -> Iterator[tuple[st
     short = brief and bool(hidden_rows(dataset))
     end_rows = 1 if short else _END_ROWS
     for name in labelled_names(dataset):
-        part = dataset[[n for n in (name, f"{name}_se") if n in dataset.data_vars]]
+        needed = (name, f"{name}_se", f"{name}_bias", dataset[name].attrs.get("reliable_by"))
+        part = dataset[[n for n in needed if n in dataset.data_vars]]
         others = [d for d in dataset[name].dims if d != "datum"]
         places = list(itertools.product(*(range(dataset.sizes[d]) for d in others)))
         limit = 2 * end_rows + 1 if short else _MAX_STEPS if len(others) == 1 else _MAX_ROWS
@@ -155,7 +157,7 @@ def _row(title: str, name: str, chosen: xr.Dataset) -> tuple[str, ...]:
     return (
         title,
         value,
-        "-" if error is None else error_text(error),
+        "-" if error is None else error_text(error) + "?" * bool(num_unreliable(chosen, name)),
         unit,
         kind,
         "-" if particles is None else str(particles),

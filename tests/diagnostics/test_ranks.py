@@ -192,6 +192,25 @@ def test_coverage_of_uniform_ranks_is_the_level_for_any_number_of_draws(num_draw
     assert (error > 0).all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize(("simulations", "num_draws"), [(50, 9), (50, 99), (400, 9)])
+def test_the_standard_error_of_coverage_is_the_spread_over_replications(
+    rng, simulations, num_draws, scale
+):
+    """Cells that are covered in part vary less than hits and misses do."""
+    levels, replications = np.array([0.5, 0.8, 0.9]), 2000
+    below = stats.norm.cdf(rng.standard_normal((simulations, replications)) / scale)
+    found, error = coverage(rng.binomial(num_draws, below), num_draws, levels.tolist())
+    spread = found.std(1)
+    ratio = (error**2).mean(1) ** 0.5 / spread
+    # 2000 replications know a spread to 1.6 %. The larger of two variances is a little too large,
+    # more so for wrong draws whose coverage varies less than that of right ones.
+    assert (np.log(ratio) > -STANDARD_ERRORS * 0.016).all(), ratio
+    assert (np.log(ratio) < (0.06 if scale == 1 else 0.14) + STANDARD_ERRORS * 0.016).all(), ratio
+    if (num_draws, scale) == (9, 1.0):
+        assert (levels * (1 - levels) / simulations)[2] ** 0.5 / spread[2] > 1.35
+
+
 def test_coverage_of_wrong_draws_is_the_normal_one(rng):
     # Draws of half the width: the interval of level c covers 2 Phi(z_c / 2) - 1.
     ranks = rank_under(rng, scale=0.5)

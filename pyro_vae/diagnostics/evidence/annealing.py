@@ -20,7 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_vae.inference.log_weights import effective_sample_size, importance_bound
+from pyro_vae.inference.log_weights import (
+    effective_sample_size,
+    importance_bound,
+    importance_bound_error,
+)
 from pyro_vae.inference.mcmc import Tempered, hmc_step, jittered
 from pyro_vae.inference.programs import Potential
 
@@ -211,14 +215,13 @@ def _log_ratio(joint: Tensor, start: Tensor) -> Tensor:
 
 def reduce_forward(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tensor]:
     """The lower bound of each datum with its error, from the log weights of its chains."""
-    chains = len(log_weights)
-    bound = importance_bound(log_weights)
-    ess = effective_sample_size(log_weights)
-    error = (1 / ess - 1 / chains).clamp_min(0).sqrt()
+    error = importance_bound_error(log_weights)
     return {
-        "log_evidence": bound,
-        "log_evidence_se": error if chains > 1 else torch.full_like(error, math.nan),
-        "ess": ess,
+        "log_evidence": importance_bound(log_weights),
+        "log_evidence_se": error.se,
+        "log_evidence_bias": error.bias,
+        "error_reliable": error.reliable,
+        "ess": effective_sample_size(log_weights),
     }
 
 
@@ -228,4 +231,5 @@ def reduce_reverse(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tens
     The chains of a datum share their exact draw, whose part in the error the error leaves out.
     """
     found = reduce_forward(-log_weights)
-    return {**found, "log_evidence": -found["log_evidence"]}
+    flipped = {name: -found[name] for name in ("log_evidence", "log_evidence_bias")}
+    return found | flipped

@@ -1,6 +1,5 @@
 """Importance sampling: log evidence, ELBO and gap from the same draws of the guide."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,10 @@ from pyro_vae.inference.log_weights import (
     effective_sample_size,
     elbo,
     importance_bound,
+    importance_bound_error,
     khat_threshold,
-    pareto_khat,
+    mean_error,
+    pareto_tail,
 )
 from pyro_vae.inference.programs import Program, ProgramStructure, as_arguments, run_programs
 
@@ -54,42 +55,41 @@ def _log_weights(
     return log_p - log_q
 
 
-def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Float[Tensor, " batch"]]:
+def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Tensor]:
     """Every number of the result from the weights of a chunk of data."""
-    particles = len(log_weights)
-    ess = effective_sample_size(log_weights)
     bound, mean = importance_bound(log_weights), elbo(log_weights)
+    tail = pareto_tail(log_weights)
+    error = importance_bound_error(log_weights, tail)
     relative = (log_weights - bound).exp() - 1  # the influence of each draw on the importance bound
-    unknown = torch.full_like(mean, math.nan)
     return {
         "log_evidence": bound,
-        "log_evidence_se": (1 / ess - 1 / particles).clamp_min(0).sqrt()
-        if particles > 1
-        else unknown,
+        "log_evidence_se": error.se,
+        "log_evidence_bias": error.bias,
         "elbo": mean,
-        "elbo_se": log_weights.std(0) / math.sqrt(particles) if particles > 1 else unknown,
+        "elbo_se": mean_error(log_weights),
         "gap": bound - mean,
-        "gap_se": (relative - log_weights + mean).std(0) / math.sqrt(particles)
-        if particles > 1
-        else unknown,
-        "ess": ess,
-        "khat": pareto_khat(log_weights),
+        "gap_se": torch.hypot(mean_error(relative - log_weights), error.unseen),
+        "gap_bias": error.bias,
+        "error_reliable": error.reliable,
+        "ess": effective_sample_size(log_weights),
+        "khat": tail.khat,
+        "khat_se": tail.khat_se,
     }
 
 
 def importance_notes(found: Columns, settings: Importance) -> list[str]:
     """What must not be parted from the numbers."""
     threshold = khat_threshold(settings.num_particles)
-    khat = found["khat"]
-    bad = int((~(khat <= threshold)).sum())
+    bad = int((~found["error_reliable"]).sum())
     notes = [
         "k-hat, ESS and every importance estimate are blind to a mode that the guide never visits."
     ]
     if bad:
         notes.insert(
             0,
-            f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {len(khat)} data: there "
-            "the log evidence is a lower bound "
-            "whose error is unreliable, not an estimate. More particles or a better guide mend it.",
+            f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the error "
+            f"above 0.5 nats, for {bad} of {len(found['khat'])} data: there the log evidence is a "
+            "lower bound whose error is unreliable, not an estimate. More particles or a better "
+            "guide mend it.",
         )
     return notes

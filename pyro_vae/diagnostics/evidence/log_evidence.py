@@ -83,8 +83,9 @@ def log_evidence(
 
     In expectation this is below log p(x) and rises to it with K; the mean of w itself is unbiased.
     Annealing carries K chains along a path to the posterior, and its weights obey the same. The
-    standard error is that of the delta method, sqrt(1/ESS - 1/K); where k-hat or ESS is bad it is
-    unreliable, and the result says for how many data.
+    standard error takes in the bias and the weights beyond the largest seen (see
+    `importance_bound_error`); where it is unreliable all the same, the number says so with a
+    question mark, and the result for how many data.
 
     Args:
         model: The generative program.
@@ -102,7 +103,9 @@ def log_evidence(
 
     Returns:
         Variables over `datum`: `log_evidence` in nats with `log_evidence_se`, and the method's
-        diagnostics: `ess` (particles), `khat`, `acceptance`, `rhat`, `quadrature_error`.
+        diagnostics: `ess` (particles), `khat`, `acceptance`, `rhat`, `quadrature_error`. Means of
+        weights have `log_evidence_bias` too, the part of the error that is bias, and
+        `error_reliable`: result.isel(datum=result.error_reliable.values) leaves the others out.
         `"importance"` adds `elbo` and `gap` (log evidence - ELBO, in expectation at most the true
         gap). `"bidirectional"` adds, for as many data drawn from the model (dimension
         `simulation`), `simulated_lower` and `simulated_upper`, between which their log evidence
@@ -237,8 +240,10 @@ def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     columns["simulated_lower"] = lower["log_evidence"]
     columns["simulated_lower_se"] = lower["log_evidence_se"]
+    columns["simulated_lower_bias"] = lower["log_evidence_bias"]
     columns["simulated_upper"] = upper["log_evidence"]
     columns["simulated_upper_se"] = upper["log_evidence_se"]
+    columns["simulated_upper_bias"] = upper["log_evidence_bias"]
     return columns
 
 
@@ -275,14 +280,13 @@ def _exact(model: Program, x: Any) -> Result:
 
 
 def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
-    least = max(settings.num_chains / 4, 2.0)
-    bad = int((~(found["ess"] >= least)).sum())
+    bad = int((~found["error_reliable"]).sum())
     notes = []
     if bad:
         notes.append(
-            f"fewer than {least:g} of {settings.num_chains} chains are effective for {bad} of "
-            f"{len(found['ess'])} data: there the log evidence is a lower bound whose error is "
-            "unreliable, not an estimate. More temperatures mend it."
+            f"the error is above 0.5 nats (or unknown) for {bad} of {len(found['ess'])} data: "
+            "there it rests on the weights of the chains being log-normal, and the log evidence is "
+            "a lower bound whose error is unreliable. More temperatures mend it."
         )
     slow = int((found["acceptance"] < 0.1).sum())
     if slow:
@@ -392,7 +396,12 @@ def _result(
         texts["log_evidence"] = ("nats", "none", "log p(x) by quadrature that has not converged")
     variables: dict[str, Any] = {}
     for name, values in found.items():
-        unit, bound, description = texts[name.removesuffix("_se")]
+        dims = "simulation" if name.startswith("simulated_") else () if joint else "datum"
+        if values.dtype == torch.bool:
+            variables[name] = (dims, values if dims else values[0], {})
+            continue
+        unit, bound, description = texts[name.removesuffix("_se").removesuffix("_bias")]
+        rated = "error_reliable" in found and name in ("log_evidence", "gap")
         attrs = label(
             unit=unit,
             bound=bound,
@@ -404,8 +413,8 @@ def _result(
             measure=structure.measure if unit == "nats" else None,
             num_particles=num_particles,
             description=description,
+            reliable_by="error_reliable" if rated else None,
         )
-        dims = "simulation" if name.startswith("simulated_") else () if joint else "datum"
         variables[name] = (dims, values if dims else values[0], attrs)
     if "simulated_upper" in found:
         variables |= _error_bound(found, joint, num_particles)

@@ -28,8 +28,10 @@ from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
     importance_bound,
+    importance_bound_error,
     khat_threshold,
-    pareto_khat,
+    mean_error,
+    pareto_tail,
 )
 from pyro_vae.inference.programs import (
     Arguments,
@@ -60,6 +62,7 @@ __all__ = ["LEDGER", "GapOnBoth", "elbo_gap", "elbo_surgery", "gap_on_both"]
 LEDGER = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
 """The variables that every ledger has."""
 
+_OF_EVIDENCE = ("log_evidence", "gap", "approximation_gap")  # whose error is that of the evidence
 _NAMES = {"same": "refitted", "full": "full", "flow": "flow"}
 _SAID = {
     "same": "the guide's own family, refitted to each datum",
@@ -262,19 +265,23 @@ def _ledger(
         # Which family proposes was settled by other draws, so the choice favours none.
         best = torch.stack([f.log_weight for f in fitted]).argmax(0)
         proposal = torch.stack(list(weights[1:])).gather(0, best.expand_as(refitted)[None])[0]
-        found, evidence, influence = _importance(proposal)
-        independent = torch.zeros_like(evidence)
+        found, independent = _importance(proposal)
+        evidence = found["log_evidence"]
+        influence = (proposal - evidence).exp() - 1  # of each draw on the importance bound
     else:
-        evidence = torch.as_tensor(known["log_evidence"].values).double()
-        se = known.get("log_evidence_se")
-        independent = torch.zeros_like(evidence) if se is None else torch.as_tensor(se.values)
-        independent = independent.double()
-        found, influence = {"log_evidence_se": independent}, torch.zeros_like(amortised)
-    columns = {"log_evidence": evidence, **found}
+        given = ("log_evidence", "log_evidence_se", "log_evidence_bias", "error_reliable")
+        found = {name: torch.as_tensor(known[name].values) for name in given if name in known}
+        evidence = found["log_evidence"] = found["log_evidence"].double()
+        independent = found.setdefault("log_evidence_se", torch.zeros_like(evidence)).double()
+        influence = torch.zeros_like(amortised)
+    columns = dict(found)
+    for name in ("gap", "approximation_gap"):
+        if "log_evidence_bias" in found:
+            columns[f"{name}_bias"] = found["log_evidence_bias"]
 
     def difference(name: str, value: Tensor, draws: Tensor, other: Tensor | float = 0.0) -> None:
         columns[name] = value
-        columns[f"{name}_se"] = (_error(draws).square() + other**2).sqrt()
+        columns[f"{name}_se"] = (mean_error(draws).square() + other**2).sqrt()
 
     difference("elbo", amortised.mean(0), amortised)
     difference("gap", evidence - amortised.mean(0), influence - amortised, independent)
@@ -289,18 +296,21 @@ def _ledger(
     return columns
 
 
-def _error(draws: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:
-    return draws.std(0) / math.sqrt(len(draws))
-
-
 def _importance(
     weights: Float[Tensor, "particles batch"],
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The importance bound, its diagnostics, and the influence of each draw on it."""
-    bound, ess = importance_bound(weights), effective_sample_size(weights)
-    se = (1 / ess - 1 / len(weights)).clamp_min(0).sqrt()
-    diagnostics = {"log_evidence_se": se, "ess": ess, "khat": pareto_khat(weights)}
-    return diagnostics, bound, (weights - bound).exp() - 1
+) -> tuple[dict[str, Tensor], Float[Tensor, " batch"]]:
+    """The importance bound, its diagnostics, and the error that its draws do not show."""
+    tail = pareto_tail(weights)
+    error = importance_bound_error(weights, tail)
+    found = {
+        "log_evidence": importance_bound(weights),
+        "log_evidence_se": error.se,
+        "log_evidence_bias": error.bias,
+        "error_reliable": error.reliable,
+        "ess": effective_sample_size(weights),
+        "khat": tail.khat,
+    }
+    return found, error.unseen
 
 
 def _result(
@@ -330,11 +340,13 @@ def _result(
     given = {} if known is None else known["log_evidence"].attrs
     variables: dict[str, Any] = {}
     for name, values in columns.items():
-        if name == "converged":
+        if values.dtype == torch.bool:
             variables[name] = ("datum", values, {})
             continue
         unit = {"ess": "particles", "khat": "none"}.get(name, "nats")
-        bound, description = texts.get(name.removesuffix("_se"), ("none", f"{name} of the weights"))
+        own = name.removesuffix("_se").removesuffix("_bias")
+        bound, description = texts.get(own, ("none", f"{name} of the weights"))
+        rated = "error_reliable" in columns and name in _OF_EVIDENCE
         measure = structure.measure if unit == "nats" else None
         attrs = label(
             unit=unit,
@@ -344,6 +356,7 @@ def _result(
             if name.startswith("log_evidence") and known is not None
             else num_particles,
             description=description,
+            reliable_by="error_reliable" if rated else None,
         )
         variables[name] = ("datum", values, attrs)
     return make_result(
@@ -364,12 +377,12 @@ def _notes(
     notes = []
     if known is None:
         threshold = khat_threshold(num_particles)
-        bad = int((~(columns["khat"] <= threshold)).sum())
+        bad = int((~columns["error_reliable"]).sum())
         if bad:
             notes.append(
-                f"k-hat is above {threshold:.2f} (or unknown) for {bad} of {size} data: there the "
-                "log evidence is a lower bound whose error is unreliable, and the gap is low by an "
-                "unknown amount."
+                f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the "
+                f"error above 0.5 nats, for {bad} of {size} data: there the log evidence is a "
+                "lower bound whose error is unreliable, and the gap is low by an unknown amount."
             )
     else:
         notes += [str(note) for note in known.provenance.get("notes", [])]
@@ -714,7 +727,7 @@ def _surgery_result(
             description=description,
         )
         variables[name] = ("datum", values.mean(0), attrs)
-        variables[f"{name}_se"] = ("datum", _error(values), attrs)
+        variables[f"{name}_se"] = ("datum", mean_error(values), attrs)
     about = label(
         unit="none",
         reduction="none",

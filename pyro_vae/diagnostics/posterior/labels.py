@@ -46,6 +46,7 @@ _TEXTS = {
 }
 _OF_TESTS = ("ksd", "energy", "mmd", "c2st")
 _OF_REFERENCE = ("rhat", "reference_")
+_RATED = ("kl_guide_posterior", "kl_posterior_guide")  # on whose errors `error_reliable` speaks
 
 
 def labelled_variables(
@@ -65,7 +66,7 @@ def labelled_variables(
         dims = over_latents if joint else ("datum", *over_latents)
         attrs: Mapping[str, Any] = {}
         if values.is_floating_point():
-            unit, bound, description = _TEXTS[name.removesuffix("_se")]
+            unit, bound, description = _TEXTS[name.removesuffix("_se").removesuffix("_bias")]
             count: int | None = num_particles
             if name.startswith(_OF_TESTS):
                 count = num_test_draws
@@ -77,6 +78,7 @@ def labelled_variables(
                 reduction="per datum" if not joint else "total" if unit == "nats" else "none",
                 num_particles=count,
                 description=description,
+                reliable_by="error_reliable" if name in _RATED else None,
             )
         variables[name] = (dims, values[0] if joint else values, attrs)
     return variables

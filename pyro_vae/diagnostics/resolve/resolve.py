@@ -18,16 +18,17 @@ from pyro_vae.diagnostics.posterior import Limits
 from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, Climb
 from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
-    Axes,
     LabelledSites,
     Program,
     ProgramError,
     ProgramStructure,
     as_arguments,
+    batch_axes,
     label_sites,
     latent_potential,
     map_batch,
     program_scope,
+    take,
     tool,
 )
 from pyro_vae.inference.refit import WeightedDraws
@@ -186,7 +187,7 @@ def resolve(
         with shown:
             for first, part in plan.parts():
                 pyro.set_rng_seed((seed + 7919 * first) % 2**31)
-                work = _Part(model, guide, part, plan.axes, num_draws, limits or Limits(), joint)
+                work = _Part(model, guide, part, num_draws, limits or Limits(), joint)
                 parts.append(work.climb(seconds, deadline))
                 shown.update(len(parts[-1].rung))
     latents = {
@@ -230,12 +231,11 @@ class _Part:
         model: Program,
         guide: Program,
         x: Any,
-        axes: Axes,
         num_draws: int,
         limits: Limits,
         joint: bool,
     ) -> None:
-        self.model, self.guide, self.x, self.axes, self.joint = model, guide, x, axes, joint
+        self.model, self.guide, self.x, self.joint = model, guide, x, joint
         self.potential = latent_potential(model, guide, x, joint=joint)
         with torch.no_grad():
             u = self.potential.draw(num_draws, "guide")
@@ -268,19 +268,22 @@ class _Part:
 
     def _take(self, number: int, attempt: Attempt) -> None:
         """Keeps what passed, and the latest of what did not; goes on with the rest."""
-        self.u[:, self.open] = attempt.u[torch.arange(len(self.u)) % len(attempt.u)]
+        todo = self.rung[self.open] < 0  # all, where the data can be taken apart
+        data = self.open[todo]
+        self.u[:, data] = attempt.u[torch.arange(len(self.u)) % len(attempt.u)][:, todo]
         for name, column in self.columns.items():
-            values = getattr(attempt, name).double()
+            values = getattr(attempt, name).double()[todo]
             keep = values.isnan() & torch.tensor(name.startswith("log_evidence"))
-            column[self.open] = torch.where(keep, column[self.open], values)
-        self.rung[self.open[attempt.passed]] = number
-        rest = ~attempt.passed
+            column[data] = torch.where(keep, column[data], values)
+        self.rung[self.open[todo & attempt.passed]] = number
+        rest = self.rung[self.open] < 0
         if bool(rest.all()) or not bool(rest.any()):
             self.open = self.open[rest]
             return
         left = torch.nonzero(rest)[:, 0]
+        axes = batch_axes(self.x, self.potential.num_data)
         try:
-            part = map_batch(self.x, take(self.open[left]), self.axes)
+            part = map_batch(self.x, take(self.open[left]), axes[0])
             potential = latent_potential(self.model, self.guide, part, joint=self.joint)
             same = potential.num_data == len(left) and not self.joint
         except (ProgramError, RuntimeError, IndexError):  # programs that take all data or none

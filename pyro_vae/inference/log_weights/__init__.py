@@ -5,16 +5,27 @@ from pyro_vae.inference.log_weights.draw import (
     elbo,
     importance_bound,
     log_weights,
+    mean_error,
 )
 from pyro_vae.inference.log_weights.moments import weighted_columns
-from pyro_vae.inference.log_weights.pareto import khat_threshold, pareto_khat
+from pyro_vae.inference.log_weights.pareto import (
+    BoundError,
+    importance_bound_error,
+    khat_threshold,
+    pareto_khat,
+    pareto_tail,
+)
 
 __all__ = [
+    "BoundError",
     "effective_sample_size",
     "elbo",
     "importance_bound",
+    "importance_bound_error",
     "khat_threshold",
     "log_weights",
+    "mean_error",
     "pareto_khat",
+    "pareto_tail",
     "weighted_columns",
 ]

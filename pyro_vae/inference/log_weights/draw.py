@@ -24,7 +24,7 @@ from pyro_vae.inference.programs import (
     tool,
 )
 
-__all__ = ["effective_sample_size", "elbo", "importance_bound", "log_weights"]
+__all__ = ["effective_sample_size", "elbo", "importance_bound", "log_weights", "mean_error"]
 
 
 @tool
@@ -115,3 +115,10 @@ def effective_sample_size(log_weights: Float[Tensor, "particles batch"]) -> Floa
         Kong (1992), A note on importance sampling using standardized weights.
     """
     return torch.exp(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0))
+
+
+def mean_error(draws: Float[Tensor, "draws *rest"]) -> Float[Tensor, "*rest"]:
+    """Standard error of the mean of independent draws; nan from a single one."""
+    if len(draws) < 2:
+        return torch.full_like(draws[0], math.nan)
+    return draws.std(0) / math.sqrt(len(draws))

@@ -10,8 +10,20 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from pyro_vae.inference.log_weights.draw import effective_sample_size, elbo, importance_bound
-from pyro_vae.inference.log_weights.pareto import pareto_tail, smoothed_log_weights
+from pyro_vae.inference.log_weights.draw import (
+    effective_sample_size,
+    elbo,
+    importance_bound,
+    mean_error,
+)
+from pyro_vae.inference.log_weights.pareto import (
+    ParetoTail,
+    importance_bound_error,
+    pareto_tail,
+    smoothed_log_weights,
+    tail_error,
+    tail_inflation,
+)
 
 __all__ = ["weighted_columns"]
 
@@ -45,8 +57,9 @@ def weighted_columns(
         `mean_correction` (q's mean less the corrected one, in corrected sds) and
         `scale_correction` (log of the ratio of q's sd to the corrected one) of shape
         `[batch, dim]`. All but `ess`, `khat_moments` and `widening` with a standard error ``_se``,
-        of the delta method; those of the two corrections allow for both moments being of the same
-        draws.
+        of the delta method, in which the fitted tail stands for the largest weights (see
+        `pareto.tail_error`); those of the two corrections allow for both moments being of the same
+        draws. `kl_guide_posterior_bias`, `error_reliable`: of `pareto.importance_bound_error`.
 
     Note: KL(p || q) is at most log(draws), however large it is in truth.
     """
@@ -54,7 +67,7 @@ def weighted_columns(
     log_weights = log_weights.detach().double()
     smoothed = smoothed_log_weights(log_weights, tail).exp()
     draws = draws.detach().double()
-    moments = _moments(draws, smoothed)
+    moments = _moments(draws, smoothed, tail_inflation(log_weights, tail))
     columns = {
         "khat": tail.khat,
         "khat_se": tail.khat_se,
@@ -62,7 +75,7 @@ def weighted_columns(
         "widening": _widening(draws, smoothed, moments["scale_correction"]),
         "ess": effective_sample_size(log_weights),
     }
-    return columns | _divergences(log_weights) | moments
+    return columns | _divergences(log_weights, tail) | moments
 
 
 def _khat_of_squares(
@@ -115,32 +128,48 @@ def _widening(
     return torch.maximum(of_latents, directions.masked_fill(broken, math.nan))
 
 
-def _divergences(log_weights: Float64[Tensor, "draws batch"]) -> Columns:
+def _divergences(log_weights: Float64[Tensor, "draws batch"], tail: ParetoTail) -> Columns:
     evidence, lower = importance_bound(log_weights), elbo(log_weights)
     log_ratio = log_weights - evidence
     ratio = log_ratio.exp()
     # Where w is 0, r log r is 0.
-    product = torch.where(ratio > 0, ratio * log_ratio, 0.0)
-    reverse = product.mean(0)
+    reverse = torch.where(ratio > 0, ratio * log_ratio, 0.0).mean(0)
     below = (1 - ratio).clamp_min(0.0)
     slope = torch.where(ratio < 1, ratio, 0.0).mean(0)
-    centred = torch.where(ratio > 0, ratio * (log_ratio - reverse), 0.0)
-    found = {
-        "kl_guide_posterior": (evidence - lower, ratio - log_ratio),
-        "kl_posterior_guide": (reverse, centred - ratio),
-        "total_variation": (below.mean(0), below + slope * ratio),
+    error = importance_bound_error(log_weights, tail)
+
+    def of_reverse(at: Tensor) -> Tensor:
+        return torch.where(at > -math.inf, at.exp() * (at - reverse), 0.0) - at.exp()
+
+    def of_variation(at: Tensor) -> Tensor:
+        return (1 - at.exp()).clamp_min(0.0) + slope * at.exp()
+
+    return {
+        "kl_guide_posterior": evidence - lower,
+        "kl_guide_posterior_se": torch.hypot(mean_error(ratio - log_ratio), error.unseen),
+        "kl_guide_posterior_bias": error.bias,
+        "kl_posterior_guide": reverse,
+        "kl_posterior_guide_se": tail_error(of_reverse, log_ratio, tail),
+        "total_variation": below.mean(0),
+        "total_variation_se": tail_error(of_variation, log_ratio, tail),
+        "error_reliable": error.reliable,
     }
-    columns: Columns = {}
-    for name, (value, influence) in found.items():
-        columns[name], columns[f"{name}_se"] = value, _error(influence)
-    return columns
 
 
 def _moments(
-    draws: Float64[Tensor, "draws batch dim"], weights: Float64[Tensor, "draws batch"]
+    draws: Float64[Tensor, "draws batch dim"],
+    weights: Float64[Tensor, "draws batch"],
+    inflation: Float64[Tensor, "draws batch"],
 ) -> Columns:
     """Moments of q and of the weighted draws, which all have the influence of each draw."""
     count = len(draws)
+
+    def weighted_error(influence: Tensor) -> Tensor:
+        if count < 2:
+            return mean_error(influence)
+        squares = (influence - influence.mean(0)).square() * inflation[..., None]
+        return (squares.sum(0) / (count * (count - 1))).sqrt()
+
     ratio = (count * weights)[..., None]
     columns: Columns = {}
     influence: dict[str, Tensor] = {}
@@ -153,23 +182,17 @@ def _moments(
         columns |= {f"{name}mean": mean, f"{name}sd": sd}
         unit = torch.where(sd > 0, sd, 1.0)
         influence[name], scores[name] = share * rest, share * ((rest / unit).square() - 1) / 2
-        columns[f"{name}mean_se"] = _error(influence[name])
-        columns[f"{name}sd_se"] = sd * _error(scores[name])
+        error = weighted_error if name else mean_error
+        columns[f"{name}mean_se"] = error(influence[name])
+        columns[f"{name}sd_se"] = sd * error(scores[name])
     mean, sd = columns["corrected_mean"], columns["corrected_sd"]
     shift = columns["mean"] - mean
     columns["mean_correction"] = torch.where(shift == 0, 0.0, shift / sd)
     # The shift is counted in corrected sds, whose own error matters where the shift is large.
     paired = influence[""] - influence["corrected_"] - shift * scores["corrected_"]
-    error = _error(paired)
-    columns["mean_correction_se"] = torch.where(error == 0, 0.0, error / sd)
+    of_shift = weighted_error(paired)
+    columns["mean_correction_se"] = torch.where(of_shift == 0, 0.0, of_shift / sd)
     same = columns["sd"] == sd
     columns["scale_correction"] = torch.where(same, 0.0, columns["sd"].log() - sd.log())
-    columns["scale_correction_se"] = _error(scores[""] - scores["corrected_"])
+    columns["scale_correction_se"] = weighted_error(scores[""] - scores["corrected_"])
     return columns
-
-
-def _error(influence: Float64[Tensor, "draws *rest"]) -> Float64[Tensor, "*rest"]:
-    """Standard error of a mean of independent draws; unknown from a single one."""
-    if len(influence) < 2:
-        return torch.full_like(influence[0], math.nan)
-    return influence.std(0) / math.sqrt(len(influence))
