@@ -13,7 +13,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.inference.programs.arguments import as_arguments
-from pyro_vae.inference.programs.inspection import check_module_names, check_parameters, count_data
+from pyro_vae.inference.programs.inspection import (
+    check_module_names,
+    check_parameters,
+    count_data,
+    is_enumerable,
+)
 from pyro_vae.inference.programs.traces import (
     Program,
     ProgramError,
@@ -109,7 +114,7 @@ class EnumeratedProgram:
                 "check that latents are sampled with pyro.sample and without obs="
             )
         for name, site in latents.items():
-            if not site["fn"].has_enumerate_support:
+            if not is_enumerable(site["fn"]):
                 raise ProgramError(
                     f"the latent site '{name}' cannot be enumerated "
                     f"({type(site['fn']).__name__}), so its posterior is not a sum; make it a "

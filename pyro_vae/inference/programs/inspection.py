@@ -48,6 +48,7 @@ __all__ = [
     "count_data",
     "inspect_programs",
     "is_delta",
+    "is_enumerable",
     "leaves",
 ]
 
@@ -88,7 +89,9 @@ def inspect_programs(
     with torch.no_grad(), keep_random_state(), ieee_precision(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
+        before = _versions(arguments)
         guide_trace, model_trace = _trace_same_latents(model, guide, arguments, {"parallel"})
+        _check_unchanged(arguments, before)
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
         measure = _check_observed(model_sites)
         shapes = {
@@ -114,6 +117,7 @@ def inspect_programs(
             dim, size = _find_batch(guide_trace, model_trace, shapes)
             structure = replace(structure, batch_dim=dim, batch_size=size)
         if structure.enumerated:
+            _check_enumerable(model_sites, structure)
             model = enumerating(model, structure)
             guide_trace, model_trace = trace_programs(model, guide, arguments)
             _check_enumerated(weighted_sites(model_trace), structure)
@@ -163,6 +167,27 @@ def _refuse_modules_in_training() -> Iterator[None]:
         handle.remove()
 
 
+def _versions(arguments: Arguments) -> dict[str | int, int]:
+    """How often each tensor among the arguments was written to."""
+    args, kwargs = arguments
+    named: dict[str | int, Any] = {**dict(enumerate(args, 1)), **kwargs}
+    return {
+        name: value._version
+        for name, value in named.items()
+        if isinstance(value, Tensor) and not value.is_inference()
+    }
+
+
+def _check_unchanged(arguments: Arguments, before: dict[str | int, int]) -> None:
+    for name, version in _versions(arguments).items():
+        if version != before[name]:
+            raise ProgramError(
+                f"model or guide writes to argument {name!r} in place (as x.clamp_() and x[0] = 0 "
+                "do), so that runs see different data, and so does the caller afterwards; write "
+                "to a copy, x = x.clone()"
+            )
+
+
 def _trace_same_latents(
     model: Program, guide: Program, arguments: Arguments, summed: set[str]
 ) -> tuple[Trace, Trace]:
@@ -180,6 +205,13 @@ def _trace_same_latents(
         args, kwargs = arguments
         alone = poutine.trace(guide).get_trace(*args, **kwargs)
         _check_guide_draws(weighted_sites(alone), {"not seen": {}})
+        raise
+    except ValueError as error:
+        if "inside plate" in str(error):  # Pyro's own, whose first line names plate and site
+            raise ProgramError(
+                f"{str(error).splitlines()[0]}: give the plate the number of data, or, if the "
+                "dim is one of a datum, add .to_event(1) to the site's distribution"
+            ) from error
         raise
     guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
     _check_guide_draws(guide_sites, model_sites)
@@ -234,6 +266,27 @@ def _check_latents(
                 "infer={'is_auxiliary': True} if the density of another site accounts for it, as "
                 "Pyro's autoguides do"
             )
+
+
+def _check_enumerable(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
+    for name in structure.enumerated:
+        if not is_enumerable(model_sites[name]["fn"]):
+            raise ProgramError(
+                f"the model's site '{name}' is marked for enumeration, but its distribution "
+                f"({type(model_sites[name]['fn']).__name__}) lists no states (a vector of several "
+                "discrete values does not); sample it in the guide, or write each as its own site"
+            )
+
+
+def is_enumerable(fn: Any) -> bool:
+    """Whether a distribution can list its states."""
+    if not fn.has_enumerate_support:
+        return False
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError:  # Independent says that it can, and then cannot
+        return False
+    return True
 
 
 def _check_enumerated(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
@@ -540,33 +593,106 @@ def _check_independent(
     structure: ProgramStructure,
     traces: tuple[Trace, Trace],
 ) -> None:
-    """Refuses a model in which the latents of one datum move the density of another."""
-    if structure.batch_dim is None or not structure.latents:
+    """Refuses a model in which one datum moves the density of another, by latents or as data."""
+    if structure.batch_dim is None:
         return
-    same = subsamples(*traces)
-    others = trace_programs(
-        poutine.replay(model, trace=same), poutine.replay(guide, trace=same), arguments
-    )
+    number = torch.arange(structure.batch_size)
+    even = number % 2 == 0
+    if structure.latents:
+        same = subsamples(*traces)
+        others = trace_programs(
+            poutine.replay(model, trace=same), poutine.replay(guide, trace=same), arguments
+        )
+        for own in (even, number < (structure.batch_size + 1) // 2):
+            given = _latents_of_both(traces, others, structure, own)
+            mixed = _run_model(model, arguments, given)
+            advice = "latents of other data; make each row depend on its own latents"
+            _check_rows(mixed, traces[1], structure, own, advice)
+            _check_rows(mixed, others[1], structure, ~own, advice)
+    changed = _with_data_of_first(arguments, structure, traces[1], even)
+    if changed is None:
+        return
+    try:
+        mixed = _run_model(model, changed, fixed_draws(*traces))
+    except Exception:  # whatever a program does with data of rows that it knows to be others
+        return
+    advice = "observed data of others (their mean, perhaps); pass such a number as an argument"
+    _check_rows(mixed, traces[1], structure, even, advice)
+
+
+def _run_model(model: Program, arguments: Arguments, given: Trace) -> Trace:
+    args, kwargs = arguments
+    return poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
+
+
+def _latents_of_both(
+    traces: tuple[Trace, Trace],
+    others: tuple[Trace, Trace],
+    structure: ProgramStructure,
+    own: Tensor,
+) -> Trace:
+    """A trace to replay whose rows `own` have the latents of the one run, the rest the other's."""
     given, drawn = fixed_draws(*traces), weighted_sites(others[0])
     for name in structure.latents:
         site = given.nodes[name]
-        dim = site["value"].dim() - len(site["fn"].event_shape) + structure.batch_dim
-        mixed = drawn[name]["value"].clone()
-        mixed.select(dim, 0).copy_(site["value"].select(dim, 0))
-        given.nodes[name] = {**site, "value": mixed}
+        after = -structure.batch_dim - 1 + len(site["fn"].event_shape)  # type: ignore[operator]
+        rows = own.to(site["value"].device).reshape(-1, *[1] * after)
+        given.nodes[name] = {
+            **site,
+            "value": torch.where(rows, site["value"], drawn[name]["value"].detach()),
+        }
+    return given
+
+
+def _with_data_of_first(
+    arguments: Arguments, structure: ProgramStructure, trace: Trace, own: Tensor
+) -> Arguments | None:
+    """Arguments whose rows but `own` hold the data of the first; None if none is observed as is.
+
+    An argument's rows are known where a site observes a view of it: by their number and stride.
+    """
+    assert structure.batch_dim is not None
+    number = torch.arange(len(own))
+    rows = torch.where(own, number, 0)
+    views = []
+    for site in weighted_sites(trace).values():
+        value = site["value"]
+        if site["is_observed"] and isinstance(value, Tensor):
+            dim = value.dim() - len(site["fn"].event_shape) + structure.batch_dim
+            if dim >= 0 and value.shape[dim] == len(own):
+                views.append((value.untyped_storage().data_ptr(), value.stride(dim)))
+    found = False
+
+    def change(a: Any) -> Any:
+        nonlocal found
+        if isinstance(a, Tensor):
+            start = a.untyped_storage().data_ptr()
+            for dim in range(a.dim()):
+                if a.shape[dim] == len(own) and (start, a.stride(dim)) in views:
+                    found = True
+                    return a.index_select(dim, rows.to(a.device))
+        return a
+
     args, kwargs = arguments
-    mixed_trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
-    sites = weighted_sites(mixed_trace)
-    for name, site in weighted_sites(traces[1]).items():
-        before = sum_dims(site_log_prob(site), structure, 1)[..., 0]
-        after = (
-            sum_dims(site_log_prob(sites[name]), structure, 1)[..., 0] if name in sites else None
+    changed = tuple(map(change, args)), {name: change(a) for name, a in kwargs.items()}
+    return changed if found else None
+
+
+def _check_rows(
+    mixed: Trace, expected: Trace, structure: ProgramStructure, rows: Tensor, reason: str
+) -> None:
+    """The densities of these rows must be the same in both runs of the model."""
+    sites = weighted_sites(mixed)
+    for name, site in weighted_sites(expected).items():
+        before = sum_dims(site_log_prob(site), structure, 1)[..., rows]
+        again = (
+            sum_dims(site_log_prob(sites[name]), structure, 1)[..., rows] if name in sites else None
         )
-        if after is None or not _agree(before, after):
+        if again is None or not _agree(before, again):
             raise JointOnlyError(
-                f"the density of one datum at the model's site '{name}' depends on the latents of "
-                "other data, so log weights per datum do not exist; make each row depend on its "
-                "own latents"
+                f"the density of one datum at the model's site '{name}' depends on the {reason}, "
+                "or pass joint=True for one weight per particle on all data, for log weights per "
+                "datum do not exist"
             )
 
 

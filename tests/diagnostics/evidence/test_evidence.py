@@ -428,6 +428,23 @@ def test_proper_priors_with_a_constant_density_have_one():
     assert found.log_evidence.values == pytest.approx(exact.numpy(), abs=1e-7)
 
 
+@pytest.mark.parametrize("method", ["importance", "quadrature"])
+def test_a_log_normal_prior_is_proper_though_its_far_left_rounds_to_zero(method):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x / 2, 0.5**0.5))  # the posterior
+
+    x = torch.tensor([0.3, -2.0])
+    found = log_evidence(model, guide, x, method=method, progress=False)
+    exact = torch.distributions.Normal(0.0, 2**0.5).log_prob(x)
+    assert found.log_evidence.values == pytest.approx(exact.numpy(), abs=1e-7)
+
+
 def test_a_delta_guide_is_refused_by_every_method(linear, x):
     def point(x):
         with pyro.plate("data", len(x)):

@@ -235,6 +235,41 @@ def coupled() -> tuple[Callable, Callable]:
     return m, guide
 
 
+def coupled_by(shift: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable, Callable]:
+    """The rows meet in a shift that is made of all data, or of latents where a mask hides some."""
+
+    def m(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(H)).to_event(1))
+            loc = z.sum(-1, True) + shift(x, z)
+            seen = torch.arange(N) > 0  # the first row shows nothing
+            fn = dist.Normal(loc, torch.ones(D)).to_event(1)
+            pyro.sample("x", fn.mask(seen), obs=x)
+
+    return m, guide
+
+
+def writes_to_the_data() -> tuple[Callable, Callable]:
+    return lambda x: model(x.clamp_(-1.0, 1.0)), guide
+
+
+def longer_plate() -> tuple[Callable, Callable]:
+    def g(x: Tensor) -> None:
+        with pyro.plate("data", len(x) + 1):
+            pyro.sample("z", dist.Normal(x[:, :H], 0.8).to_event(1))
+
+    return model, g
+
+
+def vector_to_be_summed() -> tuple[Callable, Callable]:
+    fn = dist.Bernoulli(torch.full((2,), 0.4)).to_event(1)
+
+    def also(_: Tensor) -> None:
+        pyro.sample("bits", fn, infer={"enumerate": "parallel"})
+
+    return partial(model, also=also), guide
+
+
 def observed_in_guide() -> tuple[Callable, Callable]:
     def also(x: Tensor) -> None:
         pyro.sample("again", dist.Normal(0.0, 1.0), obs=x[:, 0])
@@ -307,6 +342,20 @@ REFUSED: dict[str, tuple[Callable[[], tuple[Callable, Callable]], str]] = {
     "no plate": (no_plate, "no site of the model is in a vectorised pyro.plate.*site 'z'"),
     "sequential plate": (only_a_sequential_plate, "'for i in pyro.plate' cannot hold a batch"),
     "coupled data": (coupled, "the model's site 'x' depends on the latents of other data"),
+    "a mean of all data": (
+        lambda: coupled_by(lambda x, _: x.mean()),
+        "the model's site 'x' depends on the observed data of others",
+    ),
+    "latents of the row before": (
+        lambda: coupled_by(lambda _, z: z[..., :1].roll(1, -2)),
+        "the model's site 'x' depends on the latents of other data",
+    ),
+    "data changed in place": (writes_to_the_data, "writes to argument 1 in place"),
+    "plate of another size": (longer_plate, r"inside plate\('data'\) at site z .*number of data"),
+    "vector to be summed out": (
+        vector_to_be_summed,
+        "the model's site 'bits' is marked for enumeration, but .* lists no states",
+    ),
     "observed in guide": (observed_in_guide, "the guide's site 'again' is observed"),
     "data sampled in guide": (sampled_in_guide, "site 'x' is observed in the model"),
     "latent observed in guide": (latent_observed_in_guide, "the guide's site 'z' is observed"),
@@ -339,6 +388,7 @@ def test_accepts_the_pair_that_the_refused_ones_vary() -> None:
         subsampled("data", "data", ROWS, ROWS),
         module_in_training(nn.BatchNorm1d(H).eval()),
         module_in_training(nn.Dropout(0.0)),
+        coupled_by(lambda x, _: x[..., :1]),  # each row's own
         (poutine.scale(model, scale=0.1), poutine.scale(guide, scale=0.1)),
     ):
         assert len(weigh(pair)) == K
