@@ -34,6 +34,7 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     leaves,
     program_scope,
+    remember_fitted,
     unwrap_programs,
 )
 from pyro_vae.inference.svi import TrainingData, TrainingError, deferred_interrupt
@@ -190,8 +191,11 @@ def fit_divergence(
         store.set_state({**caller, "params": own})
         store.set_state(start)
         run = _Run(generator, TrainingData(x, None, seed), validation, critic, settings)
+        begun = {name: v.detach().clone() for name, v in run.used.items()}
         run.train(progress)
-        return run.result()
+        found = run.result()
+    remember_fitted(generator, begun, found.generator.state["params"])
+    return found
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ from pyro_vae.inference.programs.unconstrained import (
     latent_potential,
     support_of,
 )
+from pyro_vae.inference.programs.unfitted import (
+    UnfittedWarning,
+    remember_fitted,
+    warn_of_unfitted,
+)
 
 __all__ = [
     "Arguments",
@@ -63,6 +68,7 @@ __all__ = [
     "ProgramStructure",
     "Simulation",
     "Site",
+    "UnfittedWarning",
     "as_arguments",
     "as_run",
     "batch_length",
@@ -91,6 +97,7 @@ __all__ = [
     "modules_of",
     "no_guide",
     "program_scope",
+    "remember_fitted",
     "rerun_traces",
     "run_programs",
     "simulate",
@@ -104,6 +111,7 @@ __all__ = [
     "tensors_of",
     "trace_programs",
     "unwrap_programs",
+    "warn_of_unfitted",
     "weighted_sites",
     "without_data",
 ]

@@ -34,6 +34,7 @@ from pyro_vae.inference.programs.traces import (
     trace_programs,
     weighted_sites,
 )
+from pyro_vae.inference.programs.unfitted import warn_of_unfitted
 
 __all__ = [
     "check_module_names",
@@ -76,6 +77,7 @@ def inspect_programs(
     """
     provisional = ProgramStructure(None, 1, 0, 1.0, "mixed", False, True, (), ())
     check_module_names(model, guide)
+    warn_of_unfitted(model, guide)
     with torch.no_grad(), keep_random_state(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))

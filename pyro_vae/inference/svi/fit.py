@@ -20,13 +20,14 @@ import pyro
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vae.inference.estimators import loss_options
 from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
+    UnfittedWarning,
     as_arguments,
     batch_length,
     check_module_names,
@@ -36,7 +37,9 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     modules_of,
     program_scope,
+    remember_fitted,
     run_programs,
+    trace_programs,
     unwrap_programs,
 )
 from pyro_vae.inference.svi.checkpoint import (
@@ -178,8 +181,13 @@ def fit(
         progress: Shows a bar where stderr is a terminal.
 
     Returns:
-        The fitted programs and the history. Modules that were passed in have their weights updated
-        as well. Ctrl-C ends training after the step at hand and returns what was reached (`status`
+        The fitted programs and the history: measure `fit.model` and `fit.guide`. Modules that were
+        passed in have their weights updated as well; values of bare `pyro.param` live in the `Fit`
+        alone, as two programs may use one name, and the caller's parameter store stays as it was:
+        another `fit` of the same programs starts anew, one of `fit.model` and `fit.guide` goes on.
+        Measuring such a program without its fitted values is an `UnfittedWarning`.
+
+        Ctrl-C ends training after the step at hand and returns what was reached (`status`
         "interrupted"); a second Ctrl-C ends it at once, without writing to `checkpoint`.
 
     Raises:
@@ -223,6 +231,7 @@ def fit(
     check_module_names(model, guide)
     with program_scope(seed), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
+        warnings.simplefilter("ignore", UnfittedWarning)  # here they are fitted
         store = pyro.get_param_store()
         caller = store.get_state()
         own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
@@ -232,7 +241,11 @@ def fit(
         if resume:
             run.load()
         run.train(progress)
-        return run.result()
+        found = run.result()
+        for program, names in run.bare_names():
+            values = {name: found.model.state["params"][name] for name in names}
+            remember_fitted(program, run.start, values)
+    return found
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -280,6 +293,11 @@ class _Run:
         self.loss.max_plate_nesting = self.prepared.max_plate_nesting
         self.optim = make_optimizer(asked.optimizer, asked.learning_rate)
         self.optim.add(self._parameters().values())
+        self.start = {
+            n: v.detach().clone()
+            for n, v in self._parameters().items()
+            if not isinstance(v, nn.Parameter)
+        }
         for parameter in self._parameters().values():
             parameter.grad = None  # SVI would add to what a caller left there
         losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
@@ -531,6 +549,18 @@ class _Run:
         begun = metadata["config"]["fit"]["epochs"]
         if self.state.status == "stopped early" and self.settings.epochs > begun:
             self.state.status, self.state.stale = "interrupted", 0  # asked to go on all the same
+
+    def bare_names(self) -> list[tuple[Program, list[str]]]:
+        """Each program with the names of its parameters that no module holds."""
+        if not self.start:
+            return []
+        probe = as_arguments(self.data.first(self.prepared.batch_size, stream=2))
+        with torch.no_grad(), keep_random_state():
+            traces = trace_programs(self.model, self.guide, probe)
+        pairs = zip((self.guide, self.model), traces, strict=True)
+        return [
+            (program, sorted(self.start.keys() & trace.nodes.keys())) for program, trace in pairs
+        ]
 
     def result(self) -> Fit:
         state = {

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import jaxtyping
 import numpy as np
@@ -33,8 +35,20 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_vae import VAE, LinearGaussian, fit, log_weights
-from pyro_vae.inference.programs import ProgramError
+from pyro_vae import (
+    VAE,
+    LinearGaussian,
+    draw_posterior,
+    elbo_gap,
+    fit,
+    log_evidence,
+    log_weights,
+)
+from pyro_vae.extras.f_divergence import fit_divergence
+from pyro_vae.extras.f_divergence.generation import generate
+from pyro_vae.inference.estimators import make_estimator
+from pyro_vae.inference.predictive import draw_prior
+from pyro_vae.inference.programs import ProgramError, UnfittedWarning
 from pyro_vae.inference.svi import CheckpointError, load_tensors
 from pyro_vae.inference.svi.fit import TrainingError
 
@@ -602,6 +616,81 @@ def test_the_callers_store_is_a_start_and_stays():
     assert set(store.keys()) == {"slope", "of another model"}
     assert store["slope"] == 0.25
     assert (store["of another model"] == 1).all()
+
+
+def copies():
+    """The bare programs as functions that nothing has fitted yet."""
+    return [FunctionType(f.__code__, globals(), f.__name__) for f in (bare_model, bare_guide)]
+
+
+MEASURES = {
+    "log_weights": log_weights,
+    "log_evidence": partial(log_evidence, num_particles=10),
+    "quadrature": lambda model, guide, x: log_evidence(model, None, x, method="quadrature"),
+    "elbo_gap": partial(elbo_gap, num_particles=10, max_steps=1),
+    "draw_posterior": partial(draw_posterior, num_draws=2),
+    "draw_prior": lambda model, guide, x: draw_prior(model, x, num_draws=2),
+    "generate": lambda model, guide, x: generate(model, x),
+    "partial": lambda model, guide, x: log_weights(partial(model), guide, x),
+    "handled": lambda model, guide, x: log_weights(poutine.scale(model, scale=1.0), guide, x),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_a_fitted_program_measured_without_its_values_is_said(measure):
+    """Bare parameters live in the Fit: whoever drops it would measure the initial values."""
+    x, programs = linear_data()[:5, 0], copies()
+    measure(*programs, x)  # never fitted, so nothing to say
+    fit(*programs, x, epochs=1)
+    with pytest.warns(UnfittedWarning, match="unfitted 'bare_model'.*'prior'.*fit.model"):
+        measure(*programs, x)
+
+
+def test_a_store_that_holds_the_initial_values_does_not_hide_it():
+    x, (model, guide) = linear_data()[:, 0], copies()
+    model(x)  # to look at it
+    found = fit(model, guide, x, learning_rate=0.1, epochs=2)
+    guide(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            initial = log_weights(model, guide, x, seed=1)
+    assert [w.filename for w in said] == [__file__]  # once at this line
+    fitted = log_weights(found.model, found.guide, x, seed=1)
+    assert not torch.allclose(initial, fitted)
+    for name, value in found.parameters.items():
+        pyro.get_param_store()[name] = value
+    assert torch.allclose(log_weights(model, guide, x, seed=1), fitted)
+
+
+def test_training_again_is_no_measurement_and_other_values_are_meant():
+    x, (model, guide) = linear_data()[:, 0], copies()
+    found = fit(model, guide, x, epochs=1)
+    again = fit(model, guide, x, epochs=1)  # starts anew: the same to the bit
+    assert all(torch.equal(v, again.parameters[n]) for n, v in found.parameters.items())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), make_estimator("PathwiseELBO"))
+    svi.step(x)
+    log_weights(model, guide, x)  # the store has what SVI reached
+
+
+def test_methods_and_generators_are_watched_too():
+    class Programs:
+        def model(self, x):
+            bare_model(x)
+
+        def guide(self, x):
+            bare_guide(x)
+
+    x, one, other = linear_data()[:, 0], Programs(), Programs()
+    found = fit(one.model, one.guide, x, epochs=1)
+    log_weights(found.model, found.guide, x)
+    log_weights(other.model, other.guide, x)  # never fitted
+    with pytest.warns(UnfittedWarning, match="unfitted 'guide': .* values of 'scale', 'slope'"):
+        log_weights(found.model, one.guide, x)
+    model, _ = copies()
+    fit_divergence(model, x, epochs=1)
+    with pytest.warns(UnfittedWarning, match="'bare_model'"):
+        generate(model, x)
 
 
 def test_two_programs_with_modules_of_one_name_both_train():
