@@ -17,7 +17,7 @@ standard deviation of nats per datum is no longer a bound.
 
 from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
-from pyro_vae.results.files import atomic_path, write_text
+from pyro_vae.results.files import atomic_path, leftovers, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity
@@ -34,6 +34,7 @@ __all__ = [
     "Result",
     "atomic_path",
     "label",
+    "leftovers",
     "load_result",
     "make_result",
     "sha256_of",

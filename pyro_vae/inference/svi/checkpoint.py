@@ -8,8 +8,8 @@ r"""A run folder: what it holds, in which order it is written, how it is read sa
 - ``README.md``: a model card.
 
 `training.safetensors` is written first and alone decides where a resumed run goes on, so a crash
-between two files cannot mix two states. Each safetensors file carries the sha256 of its own
-tensors, as safetensors does not notice a flipped bit.
+between two files cannot mix two states, and the others can be made from it again. Each safetensors
+file carries the sha256 of its own tensors, as safetensors does not notice a flipped bit.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pyro_vae.inference.svi.history import is_bound
-from pyro_vae.results import atomic_path, write_text
+from pyro_vae.results import atomic_path, leftovers, write_text
 
 __all__ = [
     "FORMAT",
@@ -34,9 +34,11 @@ __all__ = [
     "check_same_run",
     "holds_run",
     "load_tensors",
+    "mend_run",
     "model_card",
     "read_json",
     "read_rows",
+    "remove_leftovers",
     "save_tensors",
     "write_run",
 ]
@@ -231,9 +233,63 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "training.safetensors", training, {"state": state, "config": config})
     save_tensors(folder / "model.safetensors", weights)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "history.jsonl", "".join(_strict_json(row) + "\n" for row in history))
-    write_text(folder / "README.md", model_card(config, weights, reached))
+    for name, text in _texts(config, weights, history, reached).items():
+        write_text(folder / name, text)
+
+
+def mend_run(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
+) -> None:
+    """Writes what a process that was killed left old or missing beside the training state.
+
+    Args:
+        folder: One whose training.safetensors is of a run that has ended.
+        config: As for `write_run`, and so are the others.
+        weights: For `model.safetensors`.
+        history: One row an evaluation.
+        reached: The row that speaks of `weights`, if there is one.
+    """
+    folder = Path(folder)
+    if not _holds(folder / "model.safetensors", weights):
+        save_tensors(folder / "model.safetensors", weights)
+    for name, text in _texts(config, weights, history, reached).items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():
+            write_text(folder / name, text)
+
+
+def _holds(path: Path, weights: Mapping[str, Tensor]) -> bool:
+    try:
+        found, _ = load_tensors(path)
+    except CheckpointError:
+        return False
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return _digest(found, "") == _digest(copies, "")
+
+
+def _texts(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """The files to be read, by name."""
+    return {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "history.jsonl": "".join(_strict_json(row) + "\n" for row in history),
+        "README.md": model_card(config, weights, reached),
+    }
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote a run."""
+    for name in _FILES:
+        for path in leftovers(Path(folder) / name):
+            path.unlink(missing_ok=True)
 
 
 def _strict_json(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ in a parameter store of its own, gives each module its own names, and raises in 
 
 import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,6 @@ import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_vae.inference.estimators import loss_options
 from pyro_vae.inference.programs import (
@@ -46,7 +44,10 @@ from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
     check_same_run,
+    holds_run,
     load_tensors,
+    mend_run,
+    remove_leftovers,
     write_run,
 )
 from pyro_vae.inference.svi.history import best_row, history_result
@@ -54,11 +55,13 @@ from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
 from pyro_vae.inference.svi.preparation import TrainingData, check_held_out, move_data, prepare
 from pyro_vae.inference.svi.settings import FitSettings
 from pyro_vae.inference.svi.step import (
+    Interruptible,
     ScaledLatents,
     deferred_interrupt,
     refuse_infinite,
     without_validation,
 )
+from pyro_vae.progress import progress_bar, say
 from pyro_vae.results import Result
 
 __all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
@@ -67,7 +70,7 @@ _EVALUATION_DATA = 1000  # training data on which the bound is measured after an
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(Interruptible):
     """What `fit` reached.
 
     Attributes:
@@ -172,11 +175,13 @@ def fit(
         transform: Applied to the first tensor of each mini-batch with a generator, such as dynamic
             binarisation.
         device: Where modules and data are moved first; None leaves them.
-        checkpoint: A run folder, written every `checkpoint_every` epochs, at the end and on Ctrl-C.
-            One that holds a run already is refused unless `resume` is set.
+        checkpoint: A run folder, written before the first step, every `checkpoint_every` epochs, at
+            the end and on Ctrl-C. One that holds a run already is refused unless `resume` is set.
+            SIGTERM and SIGHUP then wait as well until the step at hand is made and written.
         checkpoint_every: Epochs between checkpoints.
-        resume: Goes on from `checkpoint`, to `epochs` in all. Random numbers that programs take
-            from NumPy or `random` are not part of it; those of torch are.
+        resume: Goes on from `checkpoint`, to `epochs` in all, and finishes what a killed process
+            left undone there; starts anew where it holds no run yet. Random numbers that programs
+            take from NumPy or `random` are not part of it; those of torch are.
         config: Further facts for the run folder's `config.json` (such as the name of the data).
         progress: Shows a bar where stderr is a terminal.
 
@@ -196,7 +201,7 @@ def fit(
             latents or a guide with parameters for each datum.
         TrainingError: If the loss or a gradient is not finite.
         ValueError: If an argument is out of its range.
-        CheckpointError: If `resume` finds no run to go on from, or another than this one; or if
+        CheckpointError: If `resume` finds a damaged run, or another than this one; or if
             `checkpoint` holds a run and `resume` is not set.
     """
     settings = FitSettings(
@@ -238,8 +243,10 @@ def fit(
         store.set_state({**caller, "params": own})
         store.set_state(start)
         run = _Run(model, guide, TrainingData(x, transform, seed), validation, settings)
-        if resume:
-            run.load()
+        if settings.checkpoint is not None:
+            remove_leftovers(settings.checkpoint)
+            if resume and holds_run(settings.checkpoint):
+                run.load()
         run.train(progress)
         found = run.result()
         for program, names in run.bare_names():
@@ -280,6 +287,7 @@ class _Run:
         asked = self.settings
         self.state = _State()
         self.order: Tensor | None = None
+        self.saved_config: dict[str, Any] | None = None
         self.best_values: dict[str, Tensor] = {}
         self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
         self.prepared = prepare(
@@ -311,23 +319,22 @@ class _Run:
     def train(self, progress: bool) -> None:
         state, asked = self.state, self.settings
         if state.status == "stopped early" or state.epoch >= asked.epochs:
-            if state.status != "stopped early":
-                state.status = "finished"
-            self._go_back()
+            self._nothing_left()
             return
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        bar = tqdm(
-            total=asked.epochs,
-            initial=state.epoch,
-            unit="epoch",
-            disable=not (progress and terminal),
-            leave=False,
+        steps = math.ceil(self.data.length / self.prepared.batch_size)
+        bar = progress_bar(
+            asked.epochs * steps,
+            "step",
+            show=progress,
+            what="training",
+            initial=state.epoch * steps + state.position,
         )
         state.status = "interrupted"
-        with bar, deferred_interrupt() as interrupted:
+        with bar, deferred_interrupt(saves=asked.checkpoint is not None) as interrupted:
+            if self.saved_config is None:
+                self._save(self._training_tensors())
             try:
-                while state.status == "interrupted" and self._epoch(interrupted):
-                    bar.update()
+                while state.status == "interrupted" and self._epoch(interrupted, bar):
                     self._show(bar)
                     if asked.patience is not None and state.stale >= asked.patience:
                         state.status = "stopped early"
@@ -341,6 +348,16 @@ class _Run:
             self._go_back()
             self._save(tensors)
 
+    def _nothing_left(self) -> None:
+        """Ends a run that was trained to its end before."""
+        ended = self.state.status != "interrupted"
+        if self.state.status != "stopped early":
+            self.state.status = "finished"
+        self._go_back()
+        say(f"nothing is left to train: {self.state.epoch} epochs were made before")
+        if ended and self.settings.checkpoint is not None and self.saved_config is not None:
+            mend_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
+
     def _keeps_best(self) -> bool:
         """Whether the parameters at the end are those of the best row, not of the last."""
         return self.settings.patience is not None and self.state.status != "interrupted"
@@ -350,7 +367,7 @@ class _Run:
         if self._keeps_best() and self.best_values:
             self._set_values(self.best_values)
 
-    def _epoch(self, interrupted: Callable[[], bool]) -> bool:
+    def _epoch(self, interrupted: Callable[[], bool], bar: Any) -> bool:
         """Trains to the end of the epoch at hand; False if Ctrl-C came first."""
         state, length, size = self.state, self.data.length, self.prepared.batch_size
         steps = math.ceil(length / size)
@@ -371,6 +388,7 @@ class _Run:
                 state.loss_data += len(index)
                 state.position += 1
                 state.seconds += time.perf_counter() - started
+                bar.update()
                 if interrupted():
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
@@ -388,7 +406,8 @@ class _Run:
         if not bar.disable and self.state.history:
             row = self.state.history[-1]
             rate = self.data.length * self.state.epoch / max(self.state.seconds, 1e-9)
-            shown = {"bound": f"{row['bound']:.2f}", "data/s": f"{rate:.3g}"}
+            shown = {"epoch": str(self.state.epoch), "bound": f"{row['bound']:.2f}"}
+            shown["data/s"] = f"{rate:.3g}"
             if "validation_bound" in row:
                 shown["held out"] = f"{row['validation_bound']:.2f}"
             bar.set_postfix(shown)
@@ -513,17 +532,23 @@ class _Run:
     def _save(self, training: Mapping[str, Tensor]) -> None:
         if self.settings.checkpoint is None:
             return
-        owner, rows = common_owner(self.model, self.guide), self.state.history
-        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
         write_run(
             self.settings.checkpoint,
             config=self._config(),
-            weights=owner.state_dict() if owner is not None else self._stored(),
             training=training,
             state=asdict(self.state),
-            history=rows,
-            reached=rows[best_row(bounds) if bounds else -1] if rows else None,
+            **self._derived(),
         )
+
+    def _derived(self) -> dict[str, Any]:
+        """What a run folder holds beside the state to resume from, but for the configuration."""
+        owner, rows = common_owner(self.model, self.guide), self.state.history
+        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
+        return {
+            "weights": owner.state_dict() if owner is not None else self._stored(),
+            "history": rows,
+            "reached": rows[best_row(bounds) if bounds else -1] if rows else None,
+        }
 
     def load(self) -> None:
         """Takes up what the run folder holds."""
@@ -531,6 +556,7 @@ class _Run:
         assert folder is not None
         tensors, metadata = load_tensors(folder / "training.safetensors")
         check_same_run(folder, metadata, self._config())
+        self.saved_config = metadata["config"]
         wanted = {name: tuple(value.shape) for name, value in self._values().items()}
         kinds = ("parameter.", "buffer.")
         saved = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(kinds)}

@@ -51,6 +51,7 @@ from pyro_vae.inference.predictive import draw_prior
 from pyro_vae.inference.programs import ProgramError, UnfittedWarning
 from pyro_vae.inference.svi import CheckpointError, load_tensors
 from pyro_vae.inference.svi.fit import TrainingError
+from pyro_vae.results import files
 
 NUM_DATA, DATA_DIM, LATENT_DIM = 47, 5, 2
 
@@ -1043,16 +1044,16 @@ def refuse(token):
 
 
 class Stop:
-    """Sends Ctrl-C to this process at the given call of the transform."""
+    """Sends Ctrl-C or another signal to this process at the given call of the transform."""
 
-    def __init__(self, at, times=1):
-        self.at, self.times, self.calls = at, times, 0
+    def __init__(self, at, times=1, number=signal.SIGINT):
+        self.at, self.times, self.number, self.calls = at, times, number, 0
 
     def __call__(self, x, generator):
         self.calls += 1
         if self.calls == self.at:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
         return torch.bernoulli(x, generator=generator)
 
 
@@ -1194,6 +1195,83 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert found.status == "finished"
+
+
+class Killed:
+    """A process that dies, as by kill -9, just before it puts its n-th file in place."""
+
+    def __init__(self, at):
+        self.at, self.calls, self.real = at, 0, os.replace
+
+    def __call__(self, source, target):
+        self.calls += 1
+        if self.calls == self.at:
+            os._exit(9)
+        self.real(source, target)
+
+
+def killed_at(at, folder, monkeypatch, **options):
+    """Whether a training died there, in a process of its own, and not of its own accord."""
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(files.os, "replace", Killed(at))
+        train(folder, **options)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def contents(folder):
+    """Every file of a run folder, without the times."""
+    found = {path.name: path.read_text(errors="replace") for path in folder.iterdir()}
+    for name in ("training.safetensors", "model.safetensors"):
+        found[name] = None  # their headers are in any order; `assert_same_run` compares them
+    return {name: re.sub(r'"seconds": [0-9.e-]+', "", text or "") for name, text in found.items()}
+
+
+SHORT = {"epochs": 2, "checkpoint_every": 1, "warmup_epochs": 0}
+
+
+@pytest.mark.timeout(120)
+def test_a_run_killed_at_any_file_is_resumed_to_the_bit(tmp_path, monkeypatch):
+    """The call that started it, with resume=True: killed before the first checkpoint, or later."""
+    whole, found = train(tmp_path / "whole", **SHORT)
+    at, folder = 0, tmp_path
+    while at == 0 or killed_at(at, folder, monkeypatch, **SHORT):
+        if at:
+            start = vae(seed=99 if at > 1 else 0)  # what the folder holds replaces it
+            module, resumed = train(folder, module=start, resume=True, **SHORT)
+            assert resumed.status == "finished"
+            assert torch.equal(weights(module), weights(whole)), at
+            assert rows(resumed) == rows(found)
+            assert_same_run(folder, tmp_path / "whole")
+            assert contents(folder) == contents(tmp_path / "whole")
+        at, folder = at + 1, tmp_path / f"killed at {at + 1}"
+    assert at - 1 == 3 * 5  # the start and each epoch
+
+
+def test_a_signal_that_ends_the_process_is_obeyed_once_the_state_is_written(tmp_path):
+    def handler(*_):
+        raise SystemExit(143)
+
+    whole, _ = train(tmp_path / "whole")
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        at = calls_before_training(tmp_path) + 8 + 2
+        with pytest.raises(SystemExit):
+            train(tmp_path / "parts", transform=Stop(at=at, number=signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert state_of(tmp_path / "parts")[1]["position"] == 2
+    module, _ = train(tmp_path / "parts", module=vae(seed=99), resume=True)
+    assert torch.equal(weights(module), weights(whole))
+
+
+def test_whoever_goes_on_may_ask_for_a_finished_fit(tmp_path):
+    _, found = train(None, epochs=3)
+    assert found.require_finished() is found
+    _, part = train(None, transform=Stop(at=calls_before_training(tmp_path) + 1))
+    with pytest.raises(KeyboardInterrupt, match="interrupted before its first epoch"):
+        part.require_finished()
 
 
 def test_resuming_a_finished_run_returns_it(tmp_path):
@@ -1349,7 +1427,7 @@ fit(module.model, module.guide, linear_data(4), epochs=10**6, evaluate_every=10*
 def kill_while_it_writes(folder, reached, wait, resume):
     """Kill -9 of a process that writes after every epoch, `wait` seconds after some epochs."""
     command = [sys.executable, "-c", ENDLESS, str(folder), str(resume)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     path = folder / "training.safetensors"
     deadline = time.monotonic() + 90
     with subprocess.Popen(command, env=environment) as child:

@@ -1,0 +1,124 @@
+"""What takes long shows that it lives: a bar on a terminal, elsewhere a line now and then.
+
+Lines go to the logger ``pyro_vae``, at level INFO. It is silent unless somebody listens: the
+command line and the analyses do, through `lines_on_stderr`; so may a script, through `logging`.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["announced", "lines_on_stderr", "progress_bar", "say"]
+
+_LOGGER = logging.getLogger("pyro_vae")
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_OF_SILENCE = 5.0
+
+
+def say(line: str) -> None:
+    """Tells a stage, to whoever listens."""
+    _LOGGER.info(line)
+
+
+def progress_bar(
+    total: int, unit: str, *, show: bool, what: str = "", initial: int = 0
+) -> "tqdm[Any] | _Lines":
+    """A bar on stderr where that is a terminal; else a line every 10 s if somebody listens.
+
+    Args:
+        total: Of how many units.
+        unit: One of them, such as "step".
+        show: Whether to show anything.
+        what: What goes on.
+        initial: Units done before.
+
+    Returns:
+        Something with `update`, `set_description`, `set_postfix` and `n`, to be entered.
+    """
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if show and not terminal and _LOGGER.isEnabledFor(logging.INFO):
+        return _Lines(total, unit, what, initial)
+    return tqdm(
+        total=total,
+        unit=unit,
+        desc=what or None,
+        initial=initial,
+        leave=False,
+        mininterval=0.5,
+        disable=not (show and terminal),
+    )
+
+
+class _Lines:
+    """As much of a bar as its users ask for, in lines."""
+
+    disable = False
+
+    def __init__(self, total: int, unit: str, what: str, initial: int) -> None:
+        self.total, self.unit, self.what, self.n = total, unit, what, initial
+        self.postfix = ""
+        self.started = self.last = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.last >= _SECONDS_BETWEEN_LINES:
+            self.last = now
+            what = f"{self.what}: " if self.what else ""
+            share = f"{self.n} of {self.total} {self.unit}s, {now - self.started:.0f} s"
+            say(f"{what}{share}{f'; {self.postfix}' if self.postfix else ''}")
+
+    def set_description(self, desc: str) -> None:
+        self.what = desc
+
+    def set_postfix(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
+        self.postfix = ", ".join(f"{k} {v}" for k, v in {**(values or {}), **more}.items())
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def lines_on_stderr() -> Iterator[None]:
+    """Writes what the package tells of its progress to stderr."""
+    handler, before = logging.StreamHandler(sys.stderr), _LOGGER.level
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(before)
+        _LOGGER.removeHandler(handler)
+
+
+@contextmanager
+def announced(what: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells what begins, and every 5 s that it still goes on.
+
+    Args:
+        what: Such as "importing torch".
+        tell: Called with each line, from another thread as well.
+    """
+    tell(f"{what} ...")
+    over, started = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not over.wait(_SECONDS_OF_SILENCE):
+            tell(f"{what} ... {time.monotonic() - started:.0f} s")
+
+    reminder = threading.Thread(target=remind, daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reminder.join()
