@@ -187,13 +187,13 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             f"{folder}/training.safetensors is not of a run that this version of pyro_vae can go "
             "on with; start a new run in another folder"
         )
+    begun, asked = _what_agrees(theirs), _what_agrees(mine)
+    for key in (key for key in asked if key in begun and begun[key] != asked[key]):
+        raise CheckpointError(
+            f"{folder} was trained with {key} {begun[key]!r}, not {asked[key]!r}; resume with the "
+            "same setting, or start a new run in another folder"
+        )
     before, now = theirs["fit"], mine["fit"]
-    for key in _MUST_AGREE:
-        if before.get(key) != now[key]:
-            raise CheckpointError(
-                f"{folder} was trained with {key} {before.get(key)!r}, not {now[key]!r}; resume "
-                "with the same setting, or start a new run in another folder"
-            )
     if before["num_threads"] != now["num_threads"]:
         warnings.warn(
             f"resuming with {now['num_threads']} threads what was begun with "
@@ -201,6 +201,17 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             "uninterrupted run",
             stacklevel=4,  # the caller of fit
         )
+
+
+def _what_agrees(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run may not change: of the training, the model and the data."""
+    model = config.get("model", {})
+    return {
+        **model.get("arguments", {}),
+        **{f"data {name}": value for name, value in config.get("data", {}).items()},
+        **({"model": model["class"]} if "class" in model else {}),
+        **{name: config["fit"].get(name) for name in _MUST_AGREE},
+    }
 
 
 def holds_run(folder: str | Path) -> str | None:

@@ -1387,13 +1387,30 @@ def test_a_damaged_run_is_refused(tmp_path, kind, match):
         ({"warmup_epochs": 1}, "warmup_epochs 3, not 1"),
         ({"learning_rate": 0.5}, "learning_rate 'a function', not 0.5"),
         ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "optimizer 'Adam', not 'SGD'"),
-        ({"module": VAE(DATA_DIM, LATENT_DIM, hidden=(8,)).double()}, "not those of this model"),
+        ({"module": VAE(DATA_DIM, LATENT_DIM, hidden=(8,)).double()}, r"hidden \[7\], not \[8\]"),
+        ({"config": {"data": {"name": "b"}}}, "data name 'a', not 'b'"),
     ],
 )
 def test_another_run_is_refused(tmp_path, options, match):
-    train(tmp_path / "run", epochs=3)
+    data = {"config": {"data": {"name": "a"}}}
+    train(tmp_path / "run", epochs=3, **data)
     with pytest.raises(CheckpointError, match=match):
-        train(tmp_path / "run", resume=True, **options)
+        train(tmp_path / "run", resume=True, **data | options)
+
+
+def test_other_parameters_of_a_program_of_ones_own_are_refused(tmp_path):
+    def programs(name):
+        def guide(x):
+            loc = pyro.param(name, torch.zeros(()))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+        return bare_model, guide
+
+    x = linear_data()[:, 0]
+    fit(*programs("a"), x, epochs=1, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="not those of this model"):
+        fit(*programs("b"), x, epochs=2, checkpoint=tmp_path, resume=True)
 
 
 def test_other_data_are_refused(tmp_path):
@@ -1403,14 +1420,37 @@ def test_other_data_are_refused(tmp_path):
         fit(module.model, module.guide, x.flip(0), epochs=2, checkpoint=tmp_path, resume=True)
 
 
-def test_another_number_of_threads_is_said(tmp_path):
-    train(tmp_path / "run", epochs=3)
+@pytest.fixture
+def two_threads():
     torch.set_num_threads(2)
-    try:
-        with pytest.warns(UserWarning, match="resuming with 2 threads what was begun with 1"):
-            train(tmp_path / "run", epochs=4, resume=True)
-    finally:
-        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_small_steps_take_one_thread_and_large_ones_the_callers(two_threads, monkeypatch):
+    def threads(found):
+        assert torch.get_num_threads() == 2  # the caller's own
+        return found.config["fit"]["num_threads"]
+
+    seen = []
+    _, one = train(None, epochs=3, transform=lambda x, g: seen.append(torch.get_num_threads()) or
+                   binarise(x, g))  # fmt: skip
+    assert (threads(one), set(seen)) == (1, {1})
+    assert threads(train(None, epochs=3, threads=2)[1]) == 2
+    count = one.model.__self__
+    multiplications = sum(p.numel() for p in count.parameters()) * 20  # a batch, one particle
+    for limit, expected in ((multiplications + 1, 1), (multiplications, 2)):
+        monkeypatch.setattr(sys.modules["pyro_vae.inference.svi.fit"], "_LARGE_STEP", limit)
+        assert threads(train(None, epochs=3)[1]) == expected
+
+
+def test_a_resumed_run_takes_the_threads_it_was_begun_with(tmp_path, two_threads):
+    train(tmp_path / "run", epochs=3, threads=2)
+    torch.set_num_threads(1)
+    _, found = train(tmp_path / "run", epochs=4, resume=True)
+    assert found.config["fit"]["num_threads"] == 2
+    with pytest.warns(UserWarning, match="resuming with 1 threads what was begun with 2"):
+        train(tmp_path / "run", epochs=5, resume=True, threads=1)
 
 
 ENDLESS = """
