@@ -3,6 +3,7 @@
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
+    check_same_settings,
     holds_run,
     load_tensors,
     read_json,
@@ -21,6 +22,7 @@ __all__ = [
     "Fit",
     "TrainingData",
     "TrainingError",
+    "check_same_settings",
     "deferred_interrupt",
     "fit",
     "history_result",

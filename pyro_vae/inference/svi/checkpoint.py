@@ -32,6 +32,7 @@ __all__ = [
     "FORMAT",
     "CheckpointError",
     "check_same_run",
+    "check_same_settings",
     "holds_run",
     "load_tensors",
     "mend_run",
@@ -187,12 +188,7 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             f"{folder}/training.safetensors is not of a run that this version of pyro_vae can go "
             "on with; start a new run in another folder"
         )
-    begun, asked = _what_agrees(theirs), _what_agrees(mine)
-    for key in (key for key in asked if key in begun and begun[key] != asked[key]):
-        raise CheckpointError(
-            f"{folder} was trained with {key} {begun[key]!r}, not {asked[key]!r}; resume with the "
-            "same setting, or start a new run in another folder"
-        )
+    check_same_settings(folder, theirs, mine)
     before, now = theirs["fit"], mine["fit"]
     if before["num_threads"] != now["num_threads"]:
         warnings.warn(
@@ -203,14 +199,30 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
         )
 
 
-def _what_agrees(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run may not change: of the training, the model and the data."""
-    model = config.get("model", {})
+def check_same_settings(
+    folder: str | Path, begun: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Refuses two configurations of one run that differ in the training, the model or the data.
+
+    Raises:
+        CheckpointError: If a setting differs; says which.
+    """
+    theirs, mine = _fixed_settings(begun), _fixed_settings(asked)
+    for key in mine:
+        if key in theirs and theirs[key] != mine[key]:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {theirs[key]!r}, not {mine[key]!r}; resume with "
+                "the same setting, or start a new run in another folder"
+            )
+
+
+def _fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, trained = config.get("model", {}), config.get("fit", {})
     return {
         **model.get("arguments", {}),
         **{f"data {name}": value for name, value in config.get("data", {}).items()},
         **({"model": model["class"]} if "class" in model else {}),
-        **{name: config["fit"].get(name) for name in _MUST_AGREE},
+        **{name: trained.get(name) for name in _MUST_AGREE},
     }
 
 
