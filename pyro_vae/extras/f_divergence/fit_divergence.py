@@ -37,7 +37,12 @@ from pyro_vae.inference.programs import (
     remember_fitted,
     unwrap_programs,
 )
-from pyro_vae.inference.svi import TrainingData, TrainingError, deferred_interrupt
+from pyro_vae.inference.svi import (
+    Interruptible,
+    TrainingData,
+    TrainingError,
+    deferred_interrupt,
+)
 from pyro_vae.models.parts import mlp
 from pyro_vae.results import Result, label, make_result
 
@@ -48,7 +53,7 @@ _CRITIC_HIDDEN = (128, 128)
 
 
 @dataclass(frozen=True, repr=False)
-class DivergenceFit:
+class DivergenceFit(Interruptible):
     """What `fit_divergence` reached.
 
     Attributes:
