@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -56,23 +56,17 @@ def progress_bar(
 
 
 class _Lines:
-    """As much of a bar as its users ask for, in lines."""
+    """As much of a bar as its users ask for, told every 10 s, whether it moved or not."""
 
     disable = False
 
     def __init__(self, total: int, unit: str, what: str, initial: int) -> None:
-        self.total, self.unit, self.what, self.n = total, unit, what, initial
-        self.postfix = ""
-        self.started = self.last = time.monotonic()
+        self.total, self.what, self.n, self.postfix = total, what, initial, ""
+        self.units = "data" if unit == "datum" else f"{unit}s"
+        self.told = ExitStack()
 
     def update(self, n: int = 1) -> None:
         self.n += n
-        now = time.monotonic()
-        if now - self.last >= _SECONDS_BETWEEN_LINES:
-            self.last = now
-            what = f"{self.what}: " if self.what else ""
-            share = f"{self.n} of {self.total} {self.unit}s, {now - self.started:.0f} s"
-            say(f"{what}{share}{f'; {self.postfix}' if self.postfix else ''}")
 
     def set_description(self, desc: str) -> None:
         self.what = desc
@@ -81,10 +75,34 @@ class _Lines:
         self.postfix = ", ".join(f"{k} {v}" for k, v in {**(values or {}), **more}.items())
 
     def __enter__(self) -> "_Lines":
+        self.told.enter_context(_repeated(self._tell, _SECONDS_BETWEEN_LINES))
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.told.close()
+
+    def _tell(self, seconds: float) -> None:
+        what = f"{self.what}: " if self.what else ""
+        postfix = f"; {self.postfix}" if self.postfix else ""
+        say(f"{what}{self.n} of {self.total} {self.units}, {seconds:.0f} s{postfix}")
+
+
+@contextmanager
+def _repeated(tell: Callable[[float], None], every: float) -> Iterator[None]:
+    """Calls with the seconds since the start, from another thread, until the block ends."""
+    over, started = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not over.wait(every):
+            tell(time.monotonic() - started)
+
+    reminder = threading.Thread(target=remind, daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reminder.join()
 
 
 @contextmanager
@@ -109,16 +127,5 @@ def announced(what: str, tell: Callable[[str], None]) -> Iterator[None]:
         tell: Called with each line, from another thread as well.
     """
     tell(f"{what} ...")
-    over, started = threading.Event(), time.monotonic()
-
-    def remind() -> None:
-        while not over.wait(_SECONDS_OF_SILENCE):
-            tell(f"{what} ... {time.monotonic() - started:.0f} s")
-
-    reminder = threading.Thread(target=remind, daemon=True)
-    reminder.start()
-    try:
+    with _repeated(lambda seconds: tell(f"{what} ... {seconds:.0f} s"), _SECONDS_OF_SILENCE):
         yield
-    finally:
-        over.set()
-        reminder.join()

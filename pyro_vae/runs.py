@@ -49,6 +49,7 @@ from pyro_vae.models import (
     on_levels,
 )
 from pyro_vae.models.parts import Part
+from pyro_vae.progress import announced, say
 from pyro_vae.results import Result, leftovers, load_result
 
 __all__ = [
@@ -252,7 +253,8 @@ def load_training_data(
     """
     draws = binarization in ("dynamic", "static")
     generator = torch.Generator().manual_seed(BINARIZATION_SEED) if draws else None
-    return load_dataset(name, root, download, binarize=binarization, generator=generator)
+    with announced(f"reading {name}", say):
+        return load_dataset(name, root, download, binarize=binarization, generator=generator)
 
 
 def split_training(dataset: Dataset) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import time
 
 import pytest
 
@@ -16,33 +17,44 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 100.0
-
-    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
-    return Clock
+def _impatient(monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(progress, "_SECONDS_OF_SILENCE", 0.01)
 
 
-def test_elsewhere_than_on_a_terminal_a_line_comes_every_ten_seconds(clock, capfd):
-    with lines_on_stderr(), progress_bar(7, "step", show=True, what="training", initial=2) as bar:
-        for seconds in (4.0, 4.0, 4.0, 4.0, 5.0):
-            clock.now += seconds
-            bar.set_postfix(bound="-1.5")
-            bar.update()
-        assert bar.n == 7
-    assert capfd.readouterr().err.splitlines() == ["training: 5 of 7 steps, 12 s; bound -1.5"]
+def wait_for(number, lines):
+    while len(lines) < number:
+        time.sleep(0.001)
 
 
-def test_nothing_is_said_where_nobody_listens_or_it_was_not_asked_for(clock, capfd):
-    with progress_bar(3, "step", show=True) as bar:
-        clock.now += 60
-        bar.update()
-    with lines_on_stderr(), progress_bar(3, "step", show=False) as bar:
-        clock.now += 60
-        bar.update()
+@pytest.mark.usefixtures("_impatient")
+def test_elsewhere_than_on_a_terminal_lines_come_whether_it_moves_or_not(monkeypatch):
+    lines = []
+    monkeypatch.setattr(progress, "say", lines.append)
+    with lines_on_stderr(), progress_bar(7, "datum", show=True, what="measuring", initial=2) as bar:
+        wait_for(2, lines)
+        bar.set_postfix(bound="-1.5")
+        bar.update(3)
+        wait_for(len(lines) + 2, lines)
+    assert bar.n == 5
+    assert lines[1] == "measuring: 2 of 7 data, 0 s"
+    assert lines[-1] == "measuring: 5 of 7 data, 0 s; bound -1.5"
+    told = len(lines)
+    time.sleep(0.05)
+    assert len(lines) == told
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_nothing_is_said_where_nobody_listens_or_it_was_not_asked_for(capfd):
+    with progress_bar(3, "step", show=True):
+        time.sleep(0.05)
+    with lines_on_stderr(), progress_bar(3, "step", show=False):
+        time.sleep(0.05)
     say("unheard")
     assert capfd.readouterr() == ("", "")
+    with lines_on_stderr():
+        say("heard")
+    assert capfd.readouterr() == ("", "heard\n")
     assert not logging.getLogger("pyro_vae").handlers
 
 
@@ -55,11 +67,9 @@ def test_a_terminal_has_a_bar(monkeypatch):
     assert "\n" not in sys.stderr.getvalue().strip()
 
 
-def test_what_goes_on_for_long_is_told_again(monkeypatch):
-    monkeypatch.setattr(progress, "_SECONDS_OF_SILENCE", 0.01)
+@pytest.mark.usefixtures("_impatient")
+def test_what_goes_on_for_long_is_told_again():
     told = []
     with announced("importing", told.append):
-        while len(told) < 3:
-            pass
-    assert told[0] == "importing ..."
-    assert told[1] == "importing ... 0 s"
+        wait_for(3, told)
+    assert told[:2] == ["importing ...", "importing ... 0 s"]

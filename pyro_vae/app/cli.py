@@ -225,7 +225,7 @@ def demo(
     network and about a minute. Runs of an earlier demo in the folder are replaced.
     """
     _import("pyro_vae.app.demo")
-    _set_threads(threads)
+    _set_threads(threads or 1)
     from pyro_vae.app.demo import run_demo
     from pyro_vae.inference.svi import holds_run
 
@@ -599,7 +599,7 @@ def evaluate(
     ArviZ), in place of those of an earlier evaluation.
     """
     _import("pyro_vae.runs")
-    _set_threads(threads)
+    _set_threads(threads or 1)
     from pyro_vae.runs import evaluate_run, load_run
 
     _say(f"measuring {run} on its test data, {num_particles} particles")

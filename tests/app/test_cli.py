@@ -461,7 +461,11 @@ def test_without_a_terminal_a_stage_is_a_line(run: Path, tmp_path: Path) -> None
     quiet = call(f"{line} {tmp_path / 'a'}").stderr.splitlines()
     told = call(f"{line} {tmp_path / 'b'}".replace("--quiet", "")).stderr.splitlines()
     assert len(quiet) == 1  # what is trained
-    assert told == [*quiet, "training: 2 epochs of 2 steps on 1 thread"]
+    assert told == [
+        "reading digits ...",
+        *quiet,
+        "training: 2 epochs of 2 steps on 1 thread",
+    ]
 
 
 def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 from pyro.infer import ELBO
-from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.memory import peak_bytes
@@ -15,6 +14,7 @@ from pyro_vae.diagnostics.gradients.references import Reference, References
 from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError
 from pyro_vae.diagnostics.gradients.statistics import Gradients, of_all, statistics
 from pyro_vae.inference.programs import ProgramError
+from pyro_vae.progress import progress_bar
 
 __all__ = ["Measured", "Row", "measure"]
 
@@ -61,12 +61,7 @@ def measure(
     references = References(bench, reference, particles, repeats)
     pairs = _admit(bench, candidates, particles)
     times = bench.time([elbo for _, _, elbo in pairs], min(repeats, _TIMING_ROUNDS))
-    bar = tqdm(
-        total=len(pairs) * repeats,
-        unit="gradient",
-        leave=False,
-        disable=None if progress else True,
-    )
+    bar = progress_bar(len(pairs) * repeats, "gradient", show=progress)
     with bar:
         for (candidate, k, elbo), timed in zip(pairs, times.T, strict=True):
             bar.set_description(f"{candidate.name}, K={k}")

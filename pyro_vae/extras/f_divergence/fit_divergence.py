@@ -10,7 +10,6 @@ needed, so the same program can be trained by `fit` and by this.
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_vae.extras.f_divergence.divergences import divergence_bound, get_divergence
 from pyro_vae.extras.f_divergence.generation import generated
@@ -44,6 +42,7 @@ from pyro_vae.inference.svi import (
     deferred_interrupt,
 )
 from pyro_vae.models.parts import mlp
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result, label, make_result
 
 __all__ = ["DivergenceFit", "fit_divergence"]
@@ -274,10 +273,7 @@ class _Run:
 
     def train(self, progress: bool) -> None:
         asked = self.settings
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        bar = tqdm(
-            total=asked.epochs, unit="epoch", leave=False, disable=not (progress and terminal)
-        )
+        bar = progress_bar(asked.epochs, "epoch", show=progress, what="training")
         with bar, deferred_interrupt() as interrupted:
             while self.epoch < asked.epochs and not interrupted():
                 self._epoch()
