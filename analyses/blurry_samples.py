@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, fit, load_dataset, log_evidence
 from pyro_vae.data import Dataset
@@ -232,7 +232,7 @@ def train_by_bound(
         evaluate_every=settings.epochs,
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
 
 
 def train_by_critic(
@@ -257,7 +257,7 @@ def train_by_critic(
         seed=settings.seed,
         evaluate_every=settings.adversarial_epochs,
         progress=progress,
-    )
+    ).require_finished()
     vae.decoder = nn.Sequential(generator.decoder, nn.Sigmoid()).requires_grad_(False).eval()
     train_by_bound(vae, None, data, settings, progress)
     return vae
@@ -594,11 +594,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(settings, cases=(BASE, *given.case))
     say = partial(print, flush=True)
 
-    def analysis() -> Path:
+    def analysis(out: Path) -> Path:
         data = load_dataset(given.data, given.root)
-        return run(data, given.out, settings, say, not given.no_progress)
+        return run(data, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, out_folder(given))
 
 
 if __name__ == "__main__":

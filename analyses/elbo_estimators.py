@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.sections import Section, as_text, save_sections
 from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
@@ -212,7 +212,7 @@ def measure_vae(data: Dataset, settings: Settings, progress: bool) -> Result:
         transform=data.transform,
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
     return compare_estimators(
         vae.model,
         vae.guide,
@@ -432,11 +432,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(settings, **changes)
     say = partial(print, flush=True)
 
-    def analysis() -> Path:
+    def analysis(out: Path) -> Path:
         data = load_training_data(given.data, given.root, binarization="dynamic")
-        return run(data, given.out, settings, say, not given.no_progress)
+        return run(data, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, out_folder(given))
 
 
 if __name__ == "__main__":

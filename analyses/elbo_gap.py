@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, fit
 from pyro_vae.app.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
@@ -163,7 +163,7 @@ def train(data: Dataset, setting: Setting, settings: Settings, progress: bool) -
         evaluate_every=setting.epochs,
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
     return vae
 
 
@@ -419,11 +419,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
     say = partial(print, flush=True)
 
-    def analysis() -> Path:
+    def analysis(out: Path) -> Path:
         data = load_training_data(given.data, given.root, binarization="static")
-        return run(data, given.out, settings, say, not given.no_progress)
+        return run(data, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, out_folder(given))
 
 
 if __name__ == "__main__":

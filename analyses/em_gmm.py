@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.sections import save_figures
 from pyro_vae import GaussianMixture, fit_em, load_dataset
 from pyro_vae.app.pages import (
@@ -133,6 +133,15 @@ def load(name: str, root: str | None, say: Callable[[str], None]) -> Sample:
     return Sample("iris", _standardised(x), names, (1, 2), 3, "k-means++", 4)
 
 
+def place(given: argparse.Namespace, sample: Sample, say: Callable[[str], None]) -> Path:
+    """Where files go: those of data that stand in for others do not replace the others'."""
+    used = sample.name if sample.name in DATA else given.data
+    out = out_folder(given, used)
+    if used != given.data:
+        say(f"Its files go to {out}; results of Old Faithful stay as they are.")
+    return out
+
+
 def _standardised(x: Tensor) -> Tensor:
     x = x.double()
     return (x - x.mean(0)) / x.std(0, correction=0)
@@ -163,7 +172,7 @@ def fit_from_poor_start(sample: Sample, iterations: int, progress: bool) -> EMFi
         max_iterations=iterations,
         tolerance=1e-10,
         progress=progress,
-    )
+    ).require_finished()
 
 
 def follow_starts(sample: Sample, settings: Settings, progress: bool) -> tuple[Result, list[EMFit]]:
@@ -180,7 +189,7 @@ def follow_starts(sample: Sample, settings: Settings, progress: bool) -> tuple[R
             seed=settings.seed + start,
             on_singular="restart",
             progress=progress,
-        )
+        ).require_finished()
         for start in range(settings.num_starts)
     ]
     histories = [f.history.isel(step=f.history["phase"].values == "E") for f in fits]
@@ -245,7 +254,7 @@ def _fit_one(
         on_singular="restart",
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
     return mixture
 
 
@@ -274,13 +283,17 @@ def compare_with_sklearn(sample: Sample, settings: Settings) -> Result:
             warnings.simplefilter("ignore", ConvergenceWarning)  # tol=0 never converges
             peer.fit(sample.x.numpy())
         theirs.append(float(peer.score_samples(sample.x.numpy()).sum()))
-        history = fit_em(
-            mixture,
-            sample.x,
-            initialization="given",
-            max_iterations=settings.agreement_iterations,
-            tolerance=0.0,
-        ).history
+        history = (
+            fit_em(
+                mixture,
+                sample.x,
+                initialization="given",
+                max_iterations=settings.agreement_iterations,
+                tolerance=0.0,
+            )
+            .require_finished()
+            .history
+        )
         ours.append(float(history["log_evidence_total"][-1]))
     attrs = label(reduction="total", bound="exact", measure="real")
     return make_result(
@@ -304,7 +317,9 @@ def snapshots_figure(sample: Sample, settings: Settings) -> Figure:
     ]
     for iterations in settings.snapshots:
         mixture = poor_start(sample)
-        fit_em(mixture, sample.x, initialization="given", max_iterations=iterations, tolerance=0.0)
+        fit_em(
+            mixture, sample.x, initialization="given", max_iterations=iterations, tolerance=0.0
+        ).require_finished()
         plural = "s" * (iterations != 1)
         shown.append((f"after {iterations} iteration{plural}", mixture, True))
     columns = 3
@@ -648,13 +663,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     say = partial(print, flush=True)
+    sample = load(given.data, given.root, say)
 
-    def analysis() -> Path:
-        return run(
-            load(given.data, given.root, say), given.out, settings, say, not given.no_progress
-        )
+    def analysis(out: Path) -> Path:
+        return run(sample, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, place(given, sample, say))
 
 
 if __name__ == "__main__":

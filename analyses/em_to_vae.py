@@ -26,7 +26,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from analyses.command import make_parser, run_on_one_thread
-from analyses.em_gmm import DATA, DATA_HELP, Sample, how_it_was_made, load
+from analyses.em_gmm import DATA, DATA_HELP, Sample, how_it_was_made, load, place
 from analyses.sections import as_text, save_figures
 from pyro_vae import VAE, GaussianMixture, fit, fit_em, log_evidence
 from pyro_vae.app.pages import Formula, Heading, Note, Page, Paragraph, Part, Picture, Table
@@ -133,9 +133,11 @@ class PerDatumNormals(nn.Module):
 
 def climb_by_em(mixture: GaussianMixture, x: Tensor, method: str, **options: Any) -> list[Row]:
     """A row for each E step of a relative of EM."""
-    history = fit_em(
-        mixture, x, method=method, initialization="given", tolerance=0.0, **options
-    ).history
+    history = (
+        fit_em(mixture, x, method=method, initialization="given", tolerance=0.0, **options)
+        .require_finished()
+        .history
+    )
     rows = history.isel(step=history["phase"].values == "E")
     names = ("data_passes", "seconds", "bound", "log_evidence", "gap")
     return [{n: float(rows[n][i]) for n in names} for i in range(rows.sizes["step"])]
@@ -153,16 +155,20 @@ def climb_by_gradient(
     rows = []
     with TemporaryDirectory() as folder:
         for n in epochs:
-            history = fit(
-                model,
-                guide,
-                x,
-                epochs=n,
-                evaluate_every=epochs[-1],
-                checkpoint=Path(folder) / "run",
-                resume=n > epochs[0],
-                **options,
-            ).history
+            history = (
+                fit(
+                    model,
+                    guide,
+                    x,
+                    epochs=n,
+                    evaluate_every=epochs[-1],
+                    checkpoint=Path(folder) / "run",
+                    resume=n > epochs[0],
+                    **options,
+                )
+                .require_finished()
+                .history
+            )
             clock = {name: float(history[name][-1]) for name in ("data_passes", "seconds")}
             rows.append(clock | measure())
     return rows
@@ -193,9 +199,9 @@ def warm_up(mixture: GaussianMixture, x: Tensor) -> None:
     """Runs what loads parts of torch at its first use, so that no method's clock pays for it."""
     fit_em(
         mixture, x, method="generalized", initialization="given", max_iterations=1, progress=False
-    )
+    ).require_finished()
     loss = TraceEnum_ELBO(max_plate_nesting=1)
-    fit(mixture.model, mixture.guide, x, loss=loss, epochs=1, progress=False)
+    fit(mixture.model, mixture.guide, x, loss=loss, epochs=1, progress=False).require_finished()
 
 
 def climb_mixture(
@@ -779,13 +785,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     say = partial(print, flush=True)
+    sample = load(given.data, given.root, say)
 
-    def analysis() -> Path:
-        return run(
-            load(given.data, given.root, say), given.out, settings, say, not given.no_progress
-        )
+    def analysis(out: Path) -> Path:
+        return run(sample, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, place(given, sample, say))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.latent_connection import connection_section, programs
 from analyses.latent_geometry import (
     attributes_section,
@@ -130,13 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(TINY if given.tiny else settings, seed=given.seed)
     say = partial(print, flush=True)
 
-    def analysis() -> Path:
+    def analysis(out: Path) -> Path:
         data = load_dataset(given.data, given.root)
         if data.name in OTHER:  # needed at the end: missing files are told at once
             load_dataset(OTHER[data.name], given.root)
-        return run(data, given.root, given.out, settings, say, not given.no_progress)
+        return run(data, given.root, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, out_folder(given))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def train_programs(
         evaluate_every=settings.epochs,
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
 
 
 def make(kind: str, x: Tensor, settings: Settings) -> VAE | Autoencoder:

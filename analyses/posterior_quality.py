@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.command import make_parser, run_on_one_thread
+from analyses.command import make_parser, out_folder, run_on_one_thread
 from analyses.posterior_figures import (
     chosen_data,
     describe_datum,
@@ -205,7 +205,7 @@ def train(
         evaluate_every=epochs,
         seed=settings.seed,
         progress=progress,
-    )
+    ).require_finished()
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -421,11 +421,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(settings, cases=tuple(sorted(with_compared(given.case))))
     say = partial(print, flush=True)
 
-    def analysis() -> Path:
+    def analysis(out: Path) -> Path:
         data = load_training_data(given.data, given.root, binarization="static")
-        return run(data, given.out, settings, say, not given.no_progress)
+        return run(data, out, settings, say, not given.no_progress)
 
-    return run_on_one_thread(analysis)
+    return run_on_one_thread(analysis, out_folder(given))
 
 
 if __name__ == "__main__":

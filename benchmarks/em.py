@@ -61,7 +61,7 @@ def run_ours(x: np.ndarray, start: dict[str, np.ndarray], iterations: int) -> di
         initialization="given",
         tolerance=0.0,
         max_iterations=iterations,
-    )
+    ).require_finished()
     values = {name: value.numpy() for name, value in fitted.parameters.items()}
     history = fitted.history
     # scikit-learn's lower bound is the log-likelihood before its last M step.

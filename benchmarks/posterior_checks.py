@@ -24,13 +24,13 @@ from jaxtyping import Float
 from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.calibration import calibrate
 from pyro_vae.diagnostics.posterior import HmcReference, khat_threshold, posterior_quality
 from pyro_vae.inference.mcmc import sample_posterior
 from pyro_vae.inference.programs import Program
 from pyro_vae.models import LinearGaussian
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result
 
 LEVEL = 0.05
@@ -345,7 +345,7 @@ def measure(
     seen: dict[str, Seen] = {}
     everything = [subjects()[name] for name in models]
     total = sum(design.repeats * (1 + len(guides)) for _, guides in everything)
-    with tqdm(total=total, unit="step", leave=False, disable=None if progress else True) as bar:
+    with progress_bar(total, "step", show=progress, what="checks") as bar:
         for number, (model, guides) in enumerate(everything):
             for repeat in range(design.repeats):
                 own = seed + 1000 * number + repeat

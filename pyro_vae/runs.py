@@ -31,8 +31,10 @@ from pyro_vae.inference.svi import (
     FORMAT,
     CheckpointError,
     Fit,
+    check_same_settings,
     fit,
     history_result,
+    holds_run,
     load_tensors,
     read_json,
     read_rows,
@@ -47,7 +49,8 @@ from pyro_vae.models import (
     on_levels,
 )
 from pyro_vae.models.parts import Part
-from pyro_vae.results import Result, load_result
+from pyro_vae.progress import announced, say
+from pyro_vae.results import Result, leftovers, load_result
 
 __all__ = [
     "BINARIZATION_SEED",
@@ -148,7 +151,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"{folder / 'config.json'} has format {version!r}, but this version of pyro_vae reads "
             f"up to {FORMAT}: install a newer pyro_vae."
         )
-    module = _build(folder, config.get("model"))
+    with torch.device("meta"):  # without memory for its weights yet
+        module = _build(folder, config.get("model"))
     weights, _ = load_tensors(folder / "model.safetensors")
     _fill(folder, module, weights)
     rows = read_rows(folder / "history.jsonl")
@@ -173,14 +177,17 @@ def clear_run(folder: str | os.PathLike[str]) -> None:
     if not any((target / name).exists() for name in _WEIGHT_FILES):
         return
     figures = sorted((target / "figures").glob("*.png"))
-    for path in (*(target / name for name in _DERIVED_FILES), *figures):
+    derived = [target / name for name in _DERIVED_FILES]
+    names = (*_DERIVED_FILES, *_WEIGHT_FILES)
+    killed = [path for name in names for path in leftovers(target / name)]
+    for path in (*derived, *figures, *killed):
         path.unlink(missing_ok=True)
     for name in _WEIGHT_FILES:
         (target / name).unlink(missing_ok=True)
 
 
 def _build(folder: Path, described: Any) -> Any:
-    """The module that config.json describes, without memory for its weights yet."""
+    """The module that a run's configuration describes."""
     described = described if isinstance(described, dict) else {}
     name = described.get("class")
     if name is None:
@@ -195,8 +202,7 @@ def _build(folder: Path, described: Any) -> Any:
             f"{', '.join(CLASSES)}): install the version that wrote it."
         )
     try:
-        with torch.device("meta"):
-            return CLASSES[name](**described.get("arguments", {})).eval()
+        return CLASSES[name](**described.get("arguments", {})).eval()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"config.json of {folder} does not describe a {name} ({error}): restore it from a copy."
@@ -247,7 +253,8 @@ def load_training_data(
     """
     draws = binarization in ("dynamic", "static")
     generator = torch.Generator().manual_seed(BINARIZATION_SEED) if draws else None
-    return load_dataset(name, root, download, binarize=binarization, generator=generator)
+    with announced(f"reading {name}", say):
+        return load_dataset(name, root, download, binarize=binarization, generator=generator)
 
 
 def split_training(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -378,7 +385,9 @@ def start_run(
     warmup_epochs: int = 0,
     seed: Seed = 0,
     device: str | torch.device | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> Fit:
     """Trains a model on a data set, and keeps the run in a folder.
@@ -414,8 +423,10 @@ def start_run(
         warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1; for the ELBO.
         seed: Seeds weights, shuffling and particles.
         device: Where to train, such as "cuda"; None for the CPU.
+        threads: As for `fit`.
         overwrite: Replaces a run that the folder holds, once the model could be built.
-        progress: Shows a bar where stderr is a terminal.
+        resume: Goes on with a run of these settings where the folder holds one.
+        progress: As for `fit`.
 
     Returns:
         What `fit` returns.
@@ -423,7 +434,7 @@ def start_run(
     Raises:
         ValueError: If the likelihood does not fit the data, parts cannot stand together (says what
             can), or an argument is out of its range.
-        CheckpointError: If the folder holds a run.
+        CheckpointError: If the folder holds a run, or, with `resume`, one of other settings.
         TrainingError: If the loss is not finite.
     """
     seed = as_seed(seed)
@@ -466,7 +477,9 @@ def start_run(
         warmup_epochs=warmup_epochs,
         seed=seed,
         device=device,
+        threads=threads,
         checkpoint=Path(folder),
+        resume=resume,
         config={"data": _describe(dataset)},
         progress=progress,
         **schedule,
@@ -514,32 +527,26 @@ def resume_run(
     epochs: int | None = None,
     root: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
+    threads: int | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Goes on with a run where its folder says it stopped.
+    """Goes on with a run where its folder says it stopped, or finishes what was left undone there.
 
     Args:
         path: The run folder, of `start_run`.
         epochs: Passes over the training data in all, those done included; None for the number
-            that the run was begun with.
+            that the run was begun with. A run that has made them is returned as it is.
         root: Folder of the data files, as for `load_dataset`.
         device: Where to train; None for the CPU.
-        progress: Shows a bar where stderr is a terminal.
+        threads: As for `fit`.
+        progress: As for `fit`.
 
     Raises:
-        CheckpointError: If there is no such run, or nothing is left to do.
+        CheckpointError: If the folder holds no run, or a damaged one.
         DatasetError: If the data are missing.
     """
-    run = load_run(path)
+    run = _begun_run(Path(path))
     settings = run.config["fit"]
-    _, metadata = load_tensors(run.path / "training.safetensors")
-    done, status = metadata["state"]["epoch"], metadata["state"]["status"]
-    total = settings["epochs"] if epochs is None else epochs
-    if done >= total or (status == "stopped early" and epochs is None):
-        raise CheckpointError(
-            f"{run.path} has {status} after {done} epochs: to train it further, ask for more "
-            f"epochs in all than {max(done, settings['epochs'])}."
-        )
     if not isinstance(settings["learning_rate"], int | float):
         raise CheckpointError(
             f"{run.path} was trained with a learning rate that is a function, which its folder "
@@ -557,6 +564,7 @@ def resume_run(
         validation=held_out,
         transform=dataset.transform,
         device=device,
+        threads=threads,
         checkpoint=run.path,
         checkpoint_every=schedule["checkpoint_every"],
         resume=True,
@@ -573,8 +581,29 @@ def resume_run(
                 "evaluate_every",
             )
         },
-        epochs=total,
+        epochs=settings["epochs"] if epochs is None else epochs,
     )
+
+
+def _begun_run(folder: Path) -> Run:
+    """A run as its training state has it, which is written first: the rest may be missing."""
+    if holds_run(folder) is None:
+        raise CheckpointError(
+            f"{folder} holds no run to go on with (one that was killed very early leaves none): "
+            "repeat the command that started it, with --resume, and it starts anew."
+        )
+    _, metadata = load_tensors(folder / "training.safetensors")
+    config, state = metadata.get("config", {}), metadata.get("state", {})
+    if (folder / "config.json").is_file():  # by hand it cannot be changed
+        check_same_settings(folder, config, read_json(folder / "config.json"))
+    trained = config.get("fit", {})
+    dtype = getattr(torch, trained.get("dtype", "float32"))
+    with keep_random_state(), _default_dtype(dtype):
+        module = _build(folder, config.get("model"))
+    history = history_result(
+        state.get("history", []), config, trained.get("seed"), trained.get("data_sha256")
+    )
+    return Run(folder, module, module.model, module.guide, config, history)
 
 
 def _loss_of(run: Run) -> ELBO | None:

@@ -1,6 +1,7 @@
 """What every test starts from, and what no test may leave changed."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -66,11 +67,13 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _isolated(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Starts a test in double precision, from its own seed, without parameters; checks its end."""
+    """Starts a test in double precision, from its seed, without parameters; checks its end."""
     outside = torch.get_default_dtype()
     single = request.node.get_closest_marker("float32") is not None
     torch.set_default_dtype(torch.float32 if single else torch.float64)
     pyro.clear_param_store()
+    if (loaded := sys.modules.get("pyro_vae.inference.programs.unfitted")) is not None:
+        loaded.LAST_FITS.clear()
     pyro.set_rng_seed(seed_of(request.node.nodeid))
     before = {name: get() for name, (get, _) in SWITCHES.items()}
     yield

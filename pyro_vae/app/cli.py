@@ -3,9 +3,13 @@
 import functools
 import inspect
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -67,11 +71,11 @@ Threads = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Processor threads for torch. Default: torch's own choice. The number changes the "
-        "last digits of a result.",
+        help="Processor threads for torch. More help large models on processors that nobody else "
+        "uses; the number changes the last digits of a result.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No bars, and no lines of progress.")]
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, as fit wrote it.", show_default=False)
 ]
@@ -88,7 +92,7 @@ def _command(parent: typer.Typer, name: str, epilog: str) -> Callable[[Command],
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def guarded(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-            with _plain_errors(debug):
+            with _plain_errors(debug), _ended_by_signals(), _telling(kwargs):
                 function(*args, **kwargs)
 
         option = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -135,8 +139,47 @@ def _plain_errors(debug: bool) -> Iterator[None]:
             raise typer.Exit(_EXIT_FAULT) from None
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does: no half file, and an exit status."""
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    ours = threading.current_thread() is threading.main_thread()
+    # One that is ignored, as under nohup, stays ignored.
+    taken = [n for n in numbers if ours and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _telling(given: dict[str, Any]) -> Iterator[None]:
+    """Shows what the package tells of its progress, unless asked not to."""
+    from pyro_vae.progress import lines_on_stderr
+
+    with nullcontext() if given.get("quiet") else lines_on_stderr():
+        yield
+
+
+def _import(module: str) -> None:
+    """Imports what takes long, and says so."""
+    if module not in sys.modules:
+        from pyro_vae.progress import announced
+
+        with announced("importing torch", _say):
+            import_module(module)
+
+
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    with suppress(OSError):  # the terminal may be gone
+        typer.echo(line, err=True)
 
 
 def _hint(error: BaseException) -> str:
@@ -150,12 +193,12 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _set_threads(threads: int | None) -> None:
+def _set_threads(threads: int) -> None:
     """What only the program may set, never the library."""
-    if threads is not None:
-        import torch
+    import torch
 
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    _say(f"{threads} thread{'s' * (threads > 1)} (--threads N changes it)")
 
 
 # --- demo, fit ------------------------------------------------------------------------------------
@@ -181,20 +224,18 @@ def demo(
     the importance-weighted log evidence and the gap between them, in nats per datum. It needs no
     network and about a minute. Runs of an earlier demo in the folder are replaced.
     """
-    _set_threads(threads)
+    _import("pyro_vae.app.demo")
+    _set_threads(threads or 1)
     from pyro_vae.app.demo import run_demo
     from pyro_vae.inference.svi import holds_run
 
     earlier = [path for path in sorted(out.glob("vae-*")) if holds_run(path)]
     if earlier:
         _say(f"replacing the runs of an earlier demo: {', '.join(map(str, earlier))}")
-    made = run_demo(out, progress=not quiet, say=_say)
+    made = run_demo(out, threads=threads, progress=not quiet, say=_say)
     typer.echo("\nTest set, nats per datum; all three are lower bounds in expectation:\n")
     typer.echo(made.table())
     typer.echo(f"\nreport: {made.report}")
-    if made.interrupted:
-        _say("interrupted: what was trained so far was measured and kept.")
-        raise typer.Exit(_EXIT_INTERRUPTED)
 
 
 @_command(
@@ -344,7 +385,8 @@ def fit(
         typer.Option(
             metavar="RUN",
             help="Go on with this run where it stopped, with its own settings; takes only "
-            "--epochs, --data-root, --device, --threads and --quiet besides.",
+            "--epochs, --data-root, --device, --threads and --quiet besides. Added to the whole "
+            "command that started a run, it starts anew where none was written yet.",
         ),
     ] = None,
     download: Annotated[
@@ -360,25 +402,29 @@ def fit(
     """Trains a VAE or an autoencoder on a data set and keeps it in a run folder.
 
     Every tenth training datum (or the data set's own validation part) is held out to stop in time;
-    the test set is not looked at. Ctrl-C keeps what was reached. Bounds are in nats per datum.
+    the test set is not looked at. Ctrl-C, SIGTERM and SIGHUP keep what was reached and exit with
+    130, 143 and 129. Bounds are in nats per datum.
     """
     given = dict(locals())
-    if resume is not None:
-        _check_resume(given)
-        _set_threads(threads)
-        _check_device(device)
+    _check_resume(given)
+    layers = _parse_hidden(hidden)
+    _import("pyro_vae.runs")
+    _check_device(device)
+    if data is None:
+        assert resume is not None
         from pyro_vae.runs import resume_run
 
-        fitted = resume_run(
-            resume, epochs=epochs, root=data_root, device=device, progress=not quiet
-        )
+        with _kept_in(resume):
+            fitted = resume_run(
+                resume,
+                epochs=epochs,
+                root=data_root,
+                device=device,
+                threads=threads,
+                progress=not quiet,
+            )
         _end_of_fit(fitted, resume)
         return
-    if data is None:
-        raise ValueError(f"name a data set, as in --data mnist; there are {_DATA}.")
-    layers = _parse_hidden(hidden)
-    _set_threads(threads)
-    _check_device(device)
     from pyro_vae.data import describe_dataset
     from pyro_vae.inference.svi import holds_run
     from pyro_vae.models import choose_binarization, choose_likelihood, model_name, on_levels
@@ -391,8 +437,8 @@ def fit(
     how = None if how == "none" else how
     parts["likelihood"] = choose_likelihood("binary" if how else measure, parts["likelihood"])
     name = model_name(parts["model"])
-    folder = out if out is not None else Path("results") / f"{data}-{name}-{latent_dim}"
-    if (found := holds_run(folder)) and not overwrite:
+    folder = resume or out or Path("results") / f"{data}-{name}-{latent_dim}"
+    if (found := holds_run(folder)) and not (overwrite or resume):
         raise ValueError(
             f"{folder} holds a run already (its {found}): go on with it (--resume {folder}), name "
             "another folder (--out), or replace it (--overwrite)."
@@ -403,24 +449,27 @@ def fit(
     kind = {"vae": "VAE", "two_layer": "two-layer VAE"}.get(name, f"{name} autoencoder")
     chosen = [f"{part_text(parts[k])} {k}" for k in _PARTS[1:] if parts[k] is not None]
     _say(f"{kind} {shape}, {', '.join(chosen)}, on {dataset}")
-    fitted = start_run(
-        folder,
-        dataset,
-        latent_dim=latent_dim,
-        hidden=layers,
-        activation=activation,
-        num_particles=num_particles,
-        batch_size=batch_size,
-        epochs=epochs,
-        patience=patience,
-        learning_rate=learning_rate,
-        warmup_epochs=warmup_epochs,
-        seed=seed,
-        device=device,
-        overwrite=overwrite,
-        progress=not quiet,
-        **parts,
-    )
+    with _kept_in(folder):
+        fitted = start_run(
+            folder,
+            dataset,
+            latent_dim=latent_dim,
+            hidden=layers,
+            activation=activation,
+            num_particles=num_particles,
+            batch_size=batch_size,
+            epochs=epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            warmup_epochs=warmup_epochs,
+            seed=seed,
+            device=device,
+            threads=threads,
+            overwrite=overwrite,
+            resume=resume is not None,
+            progress=not quiet,
+            **parts,
+        )
     _end_of_fit(fitted, folder)
 
 
@@ -443,6 +492,15 @@ _WITH_RESUME = {"resume", "epochs", "data_root", "device", "threads", "quiet"}
 
 
 def _check_resume(given: dict[str, Any]) -> None:
+    """Refuses what does not go with --resume, which may stand alone or beside a whole command."""
+    resume, out = given["resume"], given["out"]
+    if given["data"] is not None:
+        if resume is not None and (given["overwrite"] or out not in (None, resume)):
+            option = "--overwrite" if given["overwrite"] else f"--out {out}"
+            raise ValueError(f"--resume {resume} goes on with that run: leave out {option}.")
+        return
+    if resume is None:
+        raise ValueError(f"name a data set, as in --data mnist; there are {_DATA}.")
     defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
     changed = [
         name
@@ -452,8 +510,8 @@ def _check_resume(given: dict[str, Any]) -> None:
     if changed:
         option = f"--{changed[0].replace('_', '-')}"
         raise ValueError(
-            f"a resumed run keeps the settings it was begun with: leave out {option}, or start "
-            "another run without --resume."
+            f"a resumed run keeps the settings it was begun with: leave out {option}, or repeat "
+            "the whole command that started the run, with --data."
         )
 
 
@@ -477,11 +535,30 @@ def _check_device(device: str | None) -> None:
         )
 
 
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Says where a training that a signal ended is kept."""
+    try:
+        yield
+    except SystemExit:
+        _say_how_to_go_on(folder)
+        raise
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    from pyro_vae.inference.svi import holds_run
+
+    if holds_run(folder) is None:
+        _say("ended before anything was trained: nothing was written.")
+        return
+    _say(f"interrupted: what was reached is in {folder}; go on with")
+    _say(f"  pyro-vae fit --resume {folder}")
+
+
 def _end_of_fit(fitted: "Fit", folder: Path) -> None:
     typer.echo(fitted.summary())
     if fitted.status == "interrupted":
-        _say(f"interrupted: what was reached is in {folder}; go on with")
-        _say(f"  pyro-vae fit --resume {folder}")
+        _say_how_to_go_on(folder)
         raise typer.Exit(_EXIT_INTERRUPTED)
     history = fitted.history
     bounded = "bound" not in history or history["bound"].attrs["bound"] == "lower"
@@ -511,7 +588,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seeds the draws.")] = 0,
     data_root: Root = None,
-    threads: Threads = None,
+    threads: Threads = 1,
     quiet: Quiet = False,
 ) -> None:
     """Measures ELBO, log evidence and gap on the test set.
@@ -521,9 +598,11 @@ def evaluate(
     the error is unreliable. Every datum's numbers go to RUN/evaluation.nc (NetCDF, for xarray and
     ArviZ), in place of those of an earlier evaluation.
     """
-    _set_threads(threads)
+    _import("pyro_vae.runs")
+    _set_threads(threads or 1)
     from pyro_vae.runs import evaluate_run, load_run
 
+    _say(f"measuring {run} on its test data, {num_particles} particles")
     found = evaluate_run(
         load_run(run),
         num_particles=num_particles,
@@ -556,6 +635,7 @@ def sample(
     A latent is drawn from the prior and decoded; shown is the mean of x, which is smoother than a
     draw of x would be.
     """
+    _import("pyro_vae.app.report")
     from pyro_vae.app.report import RunFigure, save_figures
     from pyro_vae.plots import plot_samples
     from pyro_vae.runs import load_run
@@ -605,10 +685,12 @@ def report(
     Numbers, figures, what they mean, and how to reproduce them. The page holds everything it shows
     and needs no network. Evaluate the runs first.
     """
-    from pyro_vae.app.report import write_report
-
     if out is None and len(runs) > 1:
         raise ValueError("a report on several runs needs a file: --out FILE.html.")
+    _import("pyro_vae.app.report")
+    from pyro_vae.app.report import write_report
+
+    _say("drawing and writing the page")
     typer.echo(f"report: {write_report(runs, out, root=data_root)}")
 
 
@@ -618,6 +700,7 @@ def report(
 @_command(data_app, "list", epilog="\b\nExample:\n  pyro-vae data list")
 def data_list(data_root: Root = None) -> None:
     """Lists the data sets, and whether their files are here."""
+    _import("pyro_vae.data")
     from pyro_vae.data import check_dataset, dataset_names, describe_dataset
 
     rows = [("name", "train / validation / test", "datum", "measure", "here")]
@@ -635,6 +718,7 @@ def data_get(
     data_root: Root = None,
 ) -> None:
     """Fetches the files of a data set that are missing, and checks them. Uses the network."""
+    _import("pyro_vae.data")
     from pyro_vae.data import describe_dataset, load_dataset
 
     dataset = load_dataset(name, data_root, download=True)
@@ -655,6 +739,7 @@ def data_check(
 
     Exits with 2 if a file of a data set that was named is missing, or any file is damaged.
     """
+    _import("pyro_vae.data")
     from pyro_vae.data import check_dataset, dataset_names
 
     found = {name: check_dataset(name, data_root) for name in names or dataset_names()}
@@ -702,6 +787,7 @@ def doctor(data_root: Root = None) -> None:
     import re
     from importlib.metadata import PackageNotFoundError, version
 
+    _import("torch")
     import torch
 
     def installed(name: str) -> str:

@@ -36,13 +36,11 @@ class Demo:
         runs: The runs, smallest latent first.
         evaluations: What was measured on the test set, in the order of the runs.
         report: The HTML page.
-        interrupted: Whether Ctrl-C ended it early; then only the runs that were trained are there.
     """
 
     runs: tuple[Run, ...]
     evaluations: tuple[Result, ...]
     report: Path
-    interrupted: bool = False
 
     def table(self) -> str:
         """The runs side by side, in nats per datum of the test set, and how they differ."""
@@ -63,6 +61,7 @@ def run_demo(
     epochs: int = 1000,
     num_particles: int = 1000,
     seed: Seed = 0,
+    threads: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Demo:
@@ -78,18 +77,22 @@ def run_demo(
         epochs: At most so many passes; the held-out bound stops training earlier.
         num_particles: Draws for each test datum.
         seed: Seeds training and evaluation.
-        progress: Shows bars where stderr is a terminal.
+        threads: Of training, as for `fit`.
+        progress: As for `fit`.
         say: Called with a line whenever something was done.
 
     Returns:
         The runs and what was measured.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C ended a training; its run is kept, and no report is written.
     """
     seed = as_seed(seed)
     target = Path(folder)
+    (target / "report.html").unlink(missing_ok=True)  # of runs that are about to go
     dataset = load_training_data("digits", binarization="dynamic")
     runs: list[Run] = []
     evaluations: list[Result] = []
-    interrupted = False
     for latent_dim in latent_dims:
         place = target / f"vae-{latent_dim}"
         clear_run(place)
@@ -102,20 +105,21 @@ def run_demo(
             epochs=epochs,
             patience=40,
             seed=seed,
+            threads=threads,
             progress=progress,
         )
-        interrupted = fitted.status == "interrupted"
         say(f"{place}: {fitted.summary()}")
+        fitted.require_finished()
         runs.append(load_run(place))
-        if interrupted:
-            break
     for run in runs:
+        say(f"{run.path}: measuring on the test set")
         evaluations.append(
             evaluate_run(run, num_particles=num_particles, seed=seed, progress=progress)
         )
         figures = run_figures(run, load_run_data(run), evaluations[-1])
         save_figures(figures, run.path / "figures")
+    say("writing the report")
     report = write_report(
         runs, target / "report.html", title="Two autoencoders of handwritten digits"
     )
-    return Demo(tuple(runs), tuple(evaluations), report, interrupted)
+    return Demo(tuple(runs), tuple(evaluations), report)

@@ -29,6 +29,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     site_values,
     tool_of_model,
+    warn_of_unfitted,
     without_data,
 )
 from pyro_vae.results import ArvizGroups, ShortRepr
@@ -167,6 +168,7 @@ def draw_predictive(
     flat = {name: value.flatten(0, outer - 1) for name, value in draws.latents.items()}
     shape = next(iter(draws.latents.values())).shape[:outer]
     with program_scope(seed):
+        warn_of_unfitted(model)
         flattened = _Flat(flat, draws.structure, draws.sites)
         values = _draw_data(model, flattened, as_arguments(x), max_memory, prior=False)
     return PredictiveDraws(

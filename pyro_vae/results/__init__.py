@@ -20,7 +20,7 @@ standard deviation of nats per datum is no longer a bound.
 from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
 from pyro_vae.results.digits import ShortRepr, shapes_text
-from pyro_vae.results.files import atomic_path, write_text
+from pyro_vae.results.files import atomic_path, leftovers, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import float32_precision, sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
@@ -41,6 +41,7 @@ __all__ = [
     "difference_text",
     "float32_precision",
     "label",
+    "leftovers",
     "load_result",
     "make_result",
     "paired_difference",

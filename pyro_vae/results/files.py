@@ -1,12 +1,13 @@
 """Files that are either the old one or the new one, never half of each."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_path", "write_text"]
+__all__ = ["atomic_path", "leftovers", "write_text"]
 
 
 @contextmanager
@@ -43,6 +44,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def leftovers(path: str | Path) -> list[Path]:
+    """Temporary files that killed writers of `path` left beside it."""
+    path = Path(path)
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -275,6 +275,25 @@ def test_iris_stands_in_for_a_missing_file(tmp_path):
     np.testing.assert_allclose(sample.x.var(0, correction=0), 1, atol=1e-12)
 
 
+@pytest.mark.parametrize("module", [em_gmm, em_to_vae])
+def test_what_stands_in_replaces_no_results(module, tmp_path, monkeypatch, capsys):
+    def run(sample, out, *_):
+        out.mkdir()
+        (out / "report.html").write_text(sample.name)
+        return out / "report.html"
+
+    monkeypatch.setattr(module, "run", run)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("Old Faithful")
+    assert module.main(["--root", str(tmp_path), "--out", str(out)]) == 0
+    assert (out / "report.html").read_text() == "Old Faithful"
+    assert (tmp_path / "out-iris" / "report.html").read_text() == "iris"
+    assert f"go to {out}-iris; results of Old Faithful stay" in capsys.readouterr().out
+    assert module.main(["--data", "iris", "--out", str(out)]) == 0  # asked for
+    assert (out / "report.html").read_text() == "iris"
+
+
 def test_a_resumed_climb_is_one_training():
     """Measured on the way or not, it ends at the same parameters."""
     x, _ = mixture().sample(23)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyro.infer import SVI
 from typer.testing import CliRunner, Result
 
 from pyro_vae import load_run
@@ -232,10 +233,10 @@ def test_fit_does_not_replace_a_run_unasked(run: Path, tmp_path: Path) -> None:
         ("fit --data iris --binarize static", "only grey levels in [0, 1] can be binarised"),
         ("fit --data digits --activation cosine", "Unknown activation 'cosine'"),
         ("fit --data mnist --data-root EMPTY", "(On the command line: pyro-vae data get NAME"),
-        ("fit --resume EMPTY", "does not exist; is EMPTY a run folder?"),
-        ("fit --resume RUN", "ask for more epochs in all than 2"),
+        ("fit --resume EMPTY", "holds no run to go on with"),
         ("fit --resume RUN --epochs 3 --seed 1", "leave out --seed"),
-        ("fit --resume RUN --epochs 3 --data digits", "leave out --data"),
+        ("fit --resume RUN --epochs 3 --overwrite --data digits", "leave out --overwrite"),
+        ("fit --resume RUN --data digits", "goes on with that run: leave out --out"),
         ("evaluate EMPTY", "is EMPTY a run folder?"),
         ("evaluate RUN/config.json", "is not a folder"),
         ("sample RUN --out x.jpg", "name it FILE.png"),
@@ -384,18 +385,87 @@ def test_the_demo_makes_runs_and_a_report_twice(tmp_path: Path) -> None:
         )
         tables.append(made.table())
         assert made.report.is_file()
-        assert not made.interrupted
         for run, found in zip(made.runs, made.evaluations, strict=True):
             assert load_result(run.path / "evaluation.nc").identical(found)
             assert (run.path / "figures" / "bound.png").is_file()
     assert [run.path.name for run in made.runs] == ["vae-2", "vae-10"]
     assert tables[0] == tables[1]
-    assert len(lines) == 4
+    assert len(lines) == 2 * 5  # two trainings, two measurements, the report
     first = made.evaluations[0].quantity("elbo").value
     assert f"{first:.1f}"[:-1] in tables[0].splitlines()[1]
 
 
 # --- how it ends
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Has a signal sent to this process in the n-th step of SVI from now on."""
+
+    def send(number: int, at: int) -> None:
+        steps, real = iter(range(1, at + 1)), SVI.step
+
+        def step(self: SVI, *args: Any, **kwargs: Any) -> Any:
+            if next(steps, 0) == at:
+                os.kill(os.getpid(), number)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(SVI, "step", step)
+
+    return send
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_training_after_its_step_and_the_same_line_goes_on(
+    name: str, status: int, run: Path, tmp_path: Path, sent: Callable[[int, int], None]
+) -> None:
+    folder, number = tmp_path / "run", getattr(signal, name)
+    before = signal.getsignal(number)
+    sent(number, 3)  # of two a epoch
+    line = f"fit {SMALL} --epochs 2"
+    done = call(f"{line} --out {folder}")
+    assert done.exit_code == status, done.output
+    assert f"pyro-vae fit --resume {folder}\n" in done.stderr
+    assert signal.getsignal(number) is before
+    _, metadata = load_tensors(folder / "training.safetensors")
+    assert (metadata["state"]["epoch"], metadata["state"]["position"]) == (1, 1)
+    assert call(f"{line} --resume {folder}").exit_code == 0
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(folder).items())
+
+
+def test_a_line_with_resume_starts_a_run_and_leaves_a_finished_one(
+    run: Path, tmp_path: Path
+) -> None:
+    line = f"fit {SMALL} --epochs 2 --resume {tmp_path / 'run'}"
+    assert call(line).exit_code == 0
+    assert all(torch.equal(v, weights(run)[n]) for n, v in weights(tmp_path / "run").items())
+    again = call(line.replace("--quiet", ""))
+    assert again.exit_code == 0
+    assert "nothing is left to train: 2 epochs were made before" in again.stderr
+    assert "trained with latent_dim 2, not 3" in refused(line.replace("dim 2", "dim 3"))
+
+
+def test_an_interrupted_demo_measures_nothing_and_leaves_no_report(
+    tmp_path: Path, sent: Callable[[int, int], None]
+) -> None:
+    (tmp_path / "report.html").write_text("of an earlier demo")
+    sent(signal.SIGINT, 2)
+    done = call(f"demo --out {tmp_path}")
+    assert done.exit_code == 130
+    assert "Test set" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["vae-2"]
+
+
+def test_without_a_terminal_a_stage_is_a_line(run: Path, tmp_path: Path) -> None:
+    line = f"fit {SMALL} --epochs 2 --out"
+    quiet = call(f"{line} {tmp_path / 'a'}").stderr.splitlines()
+    told = call(f"{line} {tmp_path / 'b'}".replace("--quiet", "")).stderr.splitlines()
+    assert len(quiet) == 1  # what is trained
+    assert told == [
+        "reading digits ...",
+        *quiet,
+        "training: 2 epochs of 2 steps on 1 thread",
+    ]
 
 
 def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
@@ -410,10 +480,12 @@ def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("VAE 64-6-2, bernoulli likelihood, on Dataset(")
-    deadline = time.monotonic() + 60
-    while not (folder / "config.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)  # training is under way once a checkpoint lies there
+    assert process.stderr.readline() == "importing torch ...\n"  # at once, as that takes long
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("VAE 64-6-2, bernoulli likelihood, on Dataset(") for line in lines)
+    history, deadline = folder / "history.jsonl", time.monotonic() + 60
+    while not (history.exists() and history.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)  # training is under way once an epoch lies there
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

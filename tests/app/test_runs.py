@@ -114,6 +114,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def change_begun(folder: Path, **changes: Any) -> None:
+    tensors, metadata = load_tensors(folder / "training.safetensors")
+    metadata["config"]["fit"] |= changes
+    save_tensors(folder / "training.safetensors", tensors, metadata)
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
@@ -260,16 +266,58 @@ def test_a_short_training_is_looked_at_often(tmp_path: Path, digits: Dataset) ->
     assert fitted.history.epoch.values.tolist() == list(range(1, 13))
 
 
-def test_a_finished_run_wants_more_epochs(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"finished after 2 epochs.*in all than 2\."):
-        resume_run(folder)
-    with pytest.raises(CheckpointError, match="in all than 2"):
-        resume_run(folder, epochs=1)
+def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for epochs in (None, 1):
+        assert resume_run(folder, epochs=epochs, progress=False).status == "finished"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("kept", range(1, 5))
+def test_a_run_killed_while_it_was_written_is_finished(
+    kept: int, folder: Path, tmp_path: Path
+) -> None:
+    """The state to resume from is written first: all else is made from it."""
+    order = ("training.safetensors", "model.safetensors", "config.json", "history.jsonl")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in order[:kept]:
+        (parts / name).write_bytes((folder / name).read_bytes())
+    (parts / ".config.json.k3y0x_2a.tmp").write_text("{")
+    assert resume_run(parts, progress=False).status == "finished"
+    assert_same_run(parts, folder)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    for name in ("training.safetensors", "model.safetensors"):
+        found, expected = load_tensors(one / name)[0], load_tensors(other / name)[0]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    runs = [load_run(path) for path in (one, other)]
+    histories = [run.history.drop_vars("seconds") for run in runs]
+    assert histories[0].equals(histories[1])
+    assert runs[0].config == runs[1].config
+
+
+def test_a_start_goes_on_where_it_may(folder: Path, digits: Dataset, tmp_path: Path) -> None:
+    """What a job does that is started again by the same line whenever it was killed."""
+    parts = tmp_path / "parts"
+    for epochs in (1, 2):
+        start_run(parts, digits, epochs=epochs, resume=True, **SMALL)
+    assert_same_run(parts, folder)
+    with pytest.raises(CheckpointError, match=r"trained with hidden \[7, 5\], not \[8\]"):
+        start_run(parts, digits, epochs=3, resume=True, **{**SMALL, "hidden": (8,)})
+
+
+def test_what_holds_no_run_yet_cannot_go_on_by_itself(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no run.*repeat the command.*--resume"):
+        resume_run(tmp_path / "none")
 
 
 def test_a_learning_rate_that_is_a_function_cannot_be_resumed(folder: Path) -> None:
-    trained = load_run(folder).config["fit"]
-    change_config(folder, fit={**trained, "learning_rate": "a function"})
+    change_begun(folder, learning_rate="a function")
+    (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="learning rate that is a function"):
         resume_run(folder, epochs=5)
 
@@ -319,6 +367,9 @@ def test_a_run_of_parts_is_loaded_and_goes_on_as_if_never_stopped(
     grey, chosen = load_training_data("digits"), CHOICES[name]
     start_run(tmp_path / "whole", grey, epochs=2, patience=0, **SMALL, **chosen)
     start_run(tmp_path / "parts", grey, epochs=1, patience=0, **SMALL, **chosen)
+    for path in (tmp_path / "parts").iterdir():
+        if path.name != "training.safetensors":  # which is all that it takes
+            path.unlink()
     resumed = resume_run(tmp_path / "parts", epochs=2, progress=False)
     whole, parts = (load_run(tmp_path / folder) for folder in ("whole", "parts"))
     assert parts.config == whole.config
@@ -349,7 +400,9 @@ def test_a_run_says_what_it_climbed(tmp_path: Path, digits: Dataset) -> None:
     change_config(tmp_path / "a", fit=changed)
     with pytest.raises(CheckpointError, match=r"trained with loss_options \{'beta': 0.25\}, not"):
         resume_run(tmp_path / "a", epochs=2)
-    change_config(tmp_path / "a", fit={**trained, "loss": "RenyiELBO"})
+    change_config(tmp_path / "a", fit=trained)
+    change_begun(tmp_path / "a", loss="RenyiELBO", loss_options={})
+    (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"trained with RenyiELBO.*fit\(\.\.\., loss=\.\.\."):
         resume_run(tmp_path / "a", epochs=2)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import torch
 from scipy import stats
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration.ecdf import ecdf, ecdf_band, ecdf_p_value
@@ -34,6 +33,7 @@ from pyro_vae.diagnostics.calibration.simulations import (
 )
 from pyro_vae.diagnostics.evidence import ChunkPlan, plan_chunks
 from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of, tool
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 __all__ = ["calibrate"]
@@ -198,12 +198,7 @@ def _run(
     references = fit_references([first, *_take(pairs, rest)])  # simulations of their own
     rng = np.random.default_rng(seed)
     found: list[_Ranks] = []
-    shown = tqdm(
-        total=num_simulations,
-        unit="simulation",
-        leave=False,
-        disable=None if progress else True,
-    )
+    shown = progress_bar(num_simulations, "simulation", show=progress, what="calibrating")
     with shown:
         for drawn in _take(pairs, num_simulations):
             own = guide if refit is None else _refitted(refit, model, drawn)

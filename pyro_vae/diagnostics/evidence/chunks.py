@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.inference.programs import (
     Axes,
@@ -24,6 +23,7 @@ from pyro_vae.inference.programs import (
     take,
 )
 from pyro_vae.inference.svi import CheckpointError, load_tensors, save_tensors
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 
 __all__ = ["ChunkPlan", "identity_of", "plan_chunks", "run_chunks"]
@@ -155,7 +155,7 @@ def run_chunks(
     """
     own = {**identity, "chunk": plan.data_chunk}
     finished = _read(checkpoint, own)
-    shown = tqdm(total=plan.num_data, unit="datum", leave=False, disable=None if progress else True)
+    shown = progress_bar(plan.num_data, "datum", show=progress, what="measuring")
     with shown:
         for start, part in plan.parts():
             if start not in finished:

@@ -144,7 +144,7 @@ class _Trainer:
             transform=self.transform,
             seed=seed,
             progress=progress,
-        )
+        ).require_finished()
         return module, time.thread_time() - started
 
 

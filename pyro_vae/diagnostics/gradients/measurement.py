@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from pyro.infer import ELBO
-from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.memory import peak_bytes
@@ -16,6 +15,7 @@ from pyro_vae.diagnostics.gradients.references import Reference, References
 from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, Draws
 from pyro_vae.diagnostics.gradients.statistics import Gradients, of_all, statistics
 from pyro_vae.inference.programs import ProgramError
+from pyro_vae.progress import progress_bar
 
 __all__ = ["Measured", "Row", "measure"]
 
@@ -74,7 +74,7 @@ def measure(
     scales = dict.fromkeys(bench.groups, 0.0)
     rows: dict[int, Row] = {}
     total = len(pairs) * repeats + references.num_gradients
-    with tqdm(total=total, unit="gradient", leave=False, disable=None if progress else True) as bar:
+    with progress_bar(total, "gradient", show=progress) as bar:
         bar.set_description("references")
         references.draw(bar.update)
         bar.set_description("estimators")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.evidence import ChunkPlan, Columns
 from pyro_vae.diagnostics.posterior.reference import (
@@ -21,6 +20,7 @@ from pyro_vae.inference.draws import draw_posterior, flat_latents, latent_names
 from pyro_vae.inference.log_weights import weighted_columns
 from pyro_vae.inference.mcmc import Tempered
 from pyro_vae.inference.programs import Program, ProgramError, latent_potential, tensors_of
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 
 __all__ = ["Measured", "QualityWork"]
@@ -48,11 +48,8 @@ class QualityWork:
     def run(self) -> Measured:
         """Measures every chunk and joins the columns; uses the global random stream."""
         parts, notes = [], []
-        shown = tqdm(
-            total=self.plan.num_data,
-            unit="datum",
-            leave=False,
-            disable=None if self.options.progress else True,
+        shown = progress_bar(
+            self.plan.num_data, "datum", show=self.options.progress, what="measuring"
         )
         with shown:
             for start, part in self.plan.parts():

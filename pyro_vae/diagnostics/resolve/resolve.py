@@ -10,7 +10,6 @@ import pyro
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import plan_chunks

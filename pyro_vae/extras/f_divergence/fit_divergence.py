@@ -10,7 +10,6 @@ needed, so the same program can be trained by `fit` and by this.
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.f_divergence.divergences import divergence_bound, get_divergence
@@ -36,10 +34,17 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     leaves,
     program_scope,
+    remember_fitted,
     unwrap_programs,
 )
-from pyro_vae.inference.svi import TrainingData, TrainingError, deferred_interrupt
+from pyro_vae.inference.svi import (
+    Interruptible,
+    TrainingData,
+    TrainingError,
+    deferred_interrupt,
+)
 from pyro_vae.models.parts import mlp
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result, float32_precision, label, make_result, summary_html
 
 __all__ = ["DivergenceFit", "fit_divergence"]
@@ -49,7 +54,7 @@ _CRITIC_HIDDEN = (128, 128)
 
 
 @dataclass(frozen=True, repr=False)
-class DivergenceFit:
+class DivergenceFit(Interruptible):
     """What `fit_divergence` reached.
 
     Attributes:
@@ -196,8 +201,11 @@ def fit_divergence(
         store.set_state({**caller, "params": own})
         store.set_state(start)
         run = _Run(generator, TrainingData(x, None, seed), validation, critic, settings)
+        begun = {name: v.detach().clone() for name, v in run.used.items()}
         run.train(progress)
-        return run.result()
+        found = run.result()
+    remember_fitted(generator, begun, found.generator.state["params"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -271,10 +279,7 @@ class _Run:
 
     def train(self, progress: bool) -> None:
         asked = self.settings
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        bar = tqdm(
-            total=asked.epochs, unit="epoch", leave=False, disable=not (progress and terminal)
-        )
+        bar = progress_bar(asked.epochs, "epoch", show=progress, what="training")
         with bar, deferred_interrupt() as interrupted:
             while self.epoch < asked.epochs and not interrupted():
                 self._epoch()

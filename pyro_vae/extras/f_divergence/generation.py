@@ -7,7 +7,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.inference.programs import Program, ProgramError, program_scope
+from pyro_vae.inference.programs import Program, ProgramError, program_scope, warn_of_unfitted
 from pyro_vae.inference.svi import without_validation
 
 __all__ = ["generate", "generated"]
@@ -44,6 +44,7 @@ def generate(
         torch.Size([4, 6])
     """
     with program_scope():
+        warn_of_unfitted(model)
         return generated(model, x, mean)[0]
 
 

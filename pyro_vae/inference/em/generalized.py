@@ -19,6 +19,7 @@ from pyro_vae.inference.programs import (
     measure_of,
     no_guide,
     program_scope,
+    remember_fitted,
     unwrap_programs,
 )
 from pyro_vae.inference.svi import deferred_interrupt
@@ -70,6 +71,7 @@ def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) ->
         store.set_state({"params": own, "constraints": given["constraints"]})
         store.set_state(start)
         program = EnumeratedProgram(model, x)
+        begun = {n: v.detach().clone() for n, v in store.named_parameters()}
         record = HalfSteps(float(program.length))
         algorithm = _generalized(program, record, settings)
         with deferred_interrupt() as interrupted:
@@ -81,6 +83,7 @@ def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) ->
             for part, values in store.get_state().items()
         }
         values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
+    remember_fitted(model, begun, state["params"])
     facts = {"num_data": program.length, "converged": reached.converged, "gap": "difference"}
     return Ending(model, guide, state, values, measure_of(program.elbo.trace), reached, facts)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.programs import Program
+from pyro_vae.progress import progress_bar
 
 __all__ = ["METHODS", "EMSettings", "Ending", "Reached", "drive", "random_stream"]
 
@@ -141,13 +140,7 @@ def drive(
     interrupted: Callable[[], bool],
 ) -> Reached:
     """Takes iterations until they gain nothing, are used up, or Ctrl-C comes."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = tqdm(
-        total=settings.max_iterations,
-        unit="iteration",
-        disable=not (settings.progress and terminal),
-        leave=False,
-    )
+    bar = progress_bar(settings.max_iterations, "iteration", show=settings.progress, what="EM")
     reached = next(algorithm)
     with bar:
         for following in algorithm:

@@ -1,5 +1,6 @@
 r"""How a row of the table of estimators becomes a loss that Pyro can train with."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    UnfittedWarning,
     common_scale,
     draw_traces,
     inspect_programs,
@@ -232,7 +234,9 @@ class Estimator(ELBO):
     ) -> ProgramStructure:
         """Inspects a pair the first time it comes."""
         if self._inspected is None or self._inspected[:2] != (model, guide):
-            with poutine.block():
+            with poutine.block(), warnings.catch_warnings():
+                # A loss moves parameters; tools that measure with it inspect the pair themselves.
+                warnings.simplefilter("ignore", UnfittedWarning)
                 found = inspect_programs(
                     model, guide, arguments, joint=self.joint, num_particles=self.num_particles
                 )

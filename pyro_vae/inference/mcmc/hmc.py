@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
@@ -28,6 +27,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     tool_of_model,
 )
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 
 __all__ = [
@@ -228,12 +228,7 @@ def sample_posterior(
         potential = latent_potential(model, guide, x, joint=joint)
         target = Tempered(potential, capture=(num_warmup + num_samples) * num_leapfrog > 300)
         point = _starting_points(potential, target, num_chains)
-        shown = tqdm(
-            total=num_warmup + num_samples,
-            unit="step",
-            leave=False,
-            disable=None if progress else True,
-        )
+        shown = progress_bar(num_warmup + num_samples, "step", show=progress, what="HMC")
         with shown:
             point, step, mass = _warm_up(
                 potential,

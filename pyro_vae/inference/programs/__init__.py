@@ -65,6 +65,11 @@ from pyro_vae.inference.programs.unconstrained import (
     latent_potential,
     support_of,
 )
+from pyro_vae.inference.programs.unfitted import (
+    UnfittedWarning,
+    remember_fitted,
+    warn_of_unfitted,
+)
 
 __all__ = [
     "Arguments",
@@ -83,6 +88,7 @@ __all__ = [
     "Simulation",
     "Site",
     "SupportError",
+    "UnfittedWarning",
     "as_arguments",
     "as_run",
     "batch_axes",
@@ -115,6 +121,7 @@ __all__ = [
     "no_guide",
     "program_scope",
     "ready_data",
+    "remember_fitted",
     "rerun_traces",
     "run_programs",
     "simulate",
@@ -132,6 +139,7 @@ __all__ = [
     "tool_of_model",
     "trace_programs",
     "unwrap_programs",
+    "warn_of_unfitted",
     "weighted_sites",
     "without_data",
 ]

@@ -40,6 +40,7 @@ from pyro_vae.inference.programs.traces import (
     trace_programs,
     weighted_sites,
 )
+from pyro_vae.inference.programs.unfitted import warn_of_unfitted
 
 __all__ = [
     "check_module_names",
@@ -86,6 +87,7 @@ def inspect_programs(
     """
     provisional = ProgramStructure(None, 1, 0, 1.0, "mixed", False, True, (), ())
     check_module_names(model, guide)
+    warn_of_unfitted(model, guide)
     with torch.no_grad(), keep_random_state(), ieee_precision(), _refuse_modules_in_training():
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
@@ -170,7 +172,8 @@ def _refuse_modules_in_training() -> Iterator[None]:
 def _versions(arguments: Arguments) -> dict[str | int, int]:
     """How often each tensor among the arguments was written to."""
     args, kwargs = arguments
-    named: dict[str | int, Any] = {**dict(enumerate(args, 1)), **kwargs}
+    named: dict[str | int, Any] = dict(enumerate(args, 1))
+    named.update(kwargs)
     return {
         name: value._version
         for name, value in named.items()

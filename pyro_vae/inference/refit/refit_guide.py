@@ -32,7 +32,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch import distributions as torch_dist
 from torch.distributions import constraints, transform_to
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
@@ -50,6 +49,7 @@ from pyro_vae.inference.programs import (
     tool,
     weighted_sites,
 )
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import ShortRepr
 
 __all__ = [
@@ -818,13 +818,8 @@ def _refit(
         return (log_p - log_q).mean(0)
 
     start = {name: guide.values[name] for name in axes}
-    shown = tqdm(
-        total=max_steps,
-        desc=f"refitting ({guide.family})",
-        unit="step",
-        leave=False,
-        disable=None if progress else True,
-    )
+    what = f"refitting ({guide.family})"
+    shown = progress_bar(max_steps, "step", show=progress, what=what)
     with shown, pyro.validation_enabled(False):  # one datum that leaves a support stops no other
         climb = climb_each(
             value, start, axes, max_steps=max_steps, step_size=step_size, advance=shown.update

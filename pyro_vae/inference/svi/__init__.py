@@ -3,6 +3,7 @@
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
+    check_same_settings,
     holds_run,
     load_tensors,
     read_json,
@@ -13,14 +14,16 @@ from pyro_vae.inference.svi.fit import Fit, fit
 from pyro_vae.inference.svi.history import history_result
 from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.svi.preparation import TrainingData
-from pyro_vae.inference.svi.step import deferred_interrupt, without_validation
+from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
     "Fit",
+    "Interruptible",
     "TrainingData",
     "TrainingError",
+    "check_same_settings",
     "deferred_interrupt",
     "fit",
     "history_result",

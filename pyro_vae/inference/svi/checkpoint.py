@@ -8,8 +8,8 @@ r"""A run folder: what it holds, in which order it is written, how it is read sa
 - ``README.md``: a model card.
 
 `training.safetensors` is written first and alone decides where a resumed run goes on, so a crash
-between two files cannot mix two states. Each safetensors file carries the sha256 of its own
-tensors, as safetensors does not notice a flipped bit.
+between two files cannot mix two states, and the others can be made from it again. Each safetensors
+file carries the sha256 of its own tensors, as safetensors does not notice a flipped bit.
 """
 
 import hashlib
@@ -26,17 +26,20 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pyro_vae.inference.svi.history import is_bound
-from pyro_vae.results import atomic_path, write_text
+from pyro_vae.results import atomic_path, leftovers, write_text
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
     "check_same_run",
+    "check_same_settings",
     "holds_run",
     "load_tensors",
+    "mend_run",
     "model_card",
     "read_json",
     "read_rows",
+    "remove_leftovers",
     "save_tensors",
     "write_run",
 ]
@@ -185,13 +188,8 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
             f"{folder}/training.safetensors is not of a run that this version of pyro_vae can go "
             "on with; start a new run in another folder"
         )
+    check_same_settings(folder, theirs, mine)
     before, now = theirs["fit"], mine["fit"]
-    for key in _MUST_AGREE:
-        if before.get(key) != now[key]:
-            raise CheckpointError(
-                f"{folder} was trained with {key} {before.get(key)!r}, not {now[key]!r}; resume "
-                "with the same setting, or start a new run in another folder"
-            )
     for key, what in (("num_threads", "threads"), ("float32_precision", "precision")):
         if before.get(key) != now[key]:
             warnings.warn(
@@ -199,6 +197,33 @@ def check_same_run(folder: str | Path, saved: Mapping[str, Any], config: Mapping
                 "bits of the result will differ from an uninterrupted run",
                 stacklevel=5,  # the caller of fit
             )
+
+
+def check_same_settings(
+    folder: str | Path, begun: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Refuses two configurations of one run that differ in the training, the model or the data.
+
+    Raises:
+        CheckpointError: If a setting differs; says which.
+    """
+    theirs, mine = _fixed_settings(begun), _fixed_settings(asked)
+    for key in mine:
+        if key in theirs and theirs[key] != mine[key]:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {theirs[key]!r}, not {mine[key]!r}; resume with "
+                "the same setting, or start a new run in another folder"
+            )
+
+
+def _fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, trained = config.get("model", {}), config.get("fit", {})
+    return {
+        **model.get("arguments", {}),
+        **{f"data {name}": value for name, value in config.get("data", {}).items()},
+        **({"model": model["class"]} if "class" in model else {}),
+        **{name: trained.get(name) for name in _MUST_AGREE},
+    }
 
 
 def holds_run(folder: str | Path) -> str | None:
@@ -231,9 +256,63 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "training.safetensors", training, {"state": state, "config": config})
     save_tensors(folder / "model.safetensors", weights)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "history.jsonl", "".join(_strict_json(row) + "\n" for row in history))
-    write_text(folder / "README.md", model_card(config, weights, reached))
+    for name, text in _texts(config, weights, history, reached).items():
+        write_text(folder / name, text)
+
+
+def mend_run(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
+) -> None:
+    """Writes what a process that was killed left old or missing beside the training state.
+
+    Args:
+        folder: One whose training.safetensors is of a run that has ended.
+        config: As for `write_run`, and so are the others.
+        weights: For `model.safetensors`.
+        history: One row an evaluation.
+        reached: The row that speaks of `weights`, if there is one.
+    """
+    folder = Path(folder)
+    if not _holds(folder / "model.safetensors", weights):
+        save_tensors(folder / "model.safetensors", weights)
+    for name, text in _texts(config, weights, history, reached).items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != text.encode():
+            write_text(folder / name, text)
+
+
+def _holds(path: Path, weights: Mapping[str, Tensor]) -> bool:
+    try:
+        found, _ = load_tensors(path)
+    except CheckpointError:
+        return False
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return _digest(found, "") == _digest(copies, "")
+
+
+def _texts(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, Any]],
+    reached: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """The files to be read, by name."""
+    return {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "history.jsonl": "".join(_strict_json(row) + "\n" for row in history),
+        "README.md": model_card(config, weights, reached),
+    }
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote a run."""
+    for name in _FILES:
+        for path in leftovers(Path(folder) / name):
+            path.unlink(missing_ok=True)
 
 
 def _strict_json(row: Mapping[str, Any]) -> str:

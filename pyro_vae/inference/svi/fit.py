@@ -7,7 +7,6 @@ in a parameter store of its own, gives each module its own names, and raises in 
 
 import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -20,14 +19,14 @@ import pyro
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.estimators import loss_options
 from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
+    UnfittedWarning,
     as_arguments,
     check_module_names,
     common_owner,
@@ -37,15 +36,20 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     modules_of,
     program_scope,
+    remember_fitted,
     run_programs,
     tool,
+    trace_programs,
     unwrap_programs,
 )
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
     check_same_run,
+    holds_run,
     load_tensors,
+    mend_run,
+    remove_leftovers,
     write_run,
 )
 from pyro_vae.inference.svi.history import best_row, history_result
@@ -53,20 +57,23 @@ from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
 from pyro_vae.inference.svi.preparation import TrainingData, check_held_out, move_data, prepare
 from pyro_vae.inference.svi.settings import FitSettings
 from pyro_vae.inference.svi.step import (
+    Interruptible,
     ScaledLatents,
     deferred_interrupt,
     refuse_infinite,
     without_validation,
 )
+from pyro_vae.progress import progress_bar, say
 from pyro_vae.results import Result, float32_precision, summary_html
 
 __all__ = ["Fit", "FittedProgram", "TrainingError", "fit"]
 
 _EVALUATION_DATA = 1000  # training data on which the bound is measured after an epoch
+_LARGE_STEP = 2_000_000_000  # multiplications from which threads are worth waiting for each other
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(Interruptible):
     """What `fit` reached.
 
     Attributes:
@@ -138,6 +145,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
+    threads: int | None = None,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -175,17 +183,30 @@ def fit(
         transform: Applied to the first tensor of each mini-batch with a generator, such as dynamic
             binarisation.
         device: Where modules and data are moved first; None leaves them.
-        checkpoint: A run folder, written every `checkpoint_every` epochs, at the end and on Ctrl-C.
-            One that holds a run already is refused unless `resume` is set.
+        checkpoint: A run folder, written before the first step, every `checkpoint_every` epochs, at
+            the end and on Ctrl-C. One that holds a run already is refused unless `resume` is set.
+            SIGTERM and SIGHUP then wait as well until the step at hand is made and written.
         checkpoint_every: Epochs between checkpoints.
-        resume: Goes on from `checkpoint`, to `epochs` in all. Random numbers that programs take
-            from NumPy or `random` are not part of it; those of torch are.
+        resume: Goes on from `checkpoint`, to `epochs` in all, and finishes what a killed process
+            left undone there; starts anew where it holds no run yet. Random numbers that programs
+            take from NumPy or `random` are not part of it; those of torch are.
+        threads: Processor threads of torch; the caller's number is restored at the end. None takes
+            those a resumed run was begun with, else one, on which small steps are fastest and
+            other processes do no harm, or the caller's number where a step makes over 2e9
+            multiplications (parameters x mini-batch x particles). The number changes the last bits
+            of a result, so `config` keeps it.
         config: Further facts for the run folder's `config.json` (such as the name of the data).
-        progress: Shows a bar where stderr is a terminal.
+        progress: Shows a bar of steps where stderr is a terminal; elsewhere a line every 10 s, if
+            the logger ``pyro_vae`` is listened to.
 
     Returns:
-        The fitted programs and the history. Modules that were passed in have their weights updated
-        as well. Ctrl-C ends training after the step at hand and returns what was reached (`status`
+        The fitted programs and the history: measure `fit.model` and `fit.guide`. Modules that were
+        passed in have their weights updated as well; values of bare `pyro.param` live in the `Fit`
+        alone, as two programs may use one name, and the caller's parameter store stays as it was:
+        another `fit` of the same programs starts anew, one of `fit.model` and `fit.guide` goes on.
+        Measuring such a program without its fitted values is an `UnfittedWarning`.
+
+        Ctrl-C ends training after the step at hand and returns what was reached (`status`
         "interrupted"); a second Ctrl-C ends it at once, without writing to `checkpoint`.
 
     Raises:
@@ -194,7 +215,7 @@ def fit(
             latents or a guide with parameters for each datum.
         TrainingError: If the loss or a gradient is not finite.
         ValueError: If an argument is out of its range.
-        CheckpointError: If `resume` finds no run to go on from, or another than this one; or if
+        CheckpointError: If `resume` finds a damaged run, or another than this one; or if
             `checkpoint` holds a run and `resume` is not set.
     """
     seed = as_seed(seed)
@@ -211,6 +232,7 @@ def fit(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        threads=threads,
         config=config or {},
     )
     if patience is not None and validation is None:
@@ -230,16 +252,23 @@ def fit(
     check_module_names(model, guide)
     with program_scope(seed, training=True), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
+        warnings.simplefilter("ignore", UnfittedWarning)  # here they are fitted
         store = pyro.get_param_store()
         caller = store.get_state()
         own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
         store.set_state({**caller, "params": own})
         store.set_state(start)
         run = _Run(model, guide, TrainingData(x, transform, seed), validation, settings)
-        if resume:
-            run.load()
+        if settings.checkpoint is not None:
+            remove_leftovers(settings.checkpoint)
+            if resume and holds_run(settings.checkpoint):
+                run.load()
         run.train(progress)
-        return run.result()
+        found = run.result()
+        for program, names in run.bare_names():
+            values = {name: found.model.state["params"][name] for name in names}
+            remember_fitted(program, run.start, values)
+    return found
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -271,9 +300,11 @@ class _Run:
     settings: FitSettings
 
     def __post_init__(self) -> None:
-        asked = self.settings
+        asked, threads = self.settings, torch.get_num_threads()
+        torch.set_num_threads(asked.threads or 1)
         self.state = _State()
         self.order: Tensor | None = None
+        self.saved_config: dict[str, Any] | None = None
         self.best_values: dict[str, Tensor] = {}
         self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
         self.prepared = prepare(
@@ -287,6 +318,13 @@ class _Run:
         self.loss.max_plate_nesting = self.prepared.max_plate_nesting
         self.optim = make_optimizer(asked.optimizer, asked.learning_rate)
         self.optim.add(self._parameters().values())
+        if asked.threads is None and self._multiplications() >= _LARGE_STEP:
+            torch.set_num_threads(threads)
+        self.start = {
+            n: v.detach().clone()
+            for n, v in self._parameters().items()
+            if not isinstance(v, nn.Parameter)
+        }
         for parameter in self._parameters().values():
             parameter.grad = None  # SVI would add to what a caller left there
         losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
@@ -295,28 +333,38 @@ class _Run:
             self._bound(check_held_out(self.prepared, self.validation))
         self.data_sha256 = self.data.sha256()  # once: data may be large
 
+    def _multiplications(self) -> int:
+        """Of a step, roughly: enough to tell small ones from large ones, on any machine alike."""
+        numbers = sum(parameter.numel() for parameter in self._parameters().values())
+        return numbers * self.prepared.batch_size * self.loss.num_particles
+
     # -- training
 
     def train(self, progress: bool) -> None:
         state, asked = self.state, self.settings
         if state.status == "stopped early" or state.epoch >= asked.epochs:
-            if state.status != "stopped early":
-                state.status = "finished"
-            self._go_back()
+            self._nothing_left()
             return
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        bar = tqdm(
-            total=asked.epochs,
-            initial=state.epoch,
-            unit="epoch",
-            disable=not (progress and terminal),
-            leave=False,
+        steps = math.ceil(self.data.length / self.prepared.batch_size)
+        if progress:
+            threads = torch.get_num_threads()
+            say(
+                f"training: {asked.epochs} epochs of {steps} steps on {threads} "
+                f"thread{'s' * (threads > 1)}"
+            )
+        bar = progress_bar(
+            asked.epochs * steps,
+            "step",
+            show=progress,
+            what="training",
+            initial=state.epoch * steps + state.position,
         )
         state.status = "interrupted"
-        with bar, deferred_interrupt() as interrupted:
+        with bar, deferred_interrupt(saves=asked.checkpoint is not None) as interrupted:
+            if self.saved_config is None:
+                self._save(self._training_tensors())
             try:
-                while state.status == "interrupted" and self._epoch(interrupted):
-                    bar.update()
+                while state.status == "interrupted" and self._epoch(interrupted, bar):
                     self._show(bar)
                     if asked.patience is not None and state.stale >= asked.patience:
                         state.status = "stopped early"
@@ -330,6 +378,16 @@ class _Run:
             self._go_back()
             self._save(tensors)
 
+    def _nothing_left(self) -> None:
+        """Ends a run that was trained to its end before."""
+        ended = self.state.status != "interrupted"
+        if self.state.status != "stopped early":
+            self.state.status = "finished"
+        self._go_back()
+        say(f"nothing is left to train: {self.state.epoch} epochs were made before")
+        if ended and self.settings.checkpoint is not None and self.saved_config is not None:
+            mend_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
+
     def _keeps_best(self) -> bool:
         """Whether the parameters at the end are those of the best row, not of the last."""
         return self.settings.patience is not None and self.state.status != "interrupted"
@@ -339,7 +397,7 @@ class _Run:
         if self._keeps_best() and self.best_values:
             self._set_values(self.best_values)
 
-    def _epoch(self, interrupted: Callable[[], bool]) -> bool:
+    def _epoch(self, interrupted: Callable[[], bool], bar: Any) -> bool:
         """Trains to the end of the epoch at hand; False if Ctrl-C came first."""
         state, length, size = self.state, self.data.length, self.prepared.batch_size
         steps = math.ceil(length / size)
@@ -360,6 +418,7 @@ class _Run:
                 state.loss_data += len(index)
                 state.position += 1
                 state.seconds += time.perf_counter() - started
+                bar.update()
                 if interrupted():
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
@@ -377,7 +436,8 @@ class _Run:
         if not bar.disable and self.state.history:
             row = self.state.history[-1]
             rate = self.data.length * self.state.epoch / max(self.state.seconds, 1e-9)
-            shown = {"bound": f"{row['bound']:.2f}", "data/s": f"{rate:.3g}"}
+            shown = {"epoch": str(self.state.epoch), "bound": f"{row['bound']:.2f}"}
+            shown["data/s"] = f"{rate:.3g}"
             if "validation_bound" in row:
                 shown["held out"] = f"{row['validation_bound']:.2f}"
             bar.set_postfix(shown)
@@ -503,24 +563,33 @@ class _Run:
     def _save(self, training: Mapping[str, Tensor]) -> None:
         if self.settings.checkpoint is None:
             return
-        owner, rows = common_owner(self.model, self.guide), self.state.history
-        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
         write_run(
             self.settings.checkpoint,
             config=self._config(),
-            weights=owner.state_dict() if owner is not None else self._stored(),
             training=training,
             state=asdict(self.state),
-            history=rows,
-            reached=rows[best_row(bounds) if bounds else -1] if rows else None,
+            **self._derived(),
         )
+
+    def _derived(self) -> dict[str, Any]:
+        """What a run folder holds beside the state to resume from, but for the configuration."""
+        owner, rows = common_owner(self.model, self.guide), self.state.history
+        bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
+        return {
+            "weights": owner.state_dict() if owner is not None else self._stored(),
+            "history": rows,
+            "reached": rows[best_row(bounds) if bounds else -1] if rows else None,
+        }
 
     def load(self) -> None:
         """Takes up what the run folder holds."""
         folder = self.settings.checkpoint
         assert folder is not None
         tensors, metadata = load_tensors(folder / "training.safetensors")
+        if self.settings.threads is None and "config" in metadata:
+            torch.set_num_threads(metadata["config"]["fit"]["num_threads"])
         check_same_run(folder, metadata, self._config())
+        self.saved_config = metadata["config"]
         wanted = {name: tuple(value.shape) for name, value in self._values().items()}
         kinds = ("parameter.", "buffer.")
         saved = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(kinds)}
@@ -539,6 +608,18 @@ class _Run:
         begun = metadata["config"]["fit"]["epochs"]
         if self.state.status == "stopped early" and self.settings.epochs > begun:
             self.state.status, self.state.stale = "interrupted", 0  # asked to go on all the same
+
+    def bare_names(self) -> list[tuple[Program, list[str]]]:
+        """Each program with the names of its parameters that no module holds."""
+        if not self.start:
+            return []
+        probe = as_arguments(self.data.first(self.prepared.batch_size, stream=2))
+        with torch.no_grad(), keep_random_state():
+            traces = trace_programs(self.model, self.guide, probe)
+        pairs = zip((self.guide, self.model), traces, strict=True)
+        return [
+            (program, sorted(self.start.keys() & trace.nodes.keys())) for program, trace in pairs
+        ]
 
     def result(self) -> Fit:
         state = {

@@ -44,12 +44,13 @@ class FitSettings:
     checkpoint: Path | None
     checkpoint_every: int
     resume: bool
+    threads: int | None
     config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         for name in ("epochs", "evaluate_every", "checkpoint_every"):
             _check_positive(name, getattr(self, name))
-        for name in ("batch_size", "patience"):
+        for name in ("batch_size", "patience", "threads"):
             _check_positive(name, getattr(self, name), optional=True)
         self._check_loss()
         self._check_learning_rate()

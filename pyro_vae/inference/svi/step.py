@@ -5,14 +5,43 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 from pyro.poutine.messenger import Messenger
 
 from pyro_vae.inference.svi.optimizer import TrainingError
 
-__all__ = ["ScaledLatents", "deferred_interrupt", "refuse_infinite", "without_validation"]
+__all__ = [
+    "Interruptible",
+    "ScaledLatents",
+    "deferred_interrupt",
+    "refuse_infinite",
+    "without_validation",
+]
+
+Trained = TypeVar("Trained", bound="Interruptible")
+
+
+class Interruptible:
+    """What a training reached that Ctrl-C may have ended."""
+
+    status: str
+
+    def summary(self) -> str:
+        """One sentence: how long it trained and what it reached."""
+        raise NotImplementedError
+
+    def require_finished(self: Trained) -> Trained:
+        """This, for whoever goes on to measure it.
+
+        Raises:
+            KeyboardInterrupt: If Ctrl-C ended the training early: numbers of such a fit are not
+                those of the training that was asked for.
+        """
+        if self.status == "interrupted":
+            raise KeyboardInterrupt(self.summary())
+        return self
 
 
 def refuse_infinite(loss_and_grads: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,22 +87,36 @@ def without_validation() -> Iterator[None]:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets the step at hand end when Ctrl-C comes; a second Ctrl-C interrupts at once."""
-    pressed = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
+def deferred_interrupt(*, saves: bool = False) -> Iterator[Callable[[], bool]]:
+    """Lets the step at hand end when Ctrl-C comes; a second Ctrl-C interrupts at once.
+
+    Args:
+        saves: Whether the block keeps what was reached. Signals that end the process (SIGTERM,
+            SIGHUP) then wait as well, and do what they would have done when the block has ended.
+
+    Yields:
+        Whether a signal came.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if saves else ("SIGINT",)
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or before in (None, signal.SIG_IGN):  # a job in the background ignores Ctrl-C
-        yield pressed.is_set
-        return
+    before = {number: signal.getsignal(number) for number in numbers if ours}
+    # A job in the background ignores Ctrl-C, and one under nohup the end of its terminal.
+    before = {n: found for n, found in before.items() if found not in (None, signal.SIG_IGN)}
+    came: list[int] = []
 
-    def handler(number: int, frame: Any) -> None:
-        if pressed.is_set():
+    def handler(number: int, _frame: Any) -> None:
+        if number in came:
             raise KeyboardInterrupt
-        pressed.set()
+        came.append(number)
 
-    signal.signal(signal.SIGINT, handler)
+    for number in before:
+        signal.signal(number, handler)
     try:
-        yield pressed.is_set
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, found in before.items():
+            signal.signal(number, found)
+        for number in came:
+            if number != signal.SIGINT:
+                signal.raise_signal(number)

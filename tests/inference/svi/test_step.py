@@ -56,3 +56,44 @@ def test_the_first_interrupt_waits_and_the_second_does_not():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_the_process_waits_for_the_step_and_then_does_what_it_would_have(name):
+    number, done = getattr(signal, name), []
+    before = signal.signal(number, lambda *_: done.append("the caller's handler"))
+    try:
+        with deferred_interrupt() as stopped:
+            os.kill(os.getpid(), number)
+        assert (stopped(), done) == (False, ["the caller's handler"])  # nothing to save: at once
+        with deferred_interrupt(saves=True) as stopped:
+            os.kill(os.getpid(), number)
+            assert stopped()
+            done.append("saved")
+        assert done[1:] == ["saved", "the caller's handler"]
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        with deferred_interrupt(saves=True) as stopped:
+            os.kill(os.getpid(), number)
+            assert not stopped()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def twice():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("it waited")
+
+
+def test_a_second_signal_that_ends_the_process_does_not_wait():
+    def handler(*_):
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit), deferred_interrupt(saves=True):
+            twice()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

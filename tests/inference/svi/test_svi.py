@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import jaxtyping
 import numpy as np
@@ -33,10 +35,23 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_vae import VAE, LinearGaussian, fit, log_weights
-from pyro_vae.inference.programs import ProgramError
+from pyro_vae import (
+    VAE,
+    LinearGaussian,
+    draw_posterior,
+    elbo_gap,
+    fit,
+    log_evidence,
+    log_weights,
+)
+from pyro_vae.extras.f_divergence import fit_divergence
+from pyro_vae.extras.f_divergence.generation import generate
+from pyro_vae.inference.estimators import make_estimator
+from pyro_vae.inference.predictive import draw_prior
+from pyro_vae.inference.programs import ProgramError, UnfittedWarning
 from pyro_vae.inference.svi import CheckpointError, load_tensors
 from pyro_vae.inference.svi.fit import TrainingError
+from pyro_vae.results import files
 
 NUM_DATA, DATA_DIM, LATENT_DIM = 47, 5, 2
 
@@ -664,6 +679,81 @@ def test_the_callers_store_is_a_start_and_stays():
     assert (store["of another model"] == 1).all()
 
 
+def copies():
+    """The bare programs as functions that nothing has fitted yet."""
+    return [FunctionType(f.__code__, globals(), f.__name__) for f in (bare_model, bare_guide)]
+
+
+MEASURES = {
+    "log_weights": log_weights,
+    "log_evidence": partial(log_evidence, num_particles=10),
+    "quadrature": lambda model, guide, x: log_evidence(model, None, x, method="quadrature"),
+    "elbo_gap": partial(elbo_gap, num_particles=10, max_steps=1),
+    "draw_posterior": partial(draw_posterior, num_draws=2),
+    "draw_prior": lambda model, guide, x: draw_prior(model, x, num_draws=2),
+    "generate": lambda model, guide, x: generate(model, x),
+    "partial": lambda model, guide, x: log_weights(partial(model), guide, x),
+    "handled": lambda model, guide, x: log_weights(poutine.scale(model, scale=1.0), guide, x),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_a_fitted_program_measured_without_its_values_is_said(measure):
+    """Bare parameters live in the Fit: whoever drops it would measure the initial values."""
+    x, programs = linear_data()[:5, 0], copies()
+    measure(*programs, x)  # never fitted, so nothing to say
+    fit(*programs, x, epochs=1)
+    with pytest.warns(UnfittedWarning, match="unfitted 'bare_model'.*'prior'.*fit.model"):
+        measure(*programs, x)
+
+
+def test_a_store_that_holds_the_initial_values_does_not_hide_it():
+    x, (model, guide) = linear_data()[:, 0], copies()
+    model(x)  # to look at it
+    found = fit(model, guide, x, learning_rate=0.1, epochs=2)
+    guide(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            initial = log_weights(model, guide, x, seed=1)
+    assert [w.filename for w in said] == [__file__]  # once at this line
+    fitted = log_weights(found.model, found.guide, x, seed=1)
+    assert not torch.allclose(initial, fitted)
+    for name, value in found.parameters.items():
+        pyro.get_param_store()[name] = value
+    assert torch.allclose(log_weights(model, guide, x, seed=1), fitted)
+
+
+def test_training_again_is_no_measurement_and_other_values_are_meant():
+    x, (model, guide) = linear_data()[:, 0], copies()
+    found = fit(model, guide, x, epochs=1)
+    again = fit(model, guide, x, epochs=1)  # starts anew: the same to the bit
+    assert all(torch.equal(v, again.parameters[n]) for n, v in found.parameters.items())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), make_estimator("PathwiseELBO"))
+    svi.step(x)
+    log_weights(model, guide, x)  # the store has what SVI reached
+
+
+def test_methods_and_generators_are_watched_too():
+    class Programs:
+        def model(self, x):
+            bare_model(x)
+
+        def guide(self, x):
+            bare_guide(x)
+
+    x, one, other = linear_data()[:, 0], Programs(), Programs()
+    found = fit(one.model, one.guide, x, epochs=1)
+    log_weights(found.model, found.guide, x)
+    log_weights(other.model, other.guide, x)  # never fitted
+    with pytest.warns(UnfittedWarning, match="unfitted 'guide': .* values of 'scale', 'slope'"):
+        log_weights(found.model, one.guide, x)
+    model, _ = copies()
+    fit_divergence(model, x, epochs=1)
+    with pytest.warns(UnfittedWarning, match="'bare_model'"):
+        generate(model, x)
+
+
 def test_two_programs_with_modules_of_one_name_both_train():
     torch.manual_seed(0)
     down, up = nn.Linear(1, DATA_DIM), nn.Linear(DATA_DIM, 1)
@@ -1017,16 +1107,16 @@ def refuse(token):
 
 
 class Stop:
-    """Sends Ctrl-C to this process at the given call of the transform."""
+    """Sends Ctrl-C or another signal to this process at the given call of the transform."""
 
-    def __init__(self, at, times=1):
-        self.at, self.times, self.calls = at, times, 0
+    def __init__(self, at, times=1, number=signal.SIGINT):
+        self.at, self.times, self.number, self.calls = at, times, number, 0
 
     def __call__(self, x, generator):
         self.calls += 1
         if self.calls == self.at:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
         return torch.bernoulli(x, generator=generator)
 
 
@@ -1170,6 +1260,83 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     assert found.status == "finished"
 
 
+class Killed:
+    """A process that dies, as by kill -9, just before it puts its n-th file in place."""
+
+    def __init__(self, at):
+        self.at, self.calls, self.real = at, 0, os.replace
+
+    def __call__(self, source, target):
+        self.calls += 1
+        if self.calls == self.at:
+            os._exit(9)
+        self.real(source, target)
+
+
+def killed_at(at, folder, monkeypatch, **options):
+    """Whether a training died there, in a process of its own, and not of its own accord."""
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(files.os, "replace", Killed(at))
+        train(folder, **options)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def contents(folder):
+    """Every file of a run folder, without the times."""
+    found = {path.name: path.read_text(errors="replace") for path in folder.iterdir()}
+    for name in ("training.safetensors", "model.safetensors"):
+        found[name] = None  # their headers are in any order; `assert_same_run` compares them
+    return {name: re.sub(r'"seconds": [0-9.e-]+', "", text or "") for name, text in found.items()}
+
+
+SHORT = {"epochs": 2, "checkpoint_every": 1, "warmup_epochs": 0}
+
+
+@pytest.mark.timeout(120)
+def test_a_run_killed_at_any_file_is_resumed_to_the_bit(tmp_path, monkeypatch):
+    """The call that started it, with resume=True: killed before the first checkpoint, or later."""
+    whole, found = train(tmp_path / "whole", **SHORT)
+    at, folder = 0, tmp_path
+    while at == 0 or killed_at(at, folder, monkeypatch, **SHORT):
+        if at:
+            start = vae(seed=99 if at > 1 else 0)  # what the folder holds replaces it
+            module, resumed = train(folder, module=start, resume=True, **SHORT)
+            assert resumed.status == "finished"
+            assert torch.equal(weights(module), weights(whole)), at
+            assert rows(resumed) == rows(found)
+            assert_same_run(folder, tmp_path / "whole")
+            assert contents(folder) == contents(tmp_path / "whole")
+        at, folder = at + 1, tmp_path / f"killed at {at + 1}"
+    assert at - 1 == 3 * 5  # the start and each epoch
+
+
+def test_a_signal_that_ends_the_process_is_obeyed_once_the_state_is_written(tmp_path):
+    def handler(*_):
+        raise SystemExit(143)
+
+    whole, _ = train(tmp_path / "whole")
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        at = calls_before_training(tmp_path) + 8 + 2
+        with pytest.raises(SystemExit):
+            train(tmp_path / "parts", transform=Stop(at=at, number=signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert state_of(tmp_path / "parts")[1]["position"] == 2
+    module, _ = train(tmp_path / "parts", module=vae(seed=99), resume=True)
+    assert torch.equal(weights(module), weights(whole))
+
+
+def test_whoever_goes_on_may_ask_for_a_finished_fit(tmp_path):
+    _, found = train(None, epochs=3)
+    assert found.require_finished() is found
+    _, part = train(None, transform=Stop(at=calls_before_training(tmp_path) + 1))
+    with pytest.raises(KeyboardInterrupt, match="interrupted before its first epoch"):
+        part.require_finished()
+
+
 def test_resuming_a_finished_run_returns_it(tmp_path):
     module, found = train(tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
@@ -1283,13 +1450,30 @@ def test_a_damaged_run_is_refused(tmp_path, kind, match):
         ({"warmup_epochs": 1}, "warmup_epochs 3, not 1"),
         ({"learning_rate": 0.5}, "learning_rate 'a function', not 0.5"),
         ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "optimizer 'Adam', not 'SGD'"),
-        ({"module": VAE(DATA_DIM, LATENT_DIM, hidden=(8,)).double()}, "not those of this model"),
+        ({"module": VAE(DATA_DIM, LATENT_DIM, hidden=(8,)).double()}, r"hidden \[7\], not \[8\]"),
+        ({"config": {"data": {"name": "b"}}}, "data name 'a', not 'b'"),
     ],
 )
 def test_another_run_is_refused(tmp_path, options, match):
-    train(tmp_path / "run", epochs=3)
+    data = {"config": {"data": {"name": "a"}}}
+    train(tmp_path / "run", epochs=3, **data)
     with pytest.raises(CheckpointError, match=match):
-        train(tmp_path / "run", resume=True, **options)
+        train(tmp_path / "run", resume=True, **data | options)
+
+
+def test_other_parameters_of_a_program_of_ones_own_are_refused(tmp_path):
+    def programs(name):
+        def guide(x):
+            loc = pyro.param(name, torch.zeros(()))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+        return bare_model, guide
+
+    x = linear_data()[:, 0]
+    fit(*programs("a"), x, epochs=1, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="not those of this model"):
+        fit(*programs("b"), x, epochs=2, checkpoint=tmp_path, resume=True)
 
 
 def test_other_data_are_refused(tmp_path):
@@ -1299,22 +1483,49 @@ def test_other_data_are_refused(tmp_path):
         fit(module.model, module.guide, x.flip(0), epochs=2, checkpoint=tmp_path, resume=True)
 
 
-def test_another_number_of_threads_or_precision_is_said(tmp_path):
+def test_another_precision_is_said(tmp_path):
     train(tmp_path / "run", epochs=3)
-    torch.set_num_threads(2)
-    try:
-        with pytest.warns(UserWarning, match="resuming with 2 threads what was begun with 1"):
-            train(tmp_path / "run", epochs=4, resume=True)
-    finally:
-        torch.set_num_threads(1)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         with pytest.warns() as said:
-            train(tmp_path / "run", epochs=5, resume=True)
+            train(tmp_path / "run", epochs=4, resume=True)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
     sentences = " ".join(str(warning.message) for warning in said)
     assert "resuming with bf16 (CPU) precision what was begun with ieee" in sentences
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_small_steps_take_one_thread_and_large_ones_the_callers(two_threads, monkeypatch):
+    def threads(found):
+        assert torch.get_num_threads() == 2  # the caller's own
+        return found.config["fit"]["num_threads"]
+
+    seen = []
+    _, one = train(None, epochs=3, transform=lambda x, g: seen.append(torch.get_num_threads()) or
+                   binarise(x, g))  # fmt: skip
+    assert (threads(one), set(seen)) == (1, {1})
+    assert threads(train(None, epochs=3, threads=2)[1]) == 2
+    count = one.model.__self__
+    multiplications = sum(p.numel() for p in count.parameters()) * 20  # a batch, one particle
+    for limit, expected in ((multiplications + 1, 1), (multiplications, 2)):
+        monkeypatch.setattr(sys.modules["pyro_vae.inference.svi.fit"], "_LARGE_STEP", limit)
+        assert threads(train(None, epochs=3)[1]) == expected
+
+
+def test_a_resumed_run_takes_the_threads_it_was_begun_with(tmp_path, two_threads):
+    train(tmp_path / "run", epochs=3, threads=2)
+    torch.set_num_threads(1)
+    _, found = train(tmp_path / "run", epochs=4, resume=True)
+    assert found.config["fit"]["num_threads"] == 2
+    with pytest.warns(UserWarning, match="resuming with 1 threads what was begun with 2"):
+        train(tmp_path / "run", epochs=5, resume=True, threads=1)
 
 
 ENDLESS = """
@@ -1331,7 +1542,7 @@ fit(module.model, module.guide, linear_data(4), epochs=10**6, evaluate_every=10*
 def kill_while_it_writes(folder, reached, wait, resume):
     """Kill -9 of a process that writes after every epoch, `wait` seconds after some epochs."""
     command = [sys.executable, "-c", ENDLESS, str(folder), str(resume)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     path = folder / "training.safetensors"
     deadline = time.monotonic() + 90
     with subprocess.Popen(command, env=environment) as child:
