@@ -81,7 +81,8 @@ def predictive_check(
     r"""Compares statistics of the data with those of data replicated by the model.
 
     Replicates have the size of x. Those of the posterior predictive draw each datum's latents from
-    the guide, then the data anew; those of the prior predictive draw the latents from the prior.
+    the guide (latents that are summed out from their posterior given these), then the data anew;
+    those of the prior predictive draw the latents from the prior.
 
     .. math:: p = \min\{1, 2 \min(p_{\ge}, p_{\le})\}, \qquad
               p_{\ge} = \frac{1 + \#\{T(x^{\mathrm{rep}}) \ge T(x)\}}{1 + \text{num\_draws}}
@@ -114,9 +115,11 @@ def predictive_check(
         ValueError: If an argument is out of its range, or a statistic of the data is nan or no
             number; names it.
 
-    Note: posterior predictive p-values are conservative: the same data made the posterior, so under
-        the right model they crowd about 1/2 and a small one means more than it says. A statistic
-        that the model fits by itself, as a mean, can hardly fail; choose others. Masked entries of
+    Note: posterior predictive p-values of the true posterior are conservative: the same data made
+        it, so under the right model they crowd about 1/2 and a small one means more than it says.
+        Those of a guide that is too narrow or off are not: its replicates vary too little, and the
+        right model may be flagged. Judge the guide first (`posterior_quality`). A statistic that
+        the model fits by itself, as a mean, can hardly fail; choose others. Masked entries of
         the data are counted by the statistics: give your own that leave them out.
 
     References:
@@ -355,12 +358,13 @@ def _caveats(kinds: list[str], structure: ProgramStructure) -> list[str]:
     if "posterior" not in kinds:
         return []
     notes = [
-        "posterior predictive p-values are conservative, for the data were used twice: a statistic "
-        "that is not flagged may still be wrong. They judge model and guide together."
+        "posterior predictive p-values of the true posterior are conservative, for the data were "
+        "used twice: a statistic that is not flagged may still be wrong. Those of a guide that is "
+        "too narrow are not, and may flag a right model: they judge model and guide together."
     ]
     if structure.enumerated:
         notes.append(
             f"{', '.join(structure.enumerated)}, summed out of the model, are drawn from their "
-            "prior in the replicates."
+            "posterior given the data and the guide's draws."
         )
     return notes

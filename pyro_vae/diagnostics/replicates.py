@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.inference.predictive import hold_enumerated
 from pyro_vae.inference.programs import (
     Arguments,
     Program,
@@ -97,6 +98,7 @@ def _from_posterior(
     found = draw_traces(model, guide, arguments, structure, wanted)
     for guide_trace, model_trace, count in found:
         latents = fixed_draws(guide_trace, model_trace)
+        hold_enumerated(model, latents, arguments, structure, count)
         drawn = _run(without_data(model), latents, arguments, structure, count)
         yield Replicates(drawn, model_trace, count)
 

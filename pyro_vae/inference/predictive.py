@@ -34,7 +34,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.results import ArvizGroups, ShortRepr
 
-__all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior"]
+__all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior", "hold_enumerated"]
 
 
 @runtime_checkable
@@ -205,14 +205,8 @@ def _draw_data(
         size = bytes_of_run(at_first, _empty_guide, arguments)
         most = max(1, int(max_memory * 2**30 / max(size, 64))) if structure.vectorizable else 1
         for given, count in _runs(draws, most):
-            program = poutine.replay(_in_plate(model, structure, count), trace=given)
-            if structure.enumerated and not prior:
-                discrete = infer_discrete(
-                    program, first_available_dim=-2 - structure.max_plate_nesting
-                )
-                run = poutine.trace(discrete).get_trace(*args, **kwargs)
-                for name in structure.enumerated:
-                    _hold(given, name, run.nodes[name]["value"])
+            if not prior:
+                hold_enumerated(model, given, arguments, structure, count)
             program = poutine.replay(_in_plate(without_data(model), structure, count), trace=given)
             drawn = poutine.trace(program).get_trace(*args, **kwargs)
             for name, parts in found.items():
@@ -223,6 +217,28 @@ def _draw_data(
                     )
                 parts.append(site_values(drawn, name, structure))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def hold_enumerated(
+    model: Program, given: Trace, arguments: Arguments, structure: ProgramStructure, count: int
+) -> None:
+    """Draws latents that were summed out from their posterior, given the data and the others.
+
+    Args:
+        model: The generative program.
+        given: The other latents; gets those drawn.
+        arguments: From `as_arguments`.
+        structure: From `inspect_programs`.
+        count: Draws that `given` holds side by side.
+    """
+    if not structure.enumerated:
+        return
+    args, kwargs = arguments
+    held = poutine.replay(_in_plate(model, structure, count), trace=given)
+    discrete = infer_discrete(held, first_available_dim=-2 - structure.max_plate_nesting)
+    run = poutine.trace(discrete).get_trace(*args, **kwargs)
+    for name in structure.enumerated:
+        _hold(given, name, run.nodes[name]["value"])
 
 
 def _empty_guide(*_args: Any, **_kwargs: Any) -> None:

@@ -5,10 +5,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_vae.diagnostics.predictive_check import predictive_check
+from pyro_vae.inference.draws import draw_posterior
+from pyro_vae.inference.predictive import draw_predictive
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.models import LinearGaussian
 
@@ -233,6 +236,60 @@ def test_enumerated_latents_have_no_likelihood_per_datum():
     assert "k, summed out of the model" in notes_of(found)
     spread = found.replicated.sel(kind="prior", statistic="sd").mean()
     assert abs(float(spread) - (2 + 9 / 4) ** 0.5) < 0.1  # of 40 data, over 200 draws: 0.02
+
+
+def test_summed_out_latents_are_drawn_from_their_posterior():
+    """As `draw_predictive` has them; drawn from the prior the mean would be 3 x 0.2 = 0.6."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 0.5))
+            k = pyro.sample("k", dist.Bernoulli(0.2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(3 * k + z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 0.5))
+
+    x = torch.tensor([2.0, 2.6, 1.7])
+    nodes, weights = (torch.as_tensor(part) for part in hermegauss(40))
+    z = 0.5 * nodes[:, None]
+    odds = 0.25 * (dist.Normal(3 + z, 1.0).log_prob(x) - dist.Normal(z, 1.0).log_prob(x)).exp()
+    exact = (weights @ (3 * odds / (1 + odds))).mean() / weights.sum()
+    assert exact > 1.0
+    draws = 2000
+    found = predictive_check(model, guide, x, num_draws=draws)
+    replicated = found.replicated.sel(kind="posterior", statistic="mean").values
+    assert abs(replicated.mean() - float(exact)) < STANDARD_ERRORS * replicated.std() / draws**0.5
+    drawn = draw_posterior(model, guide, x, num_draws=draws)
+    other = draw_predictive(model, drawn, x).values["x"].mean(1)
+    assert abs(float(other.mean() - exact)) < STANDARD_ERRORS * float(other.std()) / draws**0.5
+
+
+def test_a_narrow_guide_flags_a_right_model_and_the_exact_posterior_does_not():
+    """What is conservative are p-values of the true posterior: under it x has variance 2 again.
+
+    With the posterior's mean alone it is 1.5; over 500 data sd is 4.3 standard errors too small.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    flagged = {1.0: 0, 0.05: 0}
+    for seed in range(4):
+        x = 2**0.5 * torch.randn(500)
+        for width in flagged:
+
+            def guide(x, width=width):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Normal(x / 2, width * 0.5**0.5))
+
+            found = predictive_check(model, guide, x, seed=seed)
+            flagged[width] += p_of(found, "sd") <= 0.01
+    assert flagged[1.0] == 0
+    assert flagged[0.05] >= 3
 
 
 def test_the_seed_decides_and_the_random_state_is_kept(linear):
