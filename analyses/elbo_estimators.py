@@ -60,7 +60,7 @@ TRAINED = (
     *((name, 8) for name in ("PathwiseELBO", "LeaveOneOut", "ImportanceWeighted")),
     *((name, 8) for name in ("DReG", "VIMCO", "WakeDReG")),
 )
-THEORY = {  # Rainforth et al. (2018), theorem 1; Tucker et al. (2019), section 4
+THEORY = {  # Rainforth et al. (2018); Tucker et al. (2019)
     ("ImportanceWeighted", "b of the guide"): "-1/2",
     ("ImportanceWeighted", "mu of the model"): "+1/2",
     ("DReG", "b of the guide"): "+1/2",

@@ -486,7 +486,7 @@ def page_parts(
             "colour where the responsibilities are divided; the ellipses lie one and two standard "
             "deviations from the means. log p(x) is a mean over the data."
         ),
-        Picture(figures["fit"], "EM from a poor start (after Bishop 2006, figure 9.8)."),
+        Picture(figures["fit"], "EM from a poor start (after Bishop 2006)."),
         Table(
             ("component", "weight", "mean", "standard deviations"),
             parameter_rows(fitted.model.__self__),

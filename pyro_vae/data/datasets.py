@@ -133,8 +133,8 @@ class Dataset:
 
         References:
             Salakhutdinov and Murray (2008), On the quantitative analysis of deep belief networks
-            (static); Burda, Grosse and Salakhutdinov (2015), Importance weighted autoencoders,
-            section 5 (dynamic).
+            (static); Burda, Grosse and Salakhutdinov (2015), Importance weighted autoencoders
+            (dynamic).
         """
         _check_binarization(self.name, self.measure, method, generator)
         if method is None:

@@ -124,7 +124,7 @@ def predictive_check(
 
     References:
         Rubin (1984); Gelman, Meng & Stern (1996), Posterior predictive assessment of model fitness
-        via realized discrepancies, Statistica Sinica 6, eqs 6 and 7; Box (1980) for the prior.
+        via realized discrepancies, Statistica Sinica 6; Box (1980) for the prior.
 
     Example:
         >>> import torch

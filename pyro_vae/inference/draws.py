@@ -110,7 +110,7 @@ class PosteriorDraws:
 
         References:
             Kitagawa (1996), Monte Carlo filter and smoother for non-Gaussian nonlinear state space
-            models, appendix (stratified resampling, its deterministic variant).
+            models (stratified resampling, its deterministic variant).
         """
         seed = as_seed(seed)
         count = len(self.log_joint) if num_draws is None else num_draws

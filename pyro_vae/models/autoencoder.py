@@ -179,7 +179,7 @@ class Contractive(AutoencoderKind):
 
     References:
         Rifai, Vincent, Muller, Glorot & Bengio (2011), Contractive auto-encoders: explicit
-        invariance during feature extraction, eq. 7.
+        invariance during feature extraction.
     """
 
     def __init__(self, strength: float = 0.1) -> None:
@@ -376,7 +376,7 @@ def squared_jacobian_norm(
         x: The rows.
 
     References:
-        Rifai et al. (2011), eq. 7, for one layer.
+        Rifai et al. (2011), for one layer.
     """
     layers = list(network) if isinstance(network, nn.Sequential) else []
     if len(layers) == 1 and isinstance(layers[0], nn.Linear):

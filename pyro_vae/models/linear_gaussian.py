@@ -134,7 +134,7 @@ class LinearGaussian(nn.Module):
         Note: W is unique up to a rotation of the latents; here they are the principal axes.
 
         References:
-            Tipping & Bishop (1999), eqs 7 and 8; Lucas et al. (2019), section 4.
+            Tipping & Bishop (1999); Lucas et al. (2019).
         """
         eigenvalues, axes, noise_variance = _ppca_spectrum(x, latent_dim)
         scales = (eigenvalues[:latent_dim] - noise_variance).clamp(min=0).sqrt()
@@ -226,7 +226,7 @@ class LinearGaussian(nn.Module):
             ValueError: If the data leave no variance for the noise.
 
         References:
-            Tipping & Bishop (1999), eq. 4 at the maximum of eqs 7 and 8.
+            Tipping & Bishop (1999): their likelihood at its maximum.
         """
         eigenvalues, _, noise_variance = _ppca_spectrum(x, latent_dim)
         num_data, data_dim = x.shape

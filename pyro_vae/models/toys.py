@@ -43,7 +43,7 @@ class RainforthToy(nn.Module):
         distance: Standard deviation of the noise on each parameter, away from the optimum.
 
     References:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, section 4.
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better.
     """
 
     def __init__(self, x: Float[Tensor, "batch features"], distance: float) -> None:

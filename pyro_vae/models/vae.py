@@ -154,7 +154,7 @@ class VAE(_VariationalAutoencoder):
         ValueError: If a part is unknown, or was made for other dimensions.
 
     References:
-        Kingma & Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114, appendix C.
+        Kingma & Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114.
 
     Example:
         >>> vae = VAE(data_dim=6, latent_dim=2, hidden=(5,))
@@ -269,7 +269,7 @@ class TwoLayerVAE(_VariationalAutoencoder):
         ValueError: If a part is unknown, or cannot stand here.
 
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, section 5: the
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders: the
         defaults are their model with two layers.
 
     Example:

@@ -221,7 +221,7 @@ def plot_signal_to_noise(
         The axes, with one error bar container for each estimator that has an SNR.
 
     References:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, figure 1.
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better.
     """
     ax = _axes(ax, (6.8, 6.2))
     slopes = snr_slopes(result).sel(parameter=parameter)
@@ -496,7 +496,7 @@ def plot_manifold(
         ValueError: If it has not two latents.
 
     References:
-        Kingma & Welling (2014), Auto-encoding variational Bayes, figure 4.
+        Kingma & Welling (2014), Auto-encoding variational Bayes.
     """
     if getattr(module, "latent_dim", None) != 2:
         raise ValueError(
@@ -554,7 +554,7 @@ def plot_latent(
         TypeError: If the module cannot encode.
 
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, section 5.2
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders
         (activity).
     """
     means, point = _points(_call(module, "encode", x), module, x)
@@ -700,7 +700,7 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
         The axes, with two bars for each ledger.
 
     References:
-        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, figure 1.
+        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders.
     """
     named = {"": ledgers} if isinstance(ledgers, Result) else ledgers
     alone = ax is None

@@ -72,7 +72,7 @@ def plot_mixture(
         The axes, with two ellipses for each component; their numbers stand at the means.
 
     References:
-        Bishop (2006), Pattern Recognition and Machine Learning, figure 9.8.
+        Bishop (2006), Pattern Recognition and Machine Learning.
     """
     ax = _axes(ax, _SQUARE)
     pair = list(features)

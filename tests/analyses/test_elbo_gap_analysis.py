@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analyses.elbo_gap import PUBLISHED, main
+from analyses.elbo_gap import main
 from pyro_vae import LinearGaussian, elbo_gap
 from pyro_vae.plots import plot_ledger, plot_widest_gaps
 from pyro_vae.results import Result, load_result
@@ -25,7 +25,6 @@ def test_main_writes_ledgers_figures_and_a_page(
     assert main(["--tiny", "--no-progress", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "## What moves it" in said
-    assert "90 % sure" in said
     names = {path.name for path in out.iterdir()}
     titles = ("base", "encoder_3", "guide_full")
     assert names == {
@@ -39,7 +38,6 @@ def test_main_writes_ledgers_figures_and_a_page(
     assert "gain_full" not in load_result(out / "encoder_3_test.nc")
     page = (out / "report.html").read_text()
     assert page.count("<img") == 3
-    assert "-92.57" in page
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,17 +47,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "--data {digits,mnist,fashion_mnist}" in said
     assert "asks for a larger encoder" in said
-
-
-def test_the_published_gaps_are_differences_of_the_published_levels() -> None:
-    """Approximation is that of the family each model was trained with."""
-    log_p, flow, normal, encoder, approximation, amortisation, gap = (
-        np.array([float(cell) for cell in row[1:]]) for row in PUBLISHED
-    )
-    best = np.array([normal[0], flow[1], normal[2], flow[3]])
-    assert abs(log_p - best - approximation).max() < 0.011  # two roundings of 0.005
-    assert abs(best - encoder - amortisation).max() < 0.011
-    assert abs(log_p - encoder - gap).max() < 0.011
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def ecdf_band(num_simulations: int, num_draws: int, level: float = 0.95) -> Ecdf
 
     References:
         Säilynoja, Bürkner & Vehtari (2022), Graphical test for discrete uniformity and its
-        applications in goodness-of-fit evaluation and multiple sample comparison, section 2.
+        applications in goodness-of-fit evaluation and multiple sample comparison.
     """
     _check_counts(num_simulations, num_draws)
     if not 0 < level < 1:

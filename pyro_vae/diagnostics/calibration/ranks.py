@@ -77,7 +77,7 @@ def sbc_ranks(
 
     References:
         Talts, Betancourt, Simpson, Vehtari & Gelman (2018), Validating Bayesian inference
-        algorithms with simulation-based calibration, theorem 1.
+        algorithms with simulation-based calibration.
     """
     if len(draws) < 1:
         raise ValueError("there are no draws to rank the truth among; draw at least one")
@@ -125,7 +125,7 @@ def tarp(
 
     References:
         Lemos, Coogan, Hezaveh & Perreault-Levasseur (2023), Sampling-based accuracy testing of
-        posterior estimators for general inference, theorem 3 and algorithm 2.
+        posterior estimators for general inference.
     """
     points = np.roll(truth, 1, axis=0) if references is None else references
     unit = truth.std(0) if scale is None else scale
@@ -150,7 +150,7 @@ def chi_square_p_value(
         ValueError: If a rank or `bins` is out of its range.
 
     References:
-        Talts et al. (2018), section 4.1 (bins of ranks).
+        Talts et al. (2018) (bins of ranks).
     """
     check_ranks(ranks, num_draws)
     most = num_draws + 1

@@ -88,7 +88,7 @@ def temperatures(num_temperatures: int, schedule: str) -> list[float]:
 
     References:
         Wu, Burda, Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based
-        generative models, section 4.
+        generative models.
     """
     grid = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)
     if schedule == "sigmoid":
@@ -129,8 +129,8 @@ def annealed_weights(
         ProgramError: If the start is the guide and its density cannot be evaluated.
 
     References:
-        Neal (2001), Annealed importance sampling, section 2; Grosse, Ancha & Roy (2016), Measuring
-        the reliability of MCMC inference with bidirectional Monte Carlo, section 3.
+        Neal (2001), Annealed importance sampling; Grosse, Ancha & Roy (2016), Measuring
+        the reliability of MCMC inference with bidirectional Monte Carlo.
     """
     if settings.start == "guide":
         potential.check_guide_density()

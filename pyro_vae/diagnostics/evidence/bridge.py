@@ -109,7 +109,7 @@ def bridge_evidence(
     References:
         Meng & Wong (1996), Simulating ratios of normalizing constants, Statistica Sinica 6, eq.
         4.1; Frühwirth-Schnatter (2004), Estimating marginal likelihoods for mixture and Markov
-        switching models using bridge sampling techniques, Econometrics Journal 7, section 4.
+        switching models using bridge sampling techniques, Econometrics Journal 7.
     """
     flat = posterior.flatten(0, 1)
     effective = bulk_ess(posterior).clamp(1.0, float(len(flat)))

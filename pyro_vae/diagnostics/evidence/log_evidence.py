@@ -120,9 +120,9 @@ def log_evidence(
     Note: the interval of `"bidirectional"` holds for data from the model; real data may be harder.
 
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8; Wu, Burda,
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders; Wu, Burda,
         Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based generative
-        models, section 3; Meng & Wong (1996), Simulating ratios of normalizing constants.
+        models; Meng & Wong (1996), Simulating ratios of normalizing constants.
 
     Example:
         >>> import torch

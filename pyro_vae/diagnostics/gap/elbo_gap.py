@@ -132,7 +132,7 @@ def elbo_gap(
         is a search that starts from the guide.
 
     References:
-        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, eqs 4-6.
+        Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders.
 
     Example:
         >>> import torch
@@ -464,7 +464,7 @@ def gap_on_both(
         ValueError: As `elbo_gap`, or if evidence is a `Result`, which can be of one of them only.
 
     References:
-        Cremer, Li & Duvenaud (2018), section 5.5; Zhang et al. (2022), Generalization gap in
+        Cremer, Li & Duvenaud (2018); Zhang et al. (2022), Generalization gap in
         amortized inference.
     """
     if isinstance(options.get("evidence"), Result):
@@ -567,9 +567,9 @@ def elbo_surgery(
         ValueError: If there are too few data or particles.
 
     References:
-        Hoffman & Johnson (2016), ELBO surgery, eqs 5-8; Alemi et al. (2018), Fixing a broken
-        ELBO; Burda, Grosse & Salakhutdinov (2016), section 5.2 (activity); Poole et al. (2019),
-        On variational bounds of mutual information, eq. 12.
+        Hoffman & Johnson (2016), ELBO surgery; Alemi et al. (2018), Fixing a broken
+        ELBO; Burda, Grosse & Salakhutdinov (2016) (activity); Poole et al. (2019),
+        On variational bounds of mutual information.
     """
     seed = as_seed(seed)
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:

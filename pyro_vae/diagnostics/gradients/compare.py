@@ -111,7 +111,7 @@ def compare_estimators(
     Note: Groups of more than 50,000 entries are represented by as many drawn at random.
 
     ReferenceRows:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, section 3;
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better;
         Geffner & Domke (2020), A rule for gradient estimator selection (variance x time).
 
     Example:

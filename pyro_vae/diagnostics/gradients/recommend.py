@@ -41,7 +41,7 @@ def snr_slopes(result: Result) -> Result:
         and `num_points`. With fewer than two points the slope is nan.
 
     ReferenceRows:
-        Rainforth et al. (2018), theorem 1: 1/2 for the model, -1/2 for the guide under IWAE.
+        Rainforth et al. (2018): 1/2 for the model, -1/2 for the guide under IWAE.
     """
     snr = result["snr"].transpose("estimator", "parameter", "num_particles")
     errors = result["snr_se"].transpose(*snr.dims).values

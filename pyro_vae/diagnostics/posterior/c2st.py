@@ -73,9 +73,8 @@ def classifier_two_sample(
         classifier saw nothing; near 1, it no longer says how large the difference is.
 
     References:
-        Lopez-Paz & Oquab (2017), Revisiting classifier two-sample tests, section 3; Lueckmann,
-        Boelts, Greenberg, Goncalves & Macke (2021), Benchmarking simulation-based inference,
-        appendix M.
+        Lopez-Paz & Oquab (2017), Revisiting classifier two-sample tests; Lueckmann,
+        Boelts, Greenberg, Goncalves & Macke (2021), Benchmarking simulation-based inference.
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)

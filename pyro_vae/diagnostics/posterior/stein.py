@@ -82,10 +82,9 @@ def kernel_stein_discrepancy(
         which makes p too small: thin them first. p is right for many draws only.
 
     References:
-        Liu, Lee & Jordan (2016), A kernelized Stein discrepancy for goodness-of-fit tests, eqs 8
-        and 14; Gorham & Mackey (2017), Measuring sample quality with kernels, section 3 and
-        theorem 8; Chwialkowski, Strathmann & Gretton (2016), A kernel test of goodness of fit (the
-        signs).
+        Liu, Lee & Jordan (2016), A kernelized Stein discrepancy for goodness-of-fit tests; Gorham &
+        Mackey (2017), Measuring sample quality with kernels; Chwialkowski, Strathmann & Gretton
+        (2016), A kernel test of goodness of fit (the signs).
 
     Example:
         >>> z = torch.randn(200, 1, 2, generator=torch.Generator().manual_seed(0))
@@ -148,7 +147,7 @@ def _stein_kernel(
     their_scores: Float64[Tensor, "data draws dim"],
     radial: Radial,
 ) -> Float64[Tensor, "data rows draws"]:
-    """Liu, Lee & Jordan's eq. 8 for k(x, x') = f(|x - x'|^2)."""
+    """Liu, Lee & Jordan's kernel for k(x, x') = f(|x - x'|^2)."""
     square = squares(x, others)
     f, f1, f2 = radial(square)
     along = (x * s).sum(2)[:, :, None] - s @ others.mT  # s (x - x')

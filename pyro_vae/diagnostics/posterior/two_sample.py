@@ -125,7 +125,7 @@ def wasserstein(
         ValueError: If `order` is neither, or one of the two has no draws.
 
     References:
-        Peyré & Cuturi (2019), Computational optimal transport, section 2.6 (in one dimension).
+        Peyré & Cuturi (2019), Computational optimal transport (in one dimension).
 
     Example:
         >>> zeros, ones = torch.zeros(3, 1, 1), torch.ones(2, 1, 1)
@@ -206,7 +206,7 @@ def squared_mmd(
         ValueError: If one of the two has fewer than 2 draws, or the bandwidth is not positive.
 
     References:
-        Gretton, Borgwardt, Rasch, Schoelkopf & Smola (2012), A kernel two-sample test, eq. 3.
+        Gretton, Borgwardt, Rasch, Schoelkopf & Smola (2012), A kernel two-sample test.
     """
     return _distance(sample, reference, "mmd", bandwidth)
 

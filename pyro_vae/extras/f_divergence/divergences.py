@@ -10,9 +10,9 @@ supremum over positive ratios, which only lowers the bound.)
 
 References:
     Nowozin, Cseke & Tomioka (2016), f-GAN: training generative neural samplers using variational
-    divergence minimization, arXiv:1606.00709, section 2 with tables 1 and 2, of which
-    `F_DIVERGENCES` has rows; Nguyen, Wainwright & Jordan (2010), Estimating divergence functionals
-    and the likelihood ratio by convex risk minimization, for the bound.
+    divergence minimization, arXiv:1606.00709, of whose tables `F_DIVERGENCES` has rows; Nguyen,
+    Wainwright & Jordan (2010), Estimating divergence functionals and the likelihood ratio by convex
+    risk minimization, for the bound.
 """
 
 import math
@@ -180,7 +180,7 @@ def divergence_bound(
         ValueError: If the name is unknown.
 
     References:
-        Nowozin et al. (2016), eqs 4 and 7; Nguyen et al. (2010), lemma 1.
+        Nowozin et al. (2016); Nguyen et al. (2010).
 
     Example:
         >>> blind = torch.zeros(5)  # tells nothing apart, and says so

@@ -166,10 +166,10 @@ def fit_divergence(
         "pearson_chi2" a generator may stay far off for long, even a linear one.
 
     References:
-        Nowozin, Cseke & Tomioka (2016), arXiv:1606.00709, section 3 (algorithm 1; here the two
-        steps are taken one after the other, and the generator's is the bound's own gradient, not
-        the heuristic of section 3.2). Roth, Lucchi, Nowozin & Hofmann (2017), Stabilizing training
-        of generative adversarial networks through regularization, arXiv:1705.09367, section 2, for
+        Nowozin, Cseke & Tomioka (2016), arXiv:1606.00709 (here the two steps are taken one
+        after the other, and the generator's is the bound's own gradient, not their heuristic).
+        Roth, Lucchi, Nowozin & Hofmann (2017), Stabilizing training
+        of generative adversarial networks through regularization, arXiv:1705.09367, for
         the noise. Heusel et al. (2017), arXiv:1706.08500, for two learning rates.
 
     Example:

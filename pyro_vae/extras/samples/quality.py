@@ -245,7 +245,7 @@ def precision_recall(
 
     References:
         Kynkaanniemi, Karras, Laine, Lehtinen & Aila (2019), Improved precision and recall metric
-        for assessing generative models, arXiv:1904.06991, eqs 1 and 2.
+        for assessing generative models, arXiv:1904.06991.
     """
     if k < 1:
         raise ValueError(f"k is {k}, but must be at least 1.")

@@ -61,7 +61,7 @@ class AnalyticELBO(_BesideTheTable):
     draws later.
 
     References:
-        Kingma & Welling (2014), Auto-encoding variational Bayes, eq. 7 and appendix B.
+        Kingma & Welling (2014), Auto-encoding variational Bayes.
     """
 
     value_name = "ELBO"
@@ -111,7 +111,7 @@ class StraightThrough(_BesideTheTable):
     each bit, as with a Gaussian likelihood of a linear decoder.
 
     References:
-        Jang, Gu & Poole (2017), Categorical reparameterization with Gumbel-softmax, section 2.2;
+        Jang, Gu & Poole (2017), Categorical reparameterization with Gumbel-softmax;
         Maddison, Mnih & Teh (2017).
     """
 
@@ -208,8 +208,7 @@ class SleepPhi(_BesideTheTable):
     gradient.
 
     References:
-        Hinton, Dayan, Frey & Neal (1995), The wake-sleep algorithm; Bornschein & Bengio (2015),
-        eq. 10.
+        Hinton, Dayan, Frey & Neal (1995), The wake-sleep algorithm; Bornschein & Bengio (2015).
     """
 
     bound_kind = "objective"

@@ -113,7 +113,7 @@ class BetaELBO(_Objective):
 
     References:
         Higgins et al. (2017), beta-VAE: learning basic visual concepts with a constrained
-        variational framework, eq. 4.
+        variational framework.
     """
 
     value_name = "beta-ELBO"
@@ -152,7 +152,7 @@ class FreeBits(_Objective):
 
     References:
         Kingma et al. (2016), Improved variational inference with inverse autoregressive flow,
-        arXiv:1606.04934, appendix C.8, eq. 15.
+        arXiv:1606.04934.
     """
 
     value_name = "free bits"
@@ -235,7 +235,7 @@ class InfoVAE(_Objective):
 
     References:
         Zhao, Song & Ermon (2019), InfoVAE: balancing learning and inference in variational
-        autoencoders, arXiv:1706.02262, eqs 6 and 8.
+        autoencoders, arXiv:1706.02262.
     """
 
     value_name = "InfoVAE"
@@ -296,7 +296,7 @@ def maximum_mean_discrepancy(
         bandwidth: The kernel's h.
 
     References:
-        Gretton, Borgwardt, Rasch, Schoelkopf & Smola (2012), A kernel two-sample test, eq. 5.
+        Gretton, Borgwardt, Rasch, Schoelkopf & Smola (2012), A kernel two-sample test.
     """
 
     def mean_kernel(u: Tensor, v: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class PathwiseELBO(Estimator):
     """The ELBO with the reparameterised gradient.
 
     References:
-        Kingma & Welling (2014), Auto-encoding variational Bayes, eq. 6; Rezende et al. (2014).
+        Kingma & Welling (2014), Auto-encoding variational Bayes; Rezende et al. (2014).
     """
 
     value_name = "ELBO"
@@ -94,7 +94,7 @@ class StickingTheLanding(Estimator):
     """The ELBO without the score term: no variance where the guide is the posterior.
 
     References:
-        Roeder, Wu & Duvenaud (2017), Sticking the landing, eq. 8.
+        Roeder, Wu & Duvenaud (2017), Sticking the landing.
     """
 
     value_name = "ELBO"
@@ -110,7 +110,7 @@ class ScoreFunction(Estimator):
     """The ELBO with the score-function gradient (REINFORCE): any latent, high variance.
 
     References:
-        Ranganath, Gerrish & Blei (2014), Black box variational inference, eq. 3; Williams (1992).
+        Ranganath, Gerrish & Blei (2014), Black box variational inference; Williams (1992).
     """
 
     value_name = "ELBO"
@@ -144,7 +144,7 @@ class ImportanceWeighted(Estimator):
     """The importance-weighted bound with the reparameterised gradient (IWAE).
 
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eqs 8 and 14.
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders.
     """
 
     value_name = "IWAE"
@@ -159,7 +159,7 @@ class DReG(Estimator):
     """The importance-weighted bound with the doubly reparameterised gradient.
 
     References:
-        Tucker, Lawson, Gu & Maddison (2019), Doubly reparameterized gradient estimators, eq. 8.
+        Tucker, Lawson, Gu & Maddison (2019), Doubly reparameterized gradient estimators.
     """
 
     value_name = "IWAE"
@@ -174,7 +174,7 @@ class VIMCO(Estimator):
     """The importance-weighted bound for latents of any kind, with a baseline for each particle.
 
     References:
-        Mnih & Rezende (2016), Variational inference for Monte Carlo objectives, eqs 8 to 10.
+        Mnih & Rezende (2016), Variational inference for Monte Carlo objectives.
     """
 
     value_name = "IWAE"
@@ -205,10 +205,15 @@ class _RenyiBound(Estimator):
 class Renyi(_RenyiBound):
     """The variational Renyi bound of order alpha with the reparameterised gradient.
 
-    alpha = 0 is the importance-weighted bound, alpha -> 1 the ELBO.
+    alpha = 0 is the importance-weighted bound, alpha -> 1 the ELBO. What K particles give is, in
+    expectation, the VR-IWAE bound: below log p(x) for every K and alpha, the ELBO at K = 1, and
+    from there with K up (alpha < 1) or down (alpha > 1) to the Renyi bound. Values and gradients
+    are unbiased for it, and biased for the Renyi bound itself.
 
     References:
-        Li & Turner (2016), Renyi divergence variational inference, eqs 10 and 14.
+        Li & Turner (2016), Renyi divergence variational inference; Daudel, Benton, Shi & Doucet
+        (2023), Alpha-divergence variational inference meets importance weighted auto-encoders:
+        methodology and asymptotics, JMLR 24 (the VR-IWAE bound, for alpha below 1).
     """
 
     value_name = "Renyi"
@@ -223,7 +228,8 @@ class RenyiDReG(_RenyiBound):
     """The variational Renyi bound with the doubly reparameterised gradient.
 
     References:
-        Li & Turner (2016), eq. 10, with the identity of Tucker et al. (2019), eq. 7.
+        Li & Turner (2016), with the identity of Tucker et al. (2019); Daudel et al. (2023), see
+        `Renyi` for what K particles bound.
     """
 
     value_name = "Renyi"
@@ -242,7 +248,7 @@ class ReweightedWakeSleep(Estimator):
     || q).
 
     References:
-        Bornschein & Bengio (2015), Reweighted wake-sleep, eqs 6 and 9; Le et al. (2020),
+        Bornschein & Bengio (2015), Reweighted wake-sleep; Le et al. (2020),
         Revisiting RWS.
     """
 
@@ -260,7 +266,7 @@ class WakeDReG(Estimator):
     """Reweighted wake-sleep with the doubly reparameterised wake-phi gradient.
 
     References:
-        Tucker et al. (2019), Doubly reparameterized gradient estimators, eq. 9.
+        Tucker et al. (2019), Doubly reparameterized gradient estimators.
     """
 
     value_name = "IWAE"
@@ -298,7 +304,7 @@ class MIWAE(_Grouped):
     """The mean of M importance-weighted bounds of K/M particles each.
 
     References:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, eq. 9.
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better.
     """
 
     value_name = "MIWAE"
@@ -315,7 +321,7 @@ class PIWAE(_Grouped):
     The guide's gradient is not that of the value, which is the bound of all K.
 
     References:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, section 4.3.
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better.
     """
 
     value_name = "IWAE"
@@ -331,7 +337,7 @@ class CIWAE(Estimator):
     """A convex combination, beta ELBO + (1 - beta) IWAE.
 
     References:
-        Rainforth et al. (2018), Tighter variational bounds are not necessarily better, eq. 10.
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better.
     """
 
     value_name = "CIWAE"

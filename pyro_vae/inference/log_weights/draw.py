@@ -92,7 +92,7 @@ def elbo(log_weights: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch
     """The ELBO per datum in nats, the mean of the log weights over particles.
 
     References:
-        Kingma & Welling (2014), Auto-encoding variational Bayes, eq. 2.
+        Kingma & Welling (2014), Auto-encoding variational Bayes.
     """
     return log_weights.mean(0)
 
@@ -103,7 +103,7 @@ def importance_bound(log_weights: Float[Tensor, "particles batch"]) -> Float[Ten
     Its expectation is below log p(x) and rises to it with the number of particles.
 
     References:
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders.
     """
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 

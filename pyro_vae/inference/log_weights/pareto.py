@@ -94,9 +94,8 @@ def pareto_khat(log_weights: Float[Tensor, "particles batch"]) -> Float64[Tensor
         where fewer than 5 draws make the tail or a weight is infinite, nan where one is nan.
 
     References:
-        Vehtari et al. (2024), Pareto smoothed importance sampling, section 2.2; Zhang & Stephens
-        (2009), A new and efficient estimation method for the generalized Pareto distribution,
-        section 3.
+        Vehtari et al. (2024), Pareto smoothed importance sampling; Zhang & Stephens
+        (2009), A new and efficient estimation method for the generalized Pareto distribution.
     """
     return pareto_tail(log_weights).khat
 
@@ -114,8 +113,8 @@ def pareto_tail(log_weights: Float[Tensor, "particles batch"]) -> ParetoTail:
         log_weights: In nats; a common constant does not matter.
 
     References:
-        Smith (1987), Estimating tails of probability distributions, section 3 (the variance for
-        k > -1/2, which is also used below); Vehtari et al. (2024), section 2.2.
+        Smith (1987), Estimating tails of probability distributions (the variance for
+        k > -1/2, which is also used below); Vehtari et al. (2024).
     """
     rows = log_weights.detach().T.double()
     top = rows.amax(1, keepdim=True)
@@ -159,7 +158,7 @@ def smoothed_log_weights(
         Log weights in float64 whose exponentials sum to 1 for each datum.
 
     References:
-        Vehtari et al. (2024), Pareto smoothed importance sampling, algorithm 1.
+        Vehtari et al. (2024), Pareto smoothed importance sampling.
     """
     weights = log_weights.detach().double()
     weights = weights - weights.amax(0)

@@ -28,7 +28,7 @@ def split_rhat(
 
     References:
         Vehtari, Gelman, Simpson, Carpenter & Bürkner (2021), Rank-normalization, folding, and
-        localization, Bayesian Analysis 16, section 4.
+        localization, Bayesian Analysis 16.
     """
     halves = _split(draws)
     middle = _median(halves.flatten(0, 1))
@@ -47,8 +47,8 @@ def bulk_ess(
         ValueError: If there are fewer than 4 draws.
 
     References:
-        Vehtari et al. (2021), Rank-normalization, folding, and localization, section 3; Geyer
-        (1992), Practical Markov chain Monte Carlo, section 3.3.
+        Vehtari et al. (2021), Rank-normalization, folding, and localization; Geyer
+        (1992), Practical Markov chain Monte Carlo.
     """
     scores = _normal_scores(_split(draws))
     chains, length = scores.shape[:2]

@@ -81,7 +81,7 @@ def hmc_step(
         active: Latents that have a density; the others stay where they are.
 
     References:
-        Neal (2011), MCMC using Hamiltonian dynamics, section 3.2.
+        Neal (2011), MCMC using Hamiltonian dynamics.
     """
     first = point.u
     variances = torch.ones_like(first[0]) if inverse_mass is None else inverse_mass
@@ -128,7 +128,7 @@ class DualAveraging:
         target_accept: The mean acceptance probability to reach.
 
     References:
-        Hoffman & Gelman (2014), The No-U-Turn sampler, section 3.2.1, with its constants.
+        Hoffman & Gelman (2014), The No-U-Turn sampler, with its constants.
     """
 
     def __init__(self, step_size: Float[Tensor, " batch"], target_accept: float) -> None:
@@ -212,7 +212,7 @@ def sample_posterior(
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics; Hoffman & Gelman (2014), The No-U-Turn
-        sampler, section 3.2.
+        sampler.
 
     Example:
         >>> import torch
@@ -382,5 +382,5 @@ def jittered(step_size: Float[Tensor, " batch"], point: Point) -> Float[Tensor, 
 
 
 def _random_length(num_leapfrog: int) -> int:
-    """A number of leapfrog steps of the given mean, uniform from 1 (Neal 2011, section 3.2)."""
+    """A number of leapfrog steps of the given mean, uniform from 1 (Neal 2011)."""
     return int(torch.randint(1, 2 * num_leapfrog, ()))

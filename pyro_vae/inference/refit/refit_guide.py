@@ -540,7 +540,7 @@ def climb_each(
         advance: Called with the number of steps done since the last call.
 
     References:
-        Kingma & Ba (2015), Adam: a method for stochastic optimization, algorithm 1.
+        Kingma & Ba (2015), Adam: a method for stochastic optimization.
     """
     now = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     mean = {name: tensor.detach().clone() for name, tensor in start.items()}

@@ -147,7 +147,7 @@ class ContinuousBernoulli(Likelihood):
 
     References:
         Loaiza-Ganem & Cunningham (2019), The continuous Bernoulli: fixing a pervasive error in
-        variational autoencoders, arXiv:1907.06845, eqs 6-8.
+        variational autoencoders, arXiv:1907.06845.
     """
 
     measure = "grey"
@@ -193,7 +193,7 @@ class Gaussian(Likelihood):
 
     References:
         Rybkin, Daniilidis & Levine (2021), Simple and effective VAE training with calibrated
-        decoders, arXiv:2006.13202, section 4 and appendix.
+        decoders, arXiv:2006.13202.
     """
 
     measure = "real"
@@ -283,7 +283,7 @@ class CategoricalLevels(_GreyLevels):
 
     References:
         van den Oord, Kalchbrenner & Kavukcuoglu (2016), Pixel recurrent neural networks,
-        arXiv:1601.06759, section 3.4.
+        arXiv:1601.06759, section 2.2.
     """
 
     def __init__(self, levels: int = 256) -> None:
@@ -336,8 +336,8 @@ class DiscretizedLogistic(_GreyLevels):
 
     References:
         Kingma et al. (2016), Improved variational inference with inverse autoregressive flow,
-        arXiv:1606.04934, section 5; Salimans, Karpathy, Chen & Kingma (2017), PixelCNN++,
-        arXiv:1701.05517, section 2.1.
+        arXiv:1606.04934, appendix C.5; Salimans, Karpathy, Chen & Kingma (2017), PixelCNN++,
+        arXiv:1701.05517.
     """
 
     def __init__(

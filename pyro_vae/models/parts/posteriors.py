@@ -184,7 +184,7 @@ class InverseAutoregressivePosterior(Posterior):
 
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever & Welling (2016), Improved variational
-        inference with inverse autoregressive flow, arXiv:1606.04934, algorithm 1.
+        inference with inverse autoregressive flow, arXiv:1606.04934.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class MixturePrior(Prior):
 
     References:
         Dilokthanakul et al. (2016), Deep unsupervised clustering with Gaussian mixture variational
-        autoencoders, arXiv:1611.02648; Tomczak & Welling (2018), section 2.2.
+        autoencoders, arXiv:1611.02648; Tomczak & Welling (2018).
     """
 
     def __init__(self, latent_dim: int, num_components: int = 10) -> None:
@@ -135,7 +135,7 @@ class VampPrior(Prior):
         training goes on faster. With an "iaf" posterior each density costs a pass for each latent.
 
     References:
-        Tomczak & Welling (2018), VAE with a VampPrior, arXiv:1705.07120, eq. 9.
+        Tomczak & Welling (2018), VAE with a VampPrior, arXiv:1705.07120.
     """
 
     uses_encoder = True

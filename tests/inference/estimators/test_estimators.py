@@ -753,36 +753,63 @@ OF_ITS_VALUE: dict[str, Callable] = {  # by the name of the value, for the defau
 ON_A_NORMAL = [n for n in table.estimator_names() if n not in ("SleepPhi", "StraightThrough")]
 
 
-@pytest.mark.parametrize("name", ON_A_NORMAL)
-def test_an_estimator_says_whether_its_gradient_is_that_of_its_value(name):
-    """Expectations over two particles by sums over a grid, good to 1e-6 for these densities."""
-    estimator = make_estimator(name, 2)
+def on_a_grid(k: int) -> tuple[Tensor, Tensor]:
+    """Noise of K particles [K, G] and its probability; sums over it are good to 1e-6 here."""
     nodes = torch.linspace(-7.0, 7.0, 141)
     weights = (-0.5 * nodes**2).exp()
-    chance = torch.cartesian_prod(weights, weights).prod(1) / weights.sum() ** 2
-    noise = torch.cartesian_prod(nodes, nodes).T  # [particles, outcomes]
+    chance = torch.cartesian_prod(*[weights] * k).reshape(-1, k).prod(1) / weights.sum() ** k
+    return torch.cartesian_prod(*[nodes] * k).reshape(-1, k).T, chance
+
+
+def run_on_a_grid(estimator: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Callable, Callable]:
+    """Leaves and noise for each node, the chance of each datum's, and the programs."""
+    noise, chance = on_a_grid(estimator.num_particles)
     pca = OneNormal()
     leaves = spread(pca.values, len(chance))
     grid = noise.repeat_interleave(len(pca.x), 1)[..., None]
-    normal = scripted(dist.Normal, lambda d: d.loc + d.scale * grid, tuple(grid.shape))
-    model, guide = pca.programs(leaves, normal)
-    x = pca.x.repeat(len(chance), 1)
+    drawn = grid if len(grid) > 1 else grid[0]  # one particle has no dim of its own
+    normal = scripted(dist.Normal, lambda d: d.loc + d.scale * drawn, tuple(drawn.shape))
+    return leaves, grid, chance.repeat_interleave(len(pca.x)), *pca.programs(leaves, normal)
+
+
+@pytest.mark.parametrize("name", ON_A_NORMAL)
+def test_an_estimator_says_whether_its_gradient_is_that_of_its_value(name):
+    """Expectations over two particles."""
+    pca, estimator = OneNormal(), make_estimator(name, 2)
+    leaves, grid, chance, model, guide = run_on_a_grid(estimator)
+    x = pca.x.repeat(len(chance) // len(pca.x), 1)
+
+    def by_datum(gradient: Tensor) -> Tensor:
+        return gradient.view(-1, len(pca.x), *gradient.shape[1:]).sum(0)
+
     found = {
-        n: torch.einsum("c,c...->...", chance, g.view(len(chance), len(pca.x), *g.shape[1:]))
+        n: by_datum(torch.einsum("c,c...->c...", chance, g))
         for n, g in each_gradient(estimator, model, guide, x, leaves).items()
     }
     value = OF_ITS_VALUE[estimator.value_name](pca.log_weights(leaves, grid))
-    exact = torch.autograd.grad(
-        (chance.repeat_interleave(len(pca.x)) * value).sum(), list(leaves.values())
-    )
-    bias = differences(
-        found,
-        {
-            n: g.view(len(chance), len(pca.x), *g.shape[1:]).sum(0)
-            for n, g in zip(leaves, exact, strict=True)
-        },
-    )
+    exact = torch.autograd.grad((chance * value).sum(), list(leaves.values()))
+    bias = differences(found, dict(zip(leaves, map(by_datum, exact), strict=True)))
     assert bias < 1e-5 if type(estimator).unbiased else bias > 0.01, bias
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
+def test_renyi_bounds_of_few_particles_lie_between_the_elbo_and_the_renyi_bound(alpha):
+    """Daudel et al. (2023) for alpha below 1, and never above the evidence for any."""
+    pca, found = OneNormal(), []
+    for k in (1, 2):
+        estimator = Renyi(k, alpha=alpha)
+        _, _, chance, model, guide = run_on_a_grid(estimator)
+        x = pca.x.repeat(len(chance) // len(pca.x), 1)
+        value = chance * estimator.bound(model, guide, x).detach()
+        found.append(value.view(-1, len(pca.x)).sum(0))
+    noise, chance = on_a_grid(1)
+    each = pca.log_weights(pca.values, noise[0][:, None, None].expand(-1, len(pca.x), 1))
+    limit = (chance.log()[:, None] + (1 - alpha) * each).logsumexp(0) / (1 - alpha)
+    torch.testing.assert_close(found[0], pca.elbo(pca.values), atol=1e-6, rtol=0)
+    side = 1 if alpha < 1 else -1
+    for nearer, farther in ((limit, found[1]), (found[1], found[0])):
+        assert bool((side * (nearer - farther) > 1e-3).all())
+    assert all(bool((value < pca.evidence()).all()) for value in found)
 
 
 def at_the_posterior() -> tuple[Callable, Callable, Tensor, dict[str, Tensor]]:
@@ -1394,7 +1421,7 @@ def test_global_latents_have_one_weight_a_particle():
 
 
 def naive_vimco(w: Tensor, k: int) -> Tensor:
-    """L - L_-k of one particle, from its definition (Mnih & Rezende, eqs 8 to 10)."""
+    """L - L_-k of one particle, from its definition (Mnih & Rezende 2016)."""
     replaced = w.clone()
     replaced[k] = torch.cat([w[:k], w[k + 1 :]]).mean(0)
     return log_mean_exp(w) - log_mean_exp(replaced)

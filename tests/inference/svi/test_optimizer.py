@@ -41,7 +41,7 @@ def started(optimizer=None, learning_rate=0.1):
 
 
 def test_adam_by_its_formula():
-    """Kingma & Ba (2015), algorithm 1, written out."""
+    """Kingma & Ba (2015), written out."""
     optim, params = started()
     expected = {name: p.detach().clone() for name, p in params.items()}
     m = dict.fromkeys(params, 0.0)

@@ -95,7 +95,7 @@ def rows(found, *, seconds=False):
 
 
 def test_a_linear_vae_reaches_the_likelihood_of_ppca():
-    """Tipping & Bishop (1999), eq. 4; Lucas et al. (2019): the bound is tight at the optimum."""
+    """Tipping & Bishop (1999); Lucas et al. (2019): the bound is tight at the optimum."""
     x = linear_data()
     best = LinearGaussian.ppca_log_likelihood(x, LATENT_DIM).item() / NUM_DATA
 
@@ -450,7 +450,7 @@ def regression_data():
 
 
 def exact_regression(x, y):
-    """Bishop (2006), eqs 3.50 and 3.51: mean and covariance of the weights."""
+    """Bishop (2006): mean and covariance of the weights."""
     precision = torch.eye(DATA_DIM) + x.T @ x / 0.25
     return torch.linalg.solve(precision, x.T @ y / 0.25), torch.linalg.inv(precision)
 
