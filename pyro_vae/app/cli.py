@@ -846,20 +846,18 @@ def _torchvision(found: str) -> str:
 
 
 def _processor(capability: str) -> str:
-    import platform
+    from pyro_vae.results import processor_name
 
-    model, flags = platform.processor() or platform.machine(), set()
+    flags: set[str] = set()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
+            if key.strip() in ("flags", "Features"):
                 flags = set(value.split())
                 break
     shown = " ".join(flag for flag in _FLAGS if flag in flags) or "flags unknown"
-    return f"{model}; {shown}; torch uses {capability}"
+    return f"{processor_name()}; {shown}; torch uses {capability}"
 
 
 def _data_here(root: Path | None) -> str:

@@ -283,9 +283,10 @@ def plot_signal_to_noise(
 def plot_estimator_cost(
     result: Result, ax: Axes | None = None, *, parameter: str = "guide"
 ) -> Axes:
-    """Plots the variance of gradients against their time, a line through the K of an estimator.
+    """Plots the variance of gradients against their cost, a line through the K of an estimator.
 
-    Dotted lines join points of equal variance x time: below one is better than above. Estimators
+    The cost is in passes: runs of the programs with one particle, the same on every machine.
+    Dotted lines join points of equal variance x passes: below one is better than above. Estimators
     with a bias are hollow, for their variance is not the whole error.
 
     Args:
@@ -306,7 +307,7 @@ def plot_estimator_cost(
         biased = bool((row["verdict"].values[use] == "biased").any())
         colour, marker = _sign(i)
         ax.plot(
-            1e3 * row["seconds"].values[use],
+            row["passes"].values[use],
             row["variance"].values[use],
             "--" if biased else "-",
             marker=marker,
@@ -322,9 +323,9 @@ def plot_estimator_cost(
     if shown.any():
         _equal_cost_lines(ax)
     particles = ", ".join(str(k) for k in result["num_particles"].values)
-    ax.set_xlabel(f"milliseconds of one gradient (along a line K = {particles})")
+    ax.set_xlabel(f"passes for one gradient (along a line K = {particles})")
     ax.set_ylabel("total variance of one gradient, nats squared")
-    ax.set_title(f"Noise against time of gradients: {parameter}")
+    ax.set_title(f"Noise against cost of gradients: {parameter}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_locator(NullLocator())

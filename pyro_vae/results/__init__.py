@@ -22,7 +22,7 @@ from pyro_vae.results.building import make_result
 from pyro_vae.results.digits import ShortRepr, shapes_text
 from pyro_vae.results.files import atomic_path, leftovers, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
-from pyro_vae.results.provenance import float32_precision, sha256_of
+from pyro_vae.results.provenance import float32_precision, processor_name, sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
 from pyro_vae.results.result import Result, load_result, paired_difference
 from pyro_vae.results.table import rows_html, rows_text, summary_html
@@ -45,6 +45,7 @@ __all__ = [
     "load_result",
     "make_result",
     "paired_difference",
+    "processor_name",
     "rows_html",
     "rows_text",
     "sha256_of",

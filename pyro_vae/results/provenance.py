@@ -17,6 +17,7 @@ import numpy as np
 __all__ = [
     "float32_precision",
     "git_state",
+    "processor_name",
     "sha256_of",
     "sha256_of_index",
     "software",
@@ -135,6 +136,18 @@ def float32_precision() -> str:
         if product.fp32_precision not in ("none", "ieee")
     }
     return ", ".join(f"{precision} ({place})" for place, precision in less.items()) or "ieee"
+
+
+@functools.cache
+def processor_name() -> str:
+    """The processor that seconds were taken on, as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "an unknown processor"
 
 
 @functools.cache

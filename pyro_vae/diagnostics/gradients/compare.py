@@ -11,7 +11,8 @@ bias        norm of E g_r - g, with the share of the noise taken out of its squa
 bias_z      cross-fitted score: one half of the repeats says in which direction the bias would
             be, the other half tests it; about N(0, 1) or smaller if there is none
 snr         mean over coordinates of abs(mean_i) / s_i, as Rainforth et al. (2018) have it
-efficiency  variance x seconds: the noise that is left after one second of averaging
+efficiency  variance x passes: the noise that is left after averaging over one run of the
+            programs with one particle, which is the same on every machine
 =========== ====================================================================================
 """
 
@@ -37,7 +38,7 @@ from pyro_vae.inference.programs import (
     tool,
     unwrap_programs,
 )
-from pyro_vae.results import label, make_result, sha256_of
+from pyro_vae.results import label, make_result, processor_name, sha256_of
 
 __all__ = ["compare_estimators"]
 
@@ -93,8 +94,9 @@ def compare_estimators(
     Returns:
         A `Result` whose `recommend()` says which estimator to train with: a sentence, a short table
         and a plot. Over `estimator` and `num_particles`: `value` (the bound, nats per datum),
-        `seconds` (the processor time of the calling thread, on a GPU the elapsed time; median of
-        30, or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
+        `passes` (runs of the programs with one particle, for one gradient), `seconds` (on this
+        machine: the processor time of the calling thread, on a GPU the elapsed time; median of 30,
+        or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
         what is kept for the backward pass).
         Over these and `parameter`: `variance`,
         `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
@@ -110,9 +112,10 @@ def compare_estimators(
 
     Note: Groups of more than 50,000 entries are represented by as many drawn at random.
 
-    ReferenceRows:
+    References:
         Rainforth et al. (2018), Tighter variational bounds are not necessarily better;
-        Geffner & Domke (2020), A rule for gradient estimator selection (variance x time).
+        Geffner & Domke (2020), A rule for gradient estimator selection (variance x
+        time; here variance x passes).
 
     Example:
         >>> import torch
@@ -178,6 +181,9 @@ def _check_particles(num_particles: Sequence[int]) -> tuple[int, ...]:
 
 _NEITHER: dict[str, Any] = {"reduction": "none", "bound": "none"}
 _OF_AN_ESTIMATOR = {
+    "passes": label(
+        unit="none", **_NEITHER, description="runs of the programs with one particle, a gradient"
+    ),
     "seconds": label(unit="seconds", **_NEITHER, description="time of one gradient, median"),
     "bytes": label(
         unit="bytes", **_NEITHER, description="peak of what a gradient keeps for its backward pass"
@@ -189,7 +195,7 @@ _OF_A_GROUP = {  # unit and description
     "bias": ("nats", "norm of mean gradient - gradient of the bound, noise taken out"),
     "bias_z": ("none", "cross-fitted score of the bias, at most about N(0, 1) where there is none"),
     "snr": ("none", "mean over coordinates of |mean| / sd of one gradient"),
-    "efficiency": ("none", "variance x seconds (nats squared x s): lower is better"),
+    "efficiency": ("none", "variance x passes (nats squared): lower is better"),
 }
 
 
@@ -229,7 +235,7 @@ def _as_result(
     variables["bias_z"][-1]["threshold"] = threshold
     variables["snr_is_noise"] = (dims, deep["snr"] < floor, {})
     variables["verdict"] = (dims, _verdicts(deep, found, bench, threshold), {})
-    notes = [*found.notes]
+    notes = [*found.notes, f"Seconds are those of one thread of {processor_name()}."]
     if len(kinds) > 1:
         notes.append("Values bound different things: see the coordinate bound_kind.")
     notes.append(
@@ -258,7 +264,7 @@ def _as_result(
 def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:
     """By name, [estimators, num_particles]; nan where nothing was measured."""
     shape = (len(found.candidates), len(found.particles))
-    names = ("value", "value_se", "seconds", "seconds_se", "bytes")
+    names = ("value", "value_se", "passes", "seconds", "seconds_se", "bytes")
     flat = {name: np.full(shape, math.nan) for name in names}
     for row in found.rows:
         place = found.candidates.index(row.candidate), found.particles.index(row.num_particles)
@@ -281,14 +287,9 @@ def _numbers_of_groups(found: Measured, groups: Sequence[str]) -> dict[str, np.n
 
 
 def _add_efficiency(flat: Mapping[str, np.ndarray], deep: dict[str, np.ndarray]) -> None:
-    """Fills in variance x seconds, with the relative errors of both."""
-    variance, seconds = deep["variance"], flat["seconds"][..., None]
-    relative = np.hypot(
-        deep["variance_se"] / np.where(variance > 0, variance, 1.0),
-        flat["seconds_se"][..., None] / np.where(seconds > 0, seconds, 1.0),
-    )
-    deep["efficiency"] = variance * seconds
-    deep["efficiency_se"] = deep["efficiency"] * relative
+    """Fills in variance x passes; passes have no error."""
+    for end in ("", "_se"):
+        deep[f"efficiency{end}"] = deep[f"variance{end}"] * flat["passes"][..., None]
 
 
 def _verdicts(

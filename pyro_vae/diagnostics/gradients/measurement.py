@@ -87,6 +87,7 @@ def measure(
             numbers = {
                 "value": float(drawn.values.mean()),
                 "value_se": float(drawn.values.std()) / math.sqrt(repeats),
+                "passes": float(bench.passes(pair.elbo)),
                 **_time_statistics(times[:, place]),
                 "bytes": float(pair.bytes),
             }

@@ -40,7 +40,7 @@ def snr_slopes(result: Result) -> Result:
         Over `estimator` and `parameter`: `slope` and `slope_se`, `intercept` (log SNR at K = 1)
         and `num_points`. With fewer than two points the slope is nan.
 
-    ReferenceRows:
+    References:
         Rainforth et al. (2018): 1/2 for the model, -1/2 for the guide under IWAE.
     """
     snr = result["snr"].transpose("estimator", "parameter", "num_particles")
@@ -157,9 +157,10 @@ def estimator_rows(result: Result, parameter: str) -> list[dict[str, str]]:
                     "verdict": str(row.verdict.values),
                     "variance": _with_error(row, "variance"),
                     "SNR": f"{float(row.snr):.3g}{below}",
+                    "passes": f"{float(row.passes):g}",
                     "ms": f"{1e3 * float(row.seconds):.2f}",
                     "kB": f"{float(row.bytes) / 1e3:.0f}",
-                    "variance x s": f"{float(row.efficiency):.2e}",
+                    "variance x passes": f"{float(row.efficiency):.2e}",
                 }
             )
     return rows
@@ -171,7 +172,9 @@ def _with_error(row: Result, name: str) -> str:
 
 
 def recommend_estimators(result: Result, parameter: str = "guide") -> list[dict[str, str]]:
-    """For each bound and K the unbiased estimator with the least variance x time, by measurement.
+    """For each bound and K the unbiased estimator with the least variance x passes.
+
+    A pass is a run of the programs with one particle, so the ranking is that of every machine.
 
     Estimators of different bounds maximise different functions, so they are not ranked against
     each other. One whose bias is unknown, or that is biased by design, is not recommended.
@@ -181,8 +184,9 @@ def recommend_estimators(result: Result, parameter: str = "guide") -> list[dict[
         parameter: The group of parameters that the ranking looks at.
 
     Returns:
-        Rows with `bound`, `K`, `recommended`, `next` (with how many times as much variance x time,
-        and its standard error) and `biased` (in brackets: by design, but too little to be seen).
+        Rows with `bound`, `K`, `recommended`, `next` (with how many times as much variance x
+        passes, and its standard error) and `biased` (in brackets: by design, but too little to be
+        seen).
     """
     return [
         {

@@ -1,12 +1,13 @@
 """Drawing and timing gradients of a pair of programs, parameter group by parameter group."""
 
+import copy
 import fnmatch
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,30 @@ class Bench:
             if len(seconds) >= _LEAST_ROUNDS and sum(map(sum, seconds)) > _SECONDS_TO_TIME:
                 break
         return np.array(seconds)
+
+    def passes(self, elbo: ELBO) -> int:
+        """Runs of the programs with one particle that a gradient takes, on any machine."""
+        together = self.structure is not None and self.structure.vectorizable
+        if not isinstance(elbo, Estimator):
+            together = elbo.vectorize_particles
+        runs = dict.fromkeys(("model", "guide"), 0)
+
+        def counted(which: str, program: Program) -> Program:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                runs[which] += 1
+                return program(*args, **kwargs)
+
+            return run
+
+        one = copy.copy(elbo)  # which will have seen these programs, and not the bench's own
+        bench = replace(
+            self, model=counted("model", self.model), guide=counted("guide", self.guide)
+        )
+        with keep_random_state():
+            bench.step(one)  # looks the programs over
+            runs.update(model=0, guide=0)
+            bench.step(one)
+        return max(runs.values()) * (elbo.num_particles if together else 1)
 
     def make(self, candidate: Candidate, num_particles: int) -> ELBO:
         """The estimator for so many particles.

@@ -180,9 +180,7 @@ def resolve(
         )
         deadline = None if budget is None else time.monotonic() + budget
         parts = []
-        shown = tqdm(
-            total=plan.num_data, unit="datum", leave=False, disable=None if progress else True
-        )
+        shown = progress_bar(plan.num_data, "datum", show=progress)
         with shown:
             for first, part in plan.parts():
                 pyro.set_rng_seed((seed + 7919 * first) % 2**31)
