@@ -31,6 +31,7 @@ from pyro_vae.inference.programs import (
     tool,
 )
 from pyro_vae.inference.refit import WeightedDraws
+from pyro_vae.progress import progress_bar
 from pyro_vae.results import ArvizGroups, Result, label, make_result, sha256_of
 
 __all__ = ["ResolvedDraws", "resolve"]
