@@ -20,8 +20,11 @@ def test_the_example_prints_what_is_shown_and_agrees_with_the_exact_evidence(cap
         assert float(re.search(rf"{name} +(-?[0-9.]+)", printed)[1]) == pytest.approx(
             value, abs=0.01
         )
+    found = re.search(r"log_evidence +(-[0-9.]+) +([0-9.]+) ", printed)
+    value, error = float(found[1]), float(found[2])
     rate = names["reached"].parameters["rate"]
     exact = torch.distributions.NegativeBinomial(2.0, probs=1 / (1 + rate)).log_prob(names["x"])
+    assert abs(value - float(exact.mean())) < 4.5 * error < 0.001  # the error holds, and is small
     assert float(re.search(r"exact value is known: (-[0-9.]+)", README)[1]) == pytest.approx(
         float(exact.mean()), abs=0.005
     )

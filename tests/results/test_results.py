@@ -336,6 +336,44 @@ def test_quantity_of_a_scalar_keeps_its_error_and_its_own_seed():
     assert (q.value, q.standard_error, q.data_standard_error, q.seed) == (-20.0, 0.5, None, 5)
 
 
+def rated(**changes):
+    """Errors 0.5 of four data of which 0.3 is bias, and what says that one does not hold."""
+    variables: dict[str, Any] = {
+        "elbo": ("datum", VALUES, label(bound="lower", reliable_by="error_reliable")),
+        "elbo_se": ("datum", np.full(4, 0.5), {}),
+        "elbo_bias": ("datum", np.full(4, -0.3), {}),
+        "error_reliable": ("datum", np.array([True, False, True, True]), {}),
+    }
+    return build(variables | changes)
+
+
+def test_noise_averages_out_over_the_data_and_bias_does_not():
+    q = rated().quantity("elbo")
+    assert q.standard_error == pytest.approx(math.hypot(0.4 / 2, 0.3))  # noise of 0.4 each
+    one = rated().isel(datum=0).quantity("elbo")
+    assert one.standard_error == pytest.approx(0.5)
+    signs = ("datum", np.array([-0.3, 0.3, -0.3, 0.3]), {})
+    assert rated(elbo_bias=signs).quantity("elbo").standard_error == pytest.approx(0.2)
+    assert "elbo_bias" not in rated().table()
+    with pytest.raises(ValueError, match="bias of elbo, which is missing"):
+        build({"elbo_bias": ("datum", ERRORS, {})})
+
+
+def test_an_error_that_does_not_hold_says_so_itself():
+    result = rated()
+    assert re.search(r"elbo +-5.00 +0.36\? ", result.table())
+    q = result.quantity("elbo")
+    assert q.num_unreliable == 1
+    assert "error unreliable for 1 of 4 data" in str(q)
+    good = result.isel(datum=result.error_reliable.values)
+    assert "?" not in good.table()
+    assert "unreliable" not in str(good.quantity("elbo"))
+    alone = result.isel(datum=1).quantity("elbo")
+    assert "error unreliable," in str(alone)
+    difference = q.difference(q)
+    assert difference.num_unreliable == 1
+
+
 def test_mean_of_float32_is_taken_in_float64():
     values = np.full(100_003, 0.1, dtype=np.float32)
     value = bound(values, None).quantity("elbo").value

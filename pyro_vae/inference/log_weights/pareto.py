@@ -32,6 +32,7 @@ __all__ = [
 _ROWS = 256  # data fitted at once; bounds memory
 _PRIOR = 10  # draws that the prior of PSIS on the shape, centred at 1/2, counts for
 _RARE = 0.05  # fitted tails end at the weight that so many sets of draws exceed
+_SHAPE_ERRORS = 0.5  # of k-hat; errors hold best so, from light to heavy tails of 1000 weights
 _NODES = 48  # of the quadrature over a fitted tail
 _DEPTH = 36.0  # nats below the largest weight, where double precision no longer sees a weight
 _MOST = 0.5  # nats; larger errors are a matter of the tail that is assumed
@@ -190,7 +191,7 @@ def importance_bound_error(
     where t is the 97.5 % quantile of Student's t with K - 1 degrees of freedom, over that of the
     normal. log(1 + v/K) is the variance of the log of a log-normal mean; to first order it is v/K,
     the delta method. v is no less than that of the weights as they are, and with `tail` no less
-    than that of their Pareto tail at k-hat plus its standard error. So two standard errors hold
+    than that of their Pareto tail (see `tail_error`). So two standard errors hold
     95 % where log weights are normal or have a lighter upper tail (90 % and more of K = 16 up to a
     spread of 2 nats; the delta method holds 65 % there), and fewer where it is heavier.
 
@@ -237,7 +238,7 @@ def tail_error(
 ) -> Float64[Tensor, " batch"]:
     """Standard error of the mean of a function of the weights, its tail taken from the fit.
 
-    The squares of the largest values are those of the fitted distribution at k-hat plus its
+    The squares of the largest values are those of the fitted distribution at k-hat plus half its
     standard error, up to the weight that one in twenty sets of draws exceeds; but no less than
     those seen. Where there is no fit, they are those seen.
 
@@ -286,7 +287,7 @@ def _tail_points(
     depth = (tail.size.double() / _RARE).log()  # of the survival function, in nats
     survival = (nodes.to(depth) + 1) / 2 * depth
     shares = weights.to(depth) * (-survival).exp()
-    shape = tail.khat + tail.khat_se
+    shape = tail.khat + _SHAPE_ERRORS * tail.khat_se
     shape = torch.where(shape.abs() < 1e-6, 1e-6, shape)
     points = tail.scale * torch.expm1(shape * survival) / shape + tail.log_cutoff.exp()
     return points.log(), shares / shares.sum(0)

@@ -24,7 +24,8 @@ def arviz_khat(log_weights: torch.Tensor) -> np.ndarray:
     try:
         stats = importlib.import_module("arviz_stats.base").array_stats
     except ImportError:
-        return np.asarray(importlib.import_module("arviz").psislw(rows)[1])
+        with np.errstate(over="ignore"):  # in weights of its own that it then sets to 0
+            return np.asarray(importlib.import_module("arviz").psislw(rows)[1])
     return np.asarray(stats.psislw(-rows)[1])  # ArviZ 1 takes log likelihoods, not log weights
 
 
@@ -212,12 +213,19 @@ def test_two_errors_of_few_heavy_weights_hold_the_truth(weights, count, least, m
 
 
 @pytest.mark.parametrize(
-    ("weights", "most_by_delta"),
-    [(normal(1.0), 0.95), (normal(2.0), 0.88), (pareto(0.5, 0.6), 0.86), (pareto(1.0, 0.6), 0.77)],
+    ("weights", "least", "most_by_delta"),
+    [
+        (normal(1.0), 0.95, 0.95),
+        (normal(2.0), 0.95, 0.88),
+        (pareto(0.5, 0.6), 0.94, 0.86),
+        (pareto(1.0, 0.6), 0.92, 0.77),
+    ],
 )
-def test_with_a_fitted_tail_two_errors_hold_where_weights_are_heavier(weights, most_by_delta):
+def test_with_a_fitted_tail_two_errors_hold_where_weights_are_heavier(
+    weights, least, most_by_delta
+):
     by_delta, covered, _, _ = coverage_of(*weights, 1000, fitted=True)
-    assert covered > 0.94 - NOISE
+    assert covered > least - NOISE
     assert by_delta < most_by_delta + NOISE
 
 
