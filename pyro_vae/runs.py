@@ -321,6 +321,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "binarization_seed": BINARIZATION_SEED,
         "measure": dataset.measure,
         "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
+        "pixels": dataset.pixels,
         "held_out": held_out,
         "sha256": dataset.sha256(),
     }
@@ -429,7 +430,8 @@ def start_run(
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
     loss = _choose_loss(model, objective, num_particles, warmup_epochs)
-    dataset, chosen = on_levels(dataset, choose_likelihood(dataset.measure, likelihood))
+    chosen = choose_likelihood(dataset.measure, likelihood, dataset.pixels)
+    dataset, chosen = on_levels(dataset, chosen)
     train, held_out = split_training(dataset)
     with keep_random_state(), _default_dtype(train.dtype):
         pyro.set_rng_seed(seed)

@@ -386,10 +386,12 @@ def fit(
     from pyro_vae.runs import load_training_data, start_run
 
     parts = _parse_parts(given)
-    measure = describe_dataset(data).measure
-    how = choose_binarization(measure, parts["likelihood"]) if binarize is None else binarize
+    info = describe_dataset(data)
+    how = binarize or choose_binarization(info.measure, parts["likelihood"], info.pixels)
     how = None if how == "none" else how
-    parts["likelihood"] = choose_likelihood("binary" if how else measure, parts["likelihood"])
+    parts["likelihood"] = choose_likelihood(
+        "binary" if how else info.measure, parts["likelihood"], info.pixels
+    )
     name = model_name(parts["model"])
     folder = out if out is not None else Path("results") / f"{data}-{name}-{latent_dim}"
     if (found := holds_run(folder)) and not overwrite:
@@ -566,7 +568,8 @@ def sample(
             f"{run} is an {type(loaded.module).__name__.lower()}, which has no prior to draw from: "
             "train a VAE (--model vae), or look at its reconstructions in pyro-vae report."
         )
-    shape = loaded.config.get("data", {}).get("image_shape")
+    about = loaded.config.get("data", {})
+    shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     if not shape:
         raise ValueError(
             f"{run} was trained on {loaded.data_name}, which are no images: draw from it in Python,"
@@ -576,7 +579,12 @@ def sample(
     if target.suffix != ".png":
         raise ValueError(f"--out is {target}, but a picture is written as PNG: name it FILE.png.")
     ax: Any = plot_samples(
-        loaded.module, shape, num_images=num_images, seed=seed, data=loaded.data_name
+        loaded.module,
+        shape,
+        num_images=num_images,
+        seed=seed,
+        data=loaded.data_name,
+        pixels=pixels,
     )
     (path,) = save_figures([RunFigure(target.stem, "", ax.figure)], target.parent)
     typer.echo(f"{num_images} draws in {path}")

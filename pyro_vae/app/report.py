@@ -360,14 +360,15 @@ def run_figures(
             "How far the evidence of each test datum lies above its ELBO: the height above the "
             "diagonal estimates KL(q(z | x) || p(z | x)). Triangles are not to be trusted.",
         )
-    shape = run.config.get("data", {}).get("image_shape")
+    about = run.config.get("data", {})
+    shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     test = dataset.test if dataset is not None and len(dataset.test) else None
     if test is not None:
         test = test.to(next(module.parameters()))
     if shape and test is not None and hasattr(module, "reconstruct"):
         add(
             "reconstructions",
-            plot_reconstructions(module, test, shape, data=data),
+            plot_reconstructions(module, test, shape, data=data, pixels=pixels),
             "Test data, and what is left of them after passing through the latents.",
         )
     if test is not None and dataset is not None and hasattr(module, "encode"):
@@ -383,14 +384,14 @@ def run_figures(
     if shape and getattr(module, "latent_dim", 0) == 2 and hasattr(module, "decode"):
         add(
             "manifold",
-            plot_manifold(module, shape, data=data),
+            plot_manifold(module, shape, data=data, pixels=pixels),
             "What the decoder makes of a grid of latents; each picture stands for the same share "
             "of a standard normal" + (", the prior." if _where_the_prior_is(run) else "."),
         )
     if shape and hasattr(module, "sample"):
         add(
             "samples",
-            plot_samples(module, shape, data=data),
+            plot_samples(module, shape, data=data, pixels=pixels),
             "What the model believes data look like: a latent is drawn from the prior and decoded.",
         )
     return figures

@@ -400,6 +400,7 @@ def plot_reconstructions(
     *,
     num_images: int = 12,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows data above what the model makes of their posterior means.
 
@@ -410,6 +411,7 @@ def plot_reconstructions(
         ax: Where to draw; a new figure if None.
         num_images: The first so many are shown.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Returns:
         The axes with one picture: data in its upper half, reconstructions in its lower half.
@@ -421,7 +423,7 @@ def plot_reconstructions(
     shown = x[:num_images]
     means = _call(module, "reconstruct", shown)
     rows = torch.stack([_images(shown, image_shape), _images(means, image_shape)])
-    ax = _show(ax, rows, (min(0.75 * len(shown) + 1.2, 10.0), 2.1))
+    ax = _show(ax, rows, (min(0.75 * len(shown) + 1.2, 10.0), 2.1), pixels)
     _, height, _ = _grid(image_shape)
     ax.set_yticks([height / 2 - 0.5, 1.5 * height - 0.5], ["data", "recon-\nstruction"])
     ax.set_xticks([])
@@ -437,6 +439,7 @@ def plot_samples(
     num_images: int = 64,
     seed: int = 0,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows draws from the prior: the mean of x given each drawn z.
 
@@ -447,6 +450,7 @@ def plot_samples(
         num_images: How many draws; the grid is as square as can be.
         seed: Seeds the draws; torch's random state is left alone.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         TypeError: If the module cannot sample.
@@ -461,7 +465,7 @@ def plot_samples(
     rows = math.ceil(num_images / columns)
     blank = torch.full((rows * columns - num_images, *drawn.shape[1:]), math.nan)
     mosaic = torch.cat([drawn, blank]).reshape(rows, columns, *drawn.shape[1:])
-    ax = _show(ax, mosaic, (5.2, 5.2 * rows / columns + 0.6))
+    ax = _show(ax, mosaic, (5.2, 5.2 * rows / columns + 0.6), pixels)
     ax.set_xticks([])
     ax.set_yticks([])
     about = f"{num_images} means of p(x | z), seed {seed}"
@@ -476,6 +480,7 @@ def plot_manifold(
     *,
     num_steps: int = 15,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     r"""Shows the images that a grid of latents decodes to, for two latent dimensions.
 
@@ -488,6 +493,7 @@ def plot_manifold(
         ax: Where to draw; a new figure if None.
         num_steps: Pictures along each side, n.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         TypeError: If the module cannot decode.
@@ -508,7 +514,7 @@ def plot_manifold(
     z = torch.stack(torch.meshgrid(steps.flip(0), steps, indexing="ij")[::-1], dim=-1)
     means = _call(module, "decode", z.to(like).reshape(-1, 2))
     mosaic = _images(means, image_shape)
-    ax = _show(ax, mosaic.reshape(num_steps, num_steps, *mosaic.shape[1:]), _SQUARE)
+    ax = _show(ax, mosaic.reshape(num_steps, num_steps, *mosaic.shape[1:]), _SQUARE, pixels)
     _, height, width = _grid(image_shape)
     ticks = sorted({0, num_steps // 4, num_steps // 2, num_steps - 1 - num_steps // 4} - {-1})
     ticks = sorted({*ticks, num_steps - 1})
@@ -661,10 +667,19 @@ def _images(
     return x.detach().cpu().float().reshape(-1, *image_shape)
 
 
+def _look_of(pixels: str) -> dict[str, Any]:
+    """How images with pixels from 0 to 1 are drawn."""
+    maps = {"ink": "gray_r", "light": "gray"}
+    if pixels not in maps:
+        raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset.")
+    return {"cmap": maps[pixels], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+
+
 def _show(
     ax: Axes | None,
     images: Float[Tensor, "down across rows columns"],
     size: tuple[float, float],
+    pixels: str = "ink",
 ) -> Axes:
     """Shows images as one picture, each followed by a gap below and to the right."""
     ax = _axes(ax, size)
@@ -674,7 +689,7 @@ def _show(
     whole[:, :, : height - gap, : width - gap] = images
     mosaic = whole.transpose(1, 2).reshape(down * height, across * width)
     mosaic = mosaic[:-gap, :-gap]
-    ax.imshow(mosaic.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(mosaic.numpy(), **_look_of(pixels))
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -758,6 +773,7 @@ def plot_widest_gaps(
     image_shape: Sequence[int],
     *,
     num_images: int = 12,
+    pixels: str = "ink",
 ) -> Figure:
     """Shows the data with the widest gaps, each with its gap in nats.
 
@@ -766,6 +782,7 @@ def plot_widest_gaps(
         x: Images, a row each.
         image_shape: Rows and columns of an image.
         num_images: How many, from the widest on.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Returns:
         A figure with a panel for each image: above it the gap, below it its parts, the
@@ -789,7 +806,7 @@ def plot_widest_gaps(
     for ax, i in zip(panels, order, strict=False):
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.imshow(images[i].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        ax.imshow(images[i].numpy(), **_look_of(pixels))
         parts = [float(ledger[name][i]) for name in ("amortization_gap", "approximation_gap")]
         ax.set_title(f"{float(ledger['gap'][i]):.1f}", fontsize="medium")
         ax.set_xlabel("encoder {:.1f}\nfamily {:.1f}".format(*parts), fontsize="small")

@@ -193,6 +193,21 @@ def test_samples_are_those_of_their_seed() -> None:
     assert "seed 3" in ax.get_title()
 
 
+def test_photographs_are_no_negatives() -> None:
+    """Grey 1 is black where it is ink, and white where it is light."""
+    vae = VAE(data_dim=6, latent_dim=2, hidden=(5,))
+    for pixels, white in (("ink", 0.0), ("light", 1.0)):
+        for ax in (
+            plot_reconstructions(vae, torch.zeros(2, 6), (2, 3), pixels=pixels),
+            plot_samples(vae, (2, 3), num_images=2, pixels=pixels),
+            plot_manifold(vae, (2, 3), num_steps=2, pixels=pixels),
+        ):
+            (image,) = ax.images
+            assert image.get_clim() == (0, 1)
+            assert image.cmap(white)[:3] == (1.0, 1.0, 1.0)
+            assert image.cmap(1 - white)[:3] == (0.0, 0.0, 0.0)
+
+
 def test_the_manifold_runs_through_the_inverse_normal() -> None:
     ax: Any = plot_manifold(Stub(), SHAPE, num_steps=4)
     quantiles = [NormalDist().inv_cdf((i + 0.5) / 4) for i in range(4)]
