@@ -1,6 +1,5 @@
 """One self-contained page about one or more runs, which a student can read offline."""
 
-import base64
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app.pages import figure_png, render_template
+from pyro_vae.app.pages import figure_panels, figure_png, render_template
 from pyro_vae.data import Dataset, DatasetError
 from pyro_vae.inference.estimators import bounds_nothing, loss_text, objective_names
 from pyro_vae.inference.log_weights import khat_threshold
@@ -274,12 +273,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         "sentences": [line for line in lines if not line.startswith("Note: ")],
         "notes": said + notes,
         "figures": [
-            {
-                "caption": shown.caption,
-                "png": base64.b64encode(figure_png(shown.figure)).decode("ascii"),
-                "width": round(shown.figure.get_figwidth() * 74),
-                "wide": shown.figure.get_figwidth() > 1.9 * shown.figure.get_figheight(),
-            }
+            {"caption": shown.caption, "panels": figure_panels(shown.figure)}
             for shown in run_figures(run, dataset, found)
         ],
         "commands": reproduce_commands(run, found),

@@ -7,8 +7,9 @@ changes rcParams. The colours are Okabe and Ito's and Paul Tol's, which colour-b
 tell apart; what matters is told by a second sign as well (a line style, a marker, a word).
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
 from pyro_vae.diagnostics.gradients import snr_slopes
+from pyro_vae.inference.estimators import estimator_names
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
 
@@ -55,6 +57,14 @@ _CLASSES = (  # Paul Tol's "muted" scheme, ordered so that neighbouring classes 
     "#7F7F7F",
 )
 _MARKERS = "os^vDP*X<>"
+_COMMON = (  # estimators with a colour of their own
+    *("PathwiseELBO", "AnalyticELBO", "StickingTheLanding", "ScoreFunction", "LeaveOneOut"),
+    *("ImportanceWeighted", "DReG", "VIMCO", "ReweightedWakeSleep", "WakeDReG"),
+)
+_PYROS = ("Pyro Trace_ELBO", "Pyro TraceGraph_ELBO", "Pyro RenyiELBO")
+_ESTIMATORS = {  # the place of each in `_CLASSES`, so that it looks the same in every figure
+    name: place for place, name in enumerate(dict.fromkeys((*_COMMON, *estimator_names(), *_PYROS)))
+}
 _SQUARE, _WIDE = (5.2, 5.2), (6.4, 4.6)
 
 
@@ -226,12 +236,13 @@ def plot_signal_to_noise(
     slopes = snr_slopes(result).sel(parameter=parameter)
     floor = float(result["snr"].attrs["noise_floor"])
     particles = result["num_particles"].values
-    for i, name in enumerate(result["estimator"].values):
+    signs = _signs(result["estimator"].values)
+    for name in result["estimator"].values:
         chosen = result.sel(estimator=name, parameter=parameter)
         snr, error = chosen["snr"].values, chosen["snr_se"].values
         if not np.isfinite(snr).any():
             continue
-        colour, marker = _sign(i)
+        colour, marker = signs[str(name)]
         slope, slope_se = (float(slopes.sel(estimator=name)[n]) for n in ("slope", "slope_se"))
         text = "no slope" if math.isnan(slope) else f"{slope:+.3f} ± {slope_se:.3f}"
         hidden = np.minimum(error, 0.9 * snr)  # a bar that reaches 0 has no end on a log axis
@@ -298,12 +309,13 @@ def plot_estimator_cost(
     ax = _axes(ax, (6.8, 6.2))
     chosen = result.sel(parameter=parameter)
     shown = chosen["variance"].values > 0
+    signs = _signs(result["estimator"].values)
     for i, name in enumerate(result["estimator"].values):
         row, use = chosen.sel(estimator=name), shown[i]
         if not use.any():
             continue
         biased = bool((row["verdict"].values[use] == "biased").any())
-        colour, marker = _sign(i)
+        colour, marker = signs[str(name)]
         ax.plot(
             1e3 * row["seconds"].values[use],
             row["variance"].values[use],
@@ -330,6 +342,23 @@ def plot_estimator_cost(
     ax.grid(alpha=0.25, lw=0.6)
     _legend_below(ax)
     return ax
+
+
+def _signs(names: Iterable[Any]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each name: for estimators always theirs, whatever stands beside.
+
+    Other names get, in their order, the first signs that no estimator among them has.
+    """
+    own = {str(name): _ESTIMATORS.get(str(name).split("(")[0]) for name in names}
+    free = (i for i in itertools.count() if i % len(_CLASSES) not in _places(own.values()))
+    if len(_places(own.values())) == len(_CLASSES):
+        free = itertools.count(len(_ESTIMATORS))
+    return {name: _sign(next(free) if place is None else place) for name, place in own.items()}
+
+
+def _places(given: Iterable[int | None]) -> set[int]:
+    """The colours that are taken."""
+    return {place % len(_CLASSES) for place in given if place is not None}
 
 
 def _sign(i: int) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def test_main_writes_numbers_figures_and_a_page(
     assert names == {*(f"{name}.png" for name in FIGURES), *results, "report.html"}
     found = load_result(out / "base.nc")
     assert {"khat", "trust_guide", "mean_error", "c2st_accuracy", "ranks"} <= set(found.data_vars)
-    assert (out / "report.html").read_text().count("<img") == len(FIGURES)
+    assert (out / "report.html").read_text().count("<figure>") == len(FIGURES)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,13 @@ from torch.distributions import Normal
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.plots import (
     plot_bound,
+    plot_estimator_cost,
     plot_evidence,
     plot_latent,
     plot_manifold,
     plot_reconstructions,
     plot_samples,
+    plot_signal_to_noise,
 )
 from pyro_vae.results import Result, label, make_result
 
@@ -303,3 +305,37 @@ def test_axes_that_are_given_are_used_and_nothing_else_changes() -> None:
     from matplotlib import pyplot as plt
 
     assert plt.get_fignums() == []
+
+
+def comparison(names: list[str]) -> Result:
+    """As much of a comparison of estimators as its figures read."""
+    dims = ("estimator", "num_particles", "parameter")
+    values = np.linspace(1.0, 2.0, 2 * len(names)).reshape(len(names), 2, 1)
+    pure = label(unit="none", reduction="none", bound="none")
+    variables: dict[str, Any] = {
+        name: (dims, values, {**pure, "noise_floor": 0.1}) for name in ("snr", "variance")
+    }
+    variables |= {f"{name}_se": (dims, 0.01 * values, {}) for name in ("snr", "variance")}
+    variables["seconds"] = (dims[:2], values[..., 0], pure)
+    variables["verdict"] = (dims, np.full(values.shape, "no bias seen"), {})
+    coords = {"estimator": names, "num_particles": [1, 8], "parameter": ["guide"]}
+    return make_result(variables, function="f", config={}, seed=0, data_sha256=None, coords=coords)
+
+
+def test_an_estimator_has_one_colour_in_every_panel() -> None:
+    def colours(ax: Any) -> dict[str, Any]:
+        handles, texts = ax.get_legend_handles_labels()
+        named = zip(handles, (text.split(":")[0] for text in texts), strict=True)
+        return {name: handle.get_color() for handle, name in named if name != "noise floor"}
+
+    many = ["PathwiseELBO", "DReG", "VIMCO", "mine", "ReweightedWakeSleep"]
+    few = ["VIMCO", "Renyi(alpha=0.3)", "DReG"]
+    all_of_them = [
+        colours(plot(comparison(names)))
+        for plot in (plot_estimator_cost, plot_signal_to_noise)
+        for names in (many, few)
+    ]
+    for found in all_of_them[1:]:
+        shared = set(found) & set(all_of_them[0])
+        assert {name: found[name] for name in shared} == {n: all_of_them[0][n] for n in shared}
+    assert len(set(all_of_them[0].values())) == len(many)
