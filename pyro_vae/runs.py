@@ -403,7 +403,7 @@ def start_run(
         posterior: None for a diagonal one.
         network: None for perceptrons.
         activation: As for `VAE`.
-        objective: What training climbs, see `inference.objective_choice`; None for the ELBO.
+        objective: What training maximises, see `inference.objective_choice`; None for the ELBO.
         num_particles: Draws from the guide for each datum in a step; None as `make_objective`
             chooses, or 1.
         batch_size: Data in a mini-batch.
@@ -489,8 +489,8 @@ def _choose_loss(
         if wrong:
             raise ValueError(
                 f"the {name} autoencoder takes no {wrong[0]}: its guide is a point, so what it "
-                "climbs is a MAP objective, with nothing to draw and no KL term. Leave it out, or "
-                "use the model 'vae'."
+                "maximises is a MAP objective, with nothing to draw and no KL term. Leave it out, "
+                "or use the model 'vae'."
             )
         return None
     if objective is None and num_particles in (None, 1):

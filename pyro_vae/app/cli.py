@@ -273,8 +273,8 @@ def fit(
         str | None,
         typer.Option(
             metavar="PART",
-            help=f"What training climbs. A bound: {_BOUNDS}. No bound, and refused in a comparison "
-            f"with one: {_OBJECTIVES} (BetaELBO:beta=4, FreeBits:nats=0.1,groups=site, "
+            help=f"What training maximises. A bound: {_BOUNDS}. No bound, and refused in a "
+            f"comparison with one: {_OBJECTIVES} (BetaELBO:beta=4, FreeBits:nats=0.1,groups=site, "
             "InfoVAE:alpha=1,weight=10). Early stopping and evaluation look at the ELBO in any "
             "case. Default: the ELBO.",
         ),
@@ -315,8 +315,9 @@ def fit(
         typer.Option(
             min=0,
             metavar="N",
-            help="Stop after so many looks at the held-out bound without a rise, and keep the best "
-            "parameters; 0 never stops. Default: a tenth of all looks, at least 5.",
+            help="Stop after this many evaluations of the held-out bound without an improvement, "
+            "and keep the best parameters; 0 never stops. Default: a tenth of all evaluations, at "
+            "least 5.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -572,8 +573,8 @@ def sample(
     shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     if not shape:
         raise ValueError(
-            f"{run} was trained on {loaded.data_name}, which are no images: draw from it in Python,"
-            " with load_run(RUN).module.sample(10)."
+            f"{run} was trained on {loaded.data_name}, which are not images: draw from it in "
+            "Python, with load_run(RUN).module.sample(10)."
         )
     target = out if out is not None else run / "samples.png"
     if target.suffix != ".png":

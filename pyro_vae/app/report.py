@@ -64,11 +64,11 @@ _UNKNOWN_MEASURE = (
 
 
 _NO_EVIDENCE = (
-    "An autoencoder's guide is a point, which has no density: its training climbs a MAP objective, "
+    "An autoencoder's guide is a point, which has no density: it is trained on a MAP objective, "
     "and neither an ELBO nor an evidence estimate exists for it."
 )
 _BOUND_WHILE_TRAINING = (
-    "The ELBO while training, whatever was climbed. The band between the thin line "
+    "The ELBO during training, whichever objective was maximised. The band between the thin line "
     "(reconstruction) and the thick one (ELBO) is the KL term."
 )
 _MAP_WHILE_TRAINING = (
@@ -308,20 +308,20 @@ def _sentence(run: Run) -> str:
         text += (
             f" The held-out {what} was best, {looks[best]:.2f} nats per datum, after epoch "
             f"{int(run.history.epoch[best])}{kept}. Held out was {data.get('held_out', 'a part')}; "
-            "the test data were not looked at."
+            "the test data were not used."
         )
     return text
 
 
 def _objective_text(run: Run) -> str:
-    """What training climbed, and whether that is a bound."""
+    """What training maximised, and whether that is a bound."""
     trained = run.config.get("fit", {})
     if _is_autoencoder(run):
         return "MAP objective, no bound"
     particles = trained.get("num_particles") or 1
     text = loss_text(trained) + (f", {particles} particles" if particles > 1 else "")
     none = bounds_nothing(trained.get("loss", ""))
-    return f"{text}, an objective that is no bound" if none else text
+    return f"{text}, an objective that is not a bound" if none else text
 
 
 def run_figures(
@@ -345,7 +345,7 @@ def run_figures(
             "bound",
             plot_bound(run.history, data=data),
             (_MAP_WHILE_TRAINING if _is_autoencoder(run) else _BOUND_WHILE_TRAINING)
-            + " If held-out data fall behind training data, the model learns them by heart.",
+            + " Held-out data that fall behind training data show overfitting.",
         )
     if evaluation is not None:
         add(
@@ -394,7 +394,7 @@ def run_figures(
 def _about_classes(dataset: Dataset) -> str:
     if dataset.test_labels is None:
         return ""
-    return " Classes were not shown to the model; that they separate is what it found."
+    return " The model did not see the classes."
 
 
 def _where_the_prior_is(run: Run) -> str:

@@ -114,7 +114,7 @@ def choose_likelihood(measure: str, likelihood: Part | None = None, pixels: str 
     binarise = ", or binarise the data" if (measure, name) == ("grey", "bernoulli") else ""
     grey = ", or leave them grey" if measure == "binary" else ""
     raise ValueError(
-        f"a {name} likelihood on {measure} data is no probability or density of these data: "
+        f"a {name} likelihood on {measure} data is not a probability or density of these data: "
         f"use {way_out}{binarise}{grey}."
     )
 

@@ -690,7 +690,7 @@ def _images(
 ) -> Float[Tensor, "batch rows columns"]:
     if len(image_shape) != 2 or math.prod(image_shape) != x.shape[1]:
         raise ValueError(
-            f"rows of {x.shape[1]} numbers are no images of {' x '.join(map(str, image_shape))} "
+            f"rows of {x.shape[1]} numbers are not images of {' x '.join(map(str, image_shape))} "
             "pixels: pass the data set's image_shape."
         )
     return x.detach().cpu().float().reshape(-1, *image_shape)

@@ -190,14 +190,14 @@ def test_a_change_mends_what_moves_beyond_its_error(base: Measured) -> None:
     khat = [0.1, 0.9, 0.1, 0.3, 0.1, 0.2]  # here and there
     after = made("after", trust=[True] * 6, kl=kl, khat=khat)
     said = of_change(after, base, 3.0)
-    assert said.startswith("A change (against base): mends ")
+    assert said.startswith("A change (against base): improves ")
     mended, rest = said.split(". It does not clearly move ")
     assert "KL(q || p) (1.000 to 0.503)" in mended
     assert "the share of data whose draws may be used as they are (17% to 100%)" in mended
     assert "k-hat" in rest
     said = of_change(base, after, 3.0)
     assert "worsens" in said
-    assert "mends" not in said
+    assert "improves" not in said
 
 
 def test_khat_is_held_against_what_it_lets_through(base: Measured) -> None:

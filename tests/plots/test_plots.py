@@ -263,7 +263,7 @@ def test_two_latents_keep_their_order_and_one_is_enough() -> None:
     ("draw", "says"),
     [
         (lambda: plot_manifold(Stub(3), SHAPE), "2 latent dimensions, not 3"),
-        (lambda: plot_samples(VAE(8, 2, hidden=(3,)), SHAPE), "no images of 3 x 5"),
+        (lambda: plot_samples(VAE(8, 2, hidden=(3,)), SHAPE), "not images of 3 x 5"),
         (lambda: plot_samples(VAE(15, 2, hidden=(3,)), SHAPE, num_images=0), "num_images must be"),
         (
             lambda: plot_reconstructions(VAE(15, 2, hidden=(3,)), torch.zeros(2, 15), (15,)),
