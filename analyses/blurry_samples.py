@@ -308,12 +308,11 @@ def number(result: Result, name: str, digits: int = 2) -> str:
 def row_of(measured: Measured) -> dict[str, str]:
     """The line of one generator in the table."""
     evidence = measured.evidence.quantity("log_evidence")
-    kind = "density" if evidence.measure in ("real", "grey") else "probability"
     return {
         "suspect": measured.case.suspect,
         "generator": measured.case.title,
         "log p(x) at least": f"{evidence.value:.2f}",
-        "of": kind,
+        "of": evidence.measure_text,
         "Frechet, means": number(measured.quality, "frechet_distance", 1),
         "Frechet, draws": number(measured.noisy, "frechet_distance", 1),
         "precision": number(measured.quality, "precision"),
@@ -394,23 +393,40 @@ def verdicts(found: Sequence[Measured], starts: Sequence[Measured]) -> list[str]
             f"from {min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} "
             f"({sharpest.case.title})."
         )
-    densities = [m for m in found if m.evidence.quantity("log_evidence").measure == "real"]
-    if len(densities) > 1:
-        likely = max(densities, key=lambda m: m.evidence.quantity("log_evidence").value)
-        near = min(densities, key=frechet)
-        agree = "are one" if likely is near else "are not the same"
-        sentences.append(
-            f"The best held-out density ({likely.case.title}, "
-            f"{likely.evidence.quantity('log_evidence').value:.1f} nats) and the best samples "
-            f"({near.case.title}, Frechet {frechet(near):.1f} against {frechet(likely):.1f}) "
-            f"{agree}."
-        )
+    sentences += likelihood_and_pictures(found)
     if helped:
         culprit = min(helped, key=lambda name: helped[name])
         sentences.append(f"Largest improvement of the Frechet distance: {SUSPECTS[culprit]}.")
     elif len(found) > 1:
         sentences.append("No change improves the Frechet distance beyond its error.")
     return sentences
+
+
+def likelihood_and_pictures(found: Sequence[Measured]) -> list[str]:
+    """Whether the most probable held-out data and the best samples come from one generator.
+
+    Numbers that live on another measure than the base's are not compared with it.
+    """
+    levels = {m.case.title: m.evidence.quantity("log_evidence") for m in found}
+    measure = levels[found[0].case.title].measure
+    alike = [m for m in found if levels[m.case.title].measure == measure]
+    if len(alike) < 2:
+        return []
+    likely = alike[0]
+    for m in alike[1:]:  # refuses what cannot be compared
+        likely = m if levels[m.case.title] > levels[likely.case.title] else likely
+    best, near = levels[likely.case.title], min(alike, key=frechet)
+    others = [
+        f"{title} ({level.measure_text})"
+        for title, level in levels.items()
+        if level.measure != measure
+    ]
+    return [
+        f"The best held-out {best.measure_text} ({likely.case.title}, {best.value:.1f} nats) and "
+        f"the best samples ({near.case.title}, Frechet {frechet(near):.1f} against "
+        f"{frechet(likely):.1f}) {'are one' if likely is near else 'are not the same'}"
+        + (f"; not compared with it: {', '.join(others)}." if others else ".")
+    ]
 
 
 # --- the whole ------------------------------------------------------------------------------------

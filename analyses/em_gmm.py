@@ -524,14 +524,14 @@ def page_parts(
         ),
         Heading("Restarts and local optima"),
         Paragraph(
-            "EM climbs the nearest hill. With as many components as the data show, most starts "
-            f"find the same one. With {sample.crowded} components they do not: {len(ends)} random "
+            "EM finds a local maximum. With as many components as the data show, most starts find "
+            f"the same one. With {sample.crowded} components they do not: {len(ends)} random "
             f"starts ended between {ends.min():.4f} and {ends.max():.4f} nats per datum, and "
             f"{near} of them within 0.001 of the best. "
             f"The most that log p(x) fell in one iteration of any of them is {fall:.0e} (not "
             "exactly 0, because the floor under the variances, see below, makes the M step "
-            "inexact). To climb says nothing about which hill it is. Hence num_restarts in "
-            "fit_em, which keeps the best."
+            "inexact). That the likelihood rises does not say towards which maximum. Hence "
+            "num_restarts in fit_em, which keeps the best."
         ),
         Picture(figures["optima"], "Left: paths of all starts. Right: two ends."),
         Heading("How many components?"),

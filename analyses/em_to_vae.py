@@ -1,4 +1,4 @@
-r"""From EM to the VAE on one bound: the same mixture climbed in seven ways, then a neural decoder.
+r"""From EM to the VAE on one bound: the same mixture fitted in seven ways, then a neural decoder.
 
 Exact EM, its approximations, gradients, variational inference for each datum and an amortised guide
 start at the same mixture and are drawn on the same axes. Then the component becomes continuous and
@@ -128,7 +128,7 @@ class PerDatumNormals(nn.Module):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-# --- climbing -------------------------------------------------------------------------------------
+# --- maximising -----------------------------------------------------------------------------------
 
 
 def climb_by_em(mixture: GaussianMixture, x: Tensor, method: str, **options: Any) -> list[Row]:
@@ -270,7 +270,7 @@ def climb_mixture(
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and guide at the end of their climb."""
+    """A model and guide at the end of their training."""
 
     rows: list[Row]
     vae: VAE
@@ -524,8 +524,8 @@ def page_parts(
         Paragraph(
             "F is the evidence lower bound, the ELBO. The KL is never negative, so F never exceeds "
             "log p(x), and it touches it only where q is the posterior p(z | x). Every method for "
-            "the mixture climbs F, exactly or on average. They differ in two things only: how q is "
-            "chosen, and how theta is moved."
+            "the mixture increases F, exactly or on average. They differ in two things only: how q "
+            "is chosen, and how theta is moved."
         ),
         Heading("Seven ways to fit one mixture"),
         Paragraph(
@@ -576,9 +576,9 @@ def page_parts(
         ),
         Paragraph(
             "6. Per-datum variational. Give each datum a q of its own with free parameters, here "
-            f"{k} logits, and climb F in q and theta together. No posterior is ever computed: this "
-            "is what remains possible where it cannot be. A q that knows nothing at first pulls "
-            "all components to the same place, which is why this curve lies flat for so long."
+            f"{k} logits, and maximise F over q and theta together. No posterior is ever computed: "
+            "this is what remains possible where it cannot be. A q that knows nothing at first "
+            "pulls all components to the same place, which is why this curve lies flat for so long."
         ),
         Formula(
             r"q_n(z) = \mathrm{softmax}(\lambda_n)_z, \qquad "
@@ -604,18 +604,19 @@ def page_parts(
             f"{float(at[SAMPLED].gap):.1e}. Free parameters for each datum leave one of "
             f"{float(at[PER_DATUM].gap):.1e}, the network one of {float(at[AMORTISED].gap):.1e}. "
             "Neither is forced to: any probabilities of the components can be had from free logits "
-            "and, closely enough, from a network. The first gap is unfinished climbing, since each "
-            "datum learns its logits alone, and those of clear cases lie far out. The second is "
-            "what one smooth function of x, trained on mini-batches, has not got right for every "
-            "datum: the price of amortisation. What it buys is that a datum teaches the q of all "
-            "others, and that new data need no climbing at all."
+            "and, closely enough, from a network. The first gap is unfinished optimisation, since "
+            "each datum learns its logits alone, and those of clear cases lie far out. The second "
+            "is what one smooth function of x, trained on mini-batches, has not got right for "
+            "every datum: the price of amortisation. What it buys is that a datum teaches the q of "
+            "all others, and that new data need no optimisation at all."
         ),
         *(
             [
                 Note(
                     f"The log p(x) that the methods reached differ by {spread:.3f}: from one start "
-                    "they climbed to different local maxima. Distances from the best then say more "
-                    "about the hill than about the method. Another --seed may bring them together."
+                    "they reached different local maxima. Distances from the best then say more "
+                    "about the maximum than about the method. Another --seed may bring them "
+                    "together."
                 )
             ]
             if spread > 0.01
@@ -668,7 +669,7 @@ def page_parts(
             f"{float(amortised.approximation_gap):.4f} of it because the posterior is no normal, "
             f"{float(amortised.amortization_gap):.4f} because the encoder is not the best for each "
             "datum. With free parameters for each datum nothing is amortised: the second part is "
-            "then unfinished climbing and the noise of sampled gradients."
+            "then unfinished optimisation and the noise of sampled gradients."
         ),
         Paragraph(
             "The importance bound is another matter. It does not ask q to be close to the "
@@ -731,7 +732,7 @@ def page_parts(
 def run(
     sample: Sample, out: Path, settings: Settings, say: Callable[[str], None], progress: bool
 ) -> Path:
-    """Climbs, measures, saves and draws everything; returns the page's path."""
+    """Trains, measures, saves and draws everything; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     say(f"{sample.name}: one mixture, seven methods")

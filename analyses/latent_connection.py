@@ -160,7 +160,7 @@ def step_row(name: str, step: Step) -> dict[str, str]:
     climbed = {"objective": "a MAP objective", "lower": "the ELBO"}[str(bound.attrs["bound"])]
     return {
         "programs": name,
-        "fit climbs": climbed,
+        "fit maximises": climbed,
         "at the end, nats": f"{float(bound[-1]):.1f}",
         "variance of test pixels lost": percent(step.lost),
         "codes from N(0, I), nats": f"{step.kl:.1f}",

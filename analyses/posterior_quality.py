@@ -1,4 +1,4 @@
-r"""Can the posterior of a VAE be trusted, datum by datum, and what mends it?
+r"""Can the posterior of a VAE be trusted, datum by datum, and what improves it?
 
 A VAE with two latents and a diagonal guide is trained; then its decoder is held fixed, so that all
 guides below are judged against one and the same posterior, which Hamiltonian Monte Carlo (HMC) and
@@ -322,7 +322,7 @@ def describe(
         Section("verdict", "The verdict, from the numbers below", "", notes=tuple(verdicts(found))),
         Section(
             "table",
-            "Which change mends what",
+            "Which change improves what",
             "One decoder, so one posterior of each datum; the guide alone is changed. The share of "
             "data whose draws may be used as they are, and weighted; KL(q || p) in nats (a lower "
             "bound where k-hat is bad); absolute error of the mean in posterior sds and ratio of "

@@ -134,7 +134,7 @@ def with_sign(p: float) -> str:
 
 
 def verdicts(found: Sequence[Measured]) -> list[str]:
-    """The verdict on the base, then what each change mends; all from the numbers."""
+    """The verdict on the base, then what each change improves; all from the numbers."""
     by_title = {m.case.title: m for m in found}
     sentences = [*of_base(found[0].quality), *of_reference(found[0].quality)]
     changed = [m for m in found[1:] if m.case.against in by_title]
@@ -196,7 +196,7 @@ def of_reference(quality: Result) -> list[str]:
 
 
 def of_change(measured: Measured, other: Measured, standard_errors: float) -> str:
-    """What one change mends, worsens and leaves, by paired differences over the data."""
+    """What one change improves, worsens and leaves, by paired differences over the data."""
     better: list[str] = []
     worse: list[str] = []
     same: list[str] = []
@@ -213,7 +213,11 @@ def of_change(measured: Measured, other: Measured, standard_errors: float) -> st
         (better if (difference > 0) == rising else worse).append(text)
     parts = [
         f"{verb} {'; '.join(names)}"
-        for verb, names in (("mends", better), ("worsens", worse), ("does not clearly move", same))
+        for verb, names in (
+            ("improves", better),
+            ("worsens", worse),
+            ("does not clearly move", same),
+        )
         if names
     ]
     change = f"{measured.case.change[0].upper()}{measured.case.change[1:]}"

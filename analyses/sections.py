@@ -35,7 +35,7 @@ def save_sections(
     for section in sections:
         page.add(Heading(section.title), Paragraph(section.text))
         if section.figure is not None:
-            page.add(Picture(section.figure, section.title))
+            page.add(Picture(section.figure))
             save_figures(folder, {section.name: section.figure})
         page.add(*(Table(list(t[0]), [list(row.values()) for row in t]) for t in section.tables))
         page.add(*(Paragraph(note) for note in section.notes))

@@ -510,7 +510,7 @@ is its rate of false alarms, in all others its rate of detection; from {clear} o
 ## Why some cells are blind
 
 - **k-hat and ESS** say whether weighted draws can be used, not whether the guide is right. A guide
-  twice too wide has weights of at most 2^3 = 8 times their mean: they mend it well. So
+  twice too wide has weights of at most 2^3 = 8 times their mean: they correct it well. So
   `trust_weights` accepts a shifted or wide guide, and `trust_guide` does not.
 - **k-hat misses sd x 0.5** for one datum in four: the weights' own tail looks usable, but that of
   weight times squared deviation, which makes the sd, is heavier. `trust_weights` asks both.

@@ -328,6 +328,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "binarization_seed": BINARIZATION_SEED,
         "measure": dataset.measure,
         "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
+        "pixels": dataset.pixels,
         "held_out": held_out,
         "sha256": dataset.sha256(),
     }
@@ -411,7 +412,7 @@ def start_run(
         posterior: None for a diagonal one.
         network: None for perceptrons.
         activation: As for `VAE`.
-        objective: What training climbs, see `inference.objective_choice`; None for the ELBO.
+        objective: What training maximises, see `inference.objective_choice`; None for the ELBO.
         num_particles: Draws from the guide for each datum in a step; None as `make_objective`
             chooses, or 1.
         batch_size: Data in a mini-batch.
@@ -441,7 +442,8 @@ def start_run(
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
     loss = _choose_loss(model, objective, num_particles, warmup_epochs)
-    dataset, chosen = on_levels(dataset, choose_likelihood(dataset.measure, likelihood))
+    chosen = choose_likelihood(dataset.measure, likelihood, dataset.pixels)
+    dataset, chosen = on_levels(dataset, chosen)
     train, held_out = split_training(dataset)
     with keep_random_state(), _default_dtype(train.dtype):
         pyro.set_rng_seed(seed)
@@ -501,8 +503,8 @@ def _choose_loss(
         if wrong:
             raise ValueError(
                 f"the {name} autoencoder takes no {wrong[0]}: its guide is a point, so what it "
-                "climbs is a MAP objective, with nothing to draw and no KL term. Leave it out, or "
-                "use the model 'vae'."
+                "maximises is a MAP objective, with nothing to draw and no KL term. Leave it out, "
+                "or use the model 'vae'."
             )
         return None
     if objective is None and num_particles in (None, 1):

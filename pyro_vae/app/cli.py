@@ -314,8 +314,8 @@ def fit(
         str | None,
         typer.Option(
             metavar="PART",
-            help=f"What training climbs. A bound: {_BOUNDS}. No bound, and refused in a comparison "
-            f"with one: {_OBJECTIVES} (BetaELBO:beta=4, FreeBits:nats=0.1,groups=site, "
+            help=f"What training maximises. A bound: {_BOUNDS}. No bound, and refused in a "
+            f"comparison with one: {_OBJECTIVES} (BetaELBO:beta=4, FreeBits:nats=0.1,groups=site, "
             "InfoVAE:alpha=1,weight=10). Early stopping and evaluation look at the ELBO in any "
             "case. Default: the ELBO.",
         ),
@@ -356,8 +356,9 @@ def fit(
         typer.Option(
             min=0,
             metavar="N",
-            help="Stop after so many looks at the held-out bound without a rise, and keep the best "
-            "parameters; 0 never stops. Default: a tenth of all looks, at least 5.",
+            help="Stop after this many evaluations of the held-out bound without an improvement, "
+            "and keep the best parameters; 0 never stops. Default: a tenth of all evaluations, at "
+            "least 5.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -432,10 +433,12 @@ def fit(
     from pyro_vae.runs import load_training_data, start_run
 
     parts = _parse_parts(given)
-    measure = describe_dataset(data).measure
-    how = choose_binarization(measure, parts["likelihood"]) if binarize is None else binarize
+    info = describe_dataset(data)
+    how = binarize or choose_binarization(info.measure, parts["likelihood"], info.pixels)
     how = None if how == "none" else how
-    parts["likelihood"] = choose_likelihood("binary" if how else measure, parts["likelihood"])
+    parts["likelihood"] = choose_likelihood(
+        "binary" if how else info.measure, parts["likelihood"], info.pixels
+    )
     name = model_name(parts["model"])
     folder = resume or out or Path("results") / f"{data}-{name}-{latent_dim}"
     if (found := holds_run(folder)) and not (overwrite or resume):
@@ -646,17 +649,23 @@ def sample(
             f"{run} is an {type(loaded.module).__name__.lower()}, which has no prior to draw from: "
             "train a VAE (--model vae), or look at its reconstructions in pyro-vae report."
         )
-    shape = loaded.config.get("data", {}).get("image_shape")
+    about = loaded.config.get("data", {})
+    shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     if not shape:
         raise ValueError(
-            f"{run} was trained on {loaded.data_name}, which are no images: draw from it in Python,"
-            " with load_run(RUN).module.sample(10)."
+            f"{run} was trained on {loaded.data_name}, which are not images: draw from it in "
+            "Python, with load_run(RUN).module.sample(10)."
         )
     target = out if out is not None else run / "samples.png"
     if target.suffix != ".png":
         raise ValueError(f"--out is {target}, but a picture is written as PNG: name it FILE.png.")
     ax: Any = plot_samples(
-        loaded.module, shape, num_images=num_images, seed=seed, data=loaded.data_name
+        loaded.module,
+        shape,
+        num_images=num_images,
+        seed=seed,
+        data=loaded.data_name,
+        pixels=pixels,
     )
     (path,) = save_figures([RunFigure(target.stem, "", ax.figure)], target.parent)
     typer.echo(f"{num_images} draws in {path}")

@@ -1,6 +1,5 @@
 """One self-contained page about one or more runs, which a student can read offline."""
 
-import base64
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae.app.pages import figure_png, render_template
+from pyro_vae.app.pages import figure_panels, figure_png, render_template
 from pyro_vae.data import Dataset, DatasetError
 from pyro_vae.inference.estimators import bounds_nothing, loss_text, objective_names
 from pyro_vae.inference.log_weights import khat_threshold
@@ -65,11 +64,11 @@ _UNKNOWN_MEASURE = (
 
 
 _NO_EVIDENCE = (
-    "An autoencoder's guide is a point, which has no density: its training climbs a MAP objective, "
+    "An autoencoder's guide is a point, which has no density: it is trained on a MAP objective, "
     "and neither an ELBO nor an evidence estimate exists for it."
 )
 _BOUND_WHILE_TRAINING = (
-    "The ELBO while training, whatever was climbed. The band between the thin line "
+    "The ELBO during training, whichever objective was maximised. The band between the thin line "
     "(reconstruction) and the thick one (ELBO) is the KL term."
 )
 _MAP_WHILE_TRAINING = (
@@ -274,12 +273,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         "sentences": [line for line in lines if not line.startswith("Note: ")],
         "notes": said + notes,
         "figures": [
-            {
-                "caption": shown.caption,
-                "png": base64.b64encode(figure_png(shown.figure)).decode("ascii"),
-                "width": round(shown.figure.get_figwidth() * 74),
-                "wide": shown.figure.get_figwidth() > 1.9 * shown.figure.get_figheight(),
-            }
+            {"caption": shown.caption, "panels": figure_panels(shown.figure)}
             for shown in run_figures(run, dataset, found)
         ],
         "commands": reproduce_commands(run, found),
@@ -314,20 +308,20 @@ def _sentence(run: Run) -> str:
         text += (
             f" The held-out {what} was best, {looks[best]:.2f} nats per datum, after epoch "
             f"{int(run.history.epoch[best])}{kept}. Held out was {data.get('held_out', 'a part')}; "
-            "the test data were not looked at."
+            "the test data were not used."
         )
     return text
 
 
 def _objective_text(run: Run) -> str:
-    """What training climbed, and whether that is a bound."""
+    """What training maximised, and whether that is a bound."""
     trained = run.config.get("fit", {})
     if _is_autoencoder(run):
         return "MAP objective, no bound"
     particles = trained.get("num_particles") or 1
     text = loss_text(trained) + (f", {particles} particles" if particles > 1 else "")
     none = bounds_nothing(trained.get("loss", ""))
-    return f"{text}, an objective that is no bound" if none else text
+    return f"{text}, an objective that is not a bound" if none else text
 
 
 def run_figures(
@@ -351,7 +345,7 @@ def run_figures(
             "bound",
             plot_bound(run.history, data=data),
             (_MAP_WHILE_TRAINING if _is_autoencoder(run) else _BOUND_WHILE_TRAINING)
-            + " If held-out data fall behind training data, the model learns them by heart.",
+            + " Held-out data that fall behind training data show overfitting.",
         )
     if evaluation is not None:
         add(
@@ -360,14 +354,15 @@ def run_figures(
             "How far the evidence of each test datum lies above its ELBO: the height above the "
             "diagonal estimates KL(q(z | x) || p(z | x)). Triangles are not to be trusted.",
         )
-    shape = run.config.get("data", {}).get("image_shape")
+    about = run.config.get("data", {})
+    shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     test = dataset.test if dataset is not None and len(dataset.test) else None
     if test is not None:
         test = test.to(next(module.parameters()))
     if shape and test is not None and hasattr(module, "reconstruct"):
         add(
             "reconstructions",
-            plot_reconstructions(module, test, shape, data=data),
+            plot_reconstructions(module, test, shape, data=data, pixels=pixels),
             "Test data, and what is left of them after passing through the latents.",
         )
     if test is not None and dataset is not None and hasattr(module, "encode"):
@@ -383,14 +378,14 @@ def run_figures(
     if shape and getattr(module, "latent_dim", 0) == 2 and hasattr(module, "decode"):
         add(
             "manifold",
-            plot_manifold(module, shape, data=data),
+            plot_manifold(module, shape, data=data, pixels=pixels),
             "What the decoder makes of a grid of latents; each picture stands for the same share "
             "of a standard normal" + (", the prior." if _where_the_prior_is(run) else "."),
         )
     if shape and hasattr(module, "sample"):
         add(
             "samples",
-            plot_samples(module, shape, data=data),
+            plot_samples(module, shape, data=data, pixels=pixels),
             "What the model believes data look like: a latent is drawn from the prior and decoded.",
         )
     return figures
@@ -399,7 +394,7 @@ def run_figures(
 def _about_classes(dataset: Dataset) -> str:
     if dataset.test_labels is None:
         return ""
-    return " Classes were not shown to the model; that they separate is what it found."
+    return " The model did not see the classes."
 
 
 def _where_the_prior_is(run: Run) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
-__all__ = ["DataFile", "DatasetInfo", "Measure", "dataset_names", "describe_dataset"]
+__all__ = ["DataFile", "DatasetInfo", "Measure", "Pixels", "dataset_names", "describe_dataset"]
 
 Measure = Literal["binary", "grey", "real", "counts"]
+Pixels = Literal["ink", "light"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class DatasetInfo:
         downloadable: Whether `download=True` can fetch the files.
         obtain: One sentence on where the files come from.
         label_names: Of the labels 0, 1, ..., where the files do not say them.
+        pixels: Of images: what a pixel counts, see `Dataset`.
     """
 
     name: str
@@ -59,6 +61,7 @@ class DatasetInfo:
     downloadable: bool
     obtain: str
     label_names: tuple[str, ...] = ()
+    pixels: Pixels = "ink"
 
 
 def dataset_names() -> tuple[str, ...]:

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from pyro_vae.data.catalogue import Measure, describe_dataset
+from pyro_vae.data.catalogue import Measure, Pixels, describe_dataset
 from pyro_vae.data.files import (
     DatasetError,
     fetch_missing,
@@ -69,6 +69,8 @@ class Dataset:
         binarization: How the pixels became binary, or None.
         source: Whom to cite.
         license: The licence of the data.
+        pixels: What a pixel of an image counts: "ink", so that 1 is drawn black (writing, or
+            garments on a white ground), or "light", so that 1 is drawn white (photographs).
     """
 
     name: str
@@ -84,6 +86,7 @@ class Dataset:
     binarization: str | None = None
     source: str = ""
     license: str = ""
+    pixels: Pixels = "ink"
 
     def __post_init__(self) -> None:
         if self.measure not in get_args(Measure):
@@ -260,6 +263,7 @@ def load_dataset(
         image_shape=(info.shape[0], info.shape[1]) if len(info.shape) == 2 else None,
         source=info.citation,
         license=info.license,
+        pixels=info.pixels,
         **arrays,
     )
     return dataset.binarize(binarize, generator)

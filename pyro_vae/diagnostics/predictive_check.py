@@ -347,10 +347,13 @@ def _words(
             )
     if len(shares) == len(p) and 1 / (1 + num_draws) <= _LEVEL:
         for kind, share in zip(p, shares, strict=True):
-            notes.append(
-                f"{int((share <= _LEVEL).sum())} of {len(share)} data are less likely than 99 % of "
-                f"their {kind} replicates; by chance about {_LEVEL * len(share):.2g} or fewer are."
-            )
+            rare = int((share <= _LEVEL).sum())
+            said = "the one datum is" if len(share) == 1 else f"{rare} of {len(share)} data are"
+            if len(share) > 1 or rare:
+                notes.append(
+                    f"{said} less likely than 99 % of the {kind} replicates; by chance about "
+                    f"{_LEVEL * len(share):.2g} or fewer are."
+                )
     return notes
 
 

@@ -65,6 +65,7 @@ _LIKELIHOODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "counts": _LEVELS,
     }
 )
+_FARTHEST, _HALVINGS = 200.0, 60  # of decoder outputs: where a mean is looked for, and how long
 _MOST_LEVELS = 256
 _PROBED = 1000  # rows in which a grid is looked for before all are checked
 
@@ -72,24 +73,28 @@ _PROBED = 1000  # rows in which a grid is looked for before all are checked
 # --- what fits the data ---------------------------------------------------------------------------
 
 
-def choose_binarization(measure: str, likelihood: Part | None) -> str | None:
+def choose_binarization(measure: str, likelihood: Part | None, pixels: str = "ink") -> str | None:
     """How to binarise where nobody says: dynamically, if pixels are grey and wanted binary.
 
     Args:
         measure: That of the data as loaded.
-        likelihood: The likelihood asked for, or None. Grey pixels are binarised for none and for
-            `"bernoulli"`, and left grey for the others.
+        likelihood: The likelihood asked for, or None. Grey pixels are binarised for
+            `"bernoulli"`, and left grey for other ones.
+        pixels: What the pixels are, see `Dataset`. Without a likelihood ink is binarised; grey
+            levels of a photograph are no probabilities of ink, and stay.
     """
-    wanted = likelihood is None or name_of(likelihood) == "bernoulli"
+    wanted = pixels == "ink" if likelihood is None else name_of(likelihood) == "bernoulli"
     return "dynamic" if measure == "grey" and wanted else None
 
 
-def choose_likelihood(measure: str, likelihood: Part | None = None) -> Part:
+def choose_likelihood(measure: str, likelihood: Part | None = None, pixels: str = "ink") -> Part:
     """The likelihood for data of a measure: the one asked for if it fits, else the usual one.
 
     Args:
         measure: That of the data, after binarisation.
         likelihood: The one asked for, or None.
+        pixels: What the pixels are, see `Dataset`: grey photographs get a likelihood of their grey
+            levels.
 
     Raises:
         ValueError: If the likelihood does not fit the measure; says which does.
@@ -100,7 +105,7 @@ def choose_likelihood(measure: str, likelihood: Part | None = None) -> Part:
     """
     fitting = _LIKELIHOODS.get(measure, ())
     if likelihood is None:
-        return fitting[0]
+        return _LEVELS[0] if (measure, pixels) == ("grey", "light") else fitting[0]
     if name_of(likelihood) in fitting:
         return likelihood
     make_checked("likelihood", make_likelihood, likelihood)  # an unknown name is another fault
@@ -109,7 +114,7 @@ def choose_likelihood(measure: str, likelihood: Part | None = None) -> Part:
     binarise = ", or binarise the data" if (measure, name) == ("grey", "bernoulli") else ""
     grey = ", or leave them grey" if measure == "binary" else ""
     raise ValueError(
-        f"a {name} likelihood on {measure} data is no probability or density of these data: "
+        f"a {name} likelihood on {measure} data is not a probability or density of these data: "
         f"use {way_out}{binarise}{grey}."
     )
 
@@ -218,7 +223,8 @@ def build_model(
             has.
         latent_dim: Number of latents (or codes) of a datum; with two layers, of the lower one.
         hidden: Sizes of the encoder's hidden layers; the decoder has them in reverse order.
-        likelihood: None for the one that suits the data's measure.
+        likelihood: None for the one that suits the data's measure. A decoder of binary or grey
+            pixels starts at the mean of the training data (with "conv" it does not).
         prior: That of the latents; None for a standard normal, or an autoencoder's own.
         posterior: None for a diagonal one; an autoencoder has none.
         network: None for perceptrons; a convolutional one gets the data's picture shape.
@@ -229,7 +235,7 @@ def build_model(
             what can.
     """
     name = model_name(model)
-    chosen = choose_likelihood(dataset.measure, likelihood)
+    chosen = choose_likelihood(dataset.measure, likelihood, dataset.pixels)
     make_checked("likelihood", make_likelihood, chosen)
     shape: dict[str, Any] = {
         "data_dim": dataset.train.shape[1],
@@ -245,19 +251,46 @@ def build_model(
                 "says which prior it has. Leave it out, or use the model 'vae'."
             )
         kind = make_checked("autoencoder", make_kind, model)
-        return Autoencoder(code_dim=latent_dim, hidden=hidden, kind=kind, **shape)
+        return _at_mean(
+            Autoencoder(code_dim=latent_dim, hidden=hidden, kind=kind, **shape), dataset
+        )
     shape["prior"] = prior or "normal"
     shape["posterior"] = posterior or "diagonal"
     if name == "vae":
         _only(model, ())
         _check_parts(shape, latent_dim, latent_dim, dataset.train.shape[1])
-        return VAE(latent_dim=latent_dim, hidden=hidden, **shape)
+        return _at_mean(VAE(latent_dim=latent_dim, hidden=hidden, **shape), dataset)
     _only(model, ("upper_dim", "upper_hidden"))
     asked = {} if isinstance(model, str) else model
     upper_dim = asked.get("upper_dim", max(latent_dim // 2, 1))
     upper_hidden = asked.get("upper_hidden", [max(size // 2, 1) for size in hidden])
     _check_parts(shape, min(latent_dim, upper_dim), upper_dim, None)
-    return TwoLayerVAE(latent_dims=(latent_dim, upper_dim), hidden=(hidden, upper_hidden), **shape)
+    layers = {"latent_dims": (latent_dim, upper_dim), "hidden": (hidden, upper_hidden)}
+    return _at_mean(TwoLayerVAE(**layers, **shape), dataset)
+
+
+def _at_mean(module: Any, dataset: Dataset) -> Any:
+    """Starts a decoder of pixels in [0, 1] at the mean of the data, by its last biases.
+
+    From biases of 0 it is hidden units that learn the background, by the sign that they have at the
+    data; where the prior has latents that no datum has, they may have the other sign, and a decoder
+    that was trained for a few epochs then draws light on dark.
+    """
+    last = module.decoder[-1]
+    of_pixels = module.likelihood.num_parameters(module.data_dim) == module.data_dim
+    if module.likelihood.measure not in ("binary", "grey") or not of_pixels:
+        return module
+    if not isinstance(last, nn.Linear):  # a convolution's biases are those of whole pictures
+        return module
+    wanted = dataset.train.mean(0).clamp(0.01, 0.99).to(last.bias)
+    low, high = torch.full_like(wanted, -_FARTHEST), torch.full_like(wanted, _FARTHEST)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = module.likelihood.mean(middle) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    with torch.no_grad():
+        last.bias.copy_((low + high) / 2)
+    return module
 
 
 def _network(dataset: Dataset, network: Part) -> Part:

@@ -44,8 +44,8 @@ class TwoStageVAE(_VariationalAutoencoder):
     Raises:
         ValueError: If `first` is no VAE, or a size or the activation cannot be used.
 
-    Note: where the first decoder's scale is fixed too large, codes carry too little, and no prior
-        mends that: learn the scale first (Dai & Wipf).
+    Note: where the first decoder's scale is fixed too large, codes carry too little information,
+        which no prior can put right: learn the scale first (Dai & Wipf).
 
     References:
         Dai & Wipf (2019), Diagnosing and enhancing VAE models, arXiv:1903.05789.

@@ -7,8 +7,9 @@ changes rcParams. The colours are Okabe and Ito's and Paul Tol's, which colour-b
 tell apart; what matters is told by a second sign as well (a line style, a marker, a word).
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients import snr_slopes
+from pyro_vae.inference.estimators import estimator_names
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
 
@@ -56,6 +58,14 @@ _CLASSES = (  # Paul Tol's "muted" scheme, ordered so that neighbouring classes 
     "#7F7F7F",
 )
 _MARKERS = "os^vDP*X<>"
+_COMMON = (  # estimators with a colour of their own
+    *("PathwiseELBO", "AnalyticELBO", "StickingTheLanding", "ScoreFunction", "LeaveOneOut"),
+    *("ImportanceWeighted", "DReG", "VIMCO", "ReweightedWakeSleep", "WakeDReG"),
+)
+_PYROS = ("Pyro Trace_ELBO", "Pyro TraceGraph_ELBO", "Pyro RenyiELBO")
+_ESTIMATORS = {  # the place of each in `_CLASSES`, so that it looks the same in every figure
+    name: place for place, name in enumerate(dict.fromkeys((*_COMMON, *estimator_names(), *_PYROS)))
+}
 _SQUARE, _WIDE = (5.2, 5.2), (6.4, 4.6)
 
 
@@ -227,12 +237,13 @@ def plot_signal_to_noise(
     slopes = snr_slopes(result).sel(parameter=parameter)
     floor = float(result["snr"].attrs["noise_floor"])
     particles = result["num_particles"].values
-    for i, name in enumerate(result["estimator"].values):
+    signs = _signs(result["estimator"].values)
+    for name in result["estimator"].values:
         chosen = result.sel(estimator=name, parameter=parameter)
         snr, error = chosen["snr"].values, chosen["snr_se"].values
         if not np.isfinite(snr).any():
             continue
-        colour, marker = _sign(i)
+        colour, marker = signs[str(name)]
         slope, slope_se = (float(slopes.sel(estimator=name)[n]) for n in ("slope", "slope_se"))
         text = "no slope" if math.isnan(slope) else f"{slope:+.3f} ± {slope_se:.3f}"
         hidden = np.minimum(error, 0.9 * snr)  # a bar that reaches 0 has no end on a log axis
@@ -300,12 +311,13 @@ def plot_estimator_cost(
     ax = _axes(ax, (6.8, 6.2))
     chosen = result.sel(parameter=parameter)
     shown = chosen["variance"].values > 0
+    signs = _signs(result["estimator"].values)
     for i, name in enumerate(result["estimator"].values):
         row, use = chosen.sel(estimator=name), shown[i]
         if not use.any():
             continue
         biased = bool((row["verdict"].values[use] == "biased").any())
-        colour, marker = _sign(i)
+        colour, marker = signs[str(name)]
         ax.plot(
             row["passes"].values[use],
             row["variance"].values[use],
@@ -332,6 +344,23 @@ def plot_estimator_cost(
     ax.grid(alpha=0.25, lw=0.6)
     _legend_below(ax)
     return ax
+
+
+def _signs(names: Iterable[Any]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each name: for estimators always theirs, whatever stands beside.
+
+    Other names get, in their order, the first signs that no estimator among them has.
+    """
+    own = {str(name): _ESTIMATORS.get(str(name).split("(")[0]) for name in names}
+    free = (i for i in itertools.count() if i % len(_CLASSES) not in _places(own.values()))
+    if len(_places(own.values())) == len(_CLASSES):
+        free = itertools.count(len(_ESTIMATORS))
+    return {name: _sign(next(free) if place is None else place) for name, place in own.items()}
+
+
+def _places(given: Iterable[int | None]) -> set[int]:
+    """The colours that are taken."""
+    return {place % len(_CLASSES) for place in given if place is not None}
 
 
 def _sign(i: int) -> tuple[str, str]:
@@ -402,6 +431,7 @@ def plot_reconstructions(
     *,
     num_images: int = 12,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows data above what the model makes of their posterior means.
 
@@ -412,6 +442,7 @@ def plot_reconstructions(
         ax: Where to draw; a new figure if None.
         num_images: The first so many are shown.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Returns:
         The axes with one picture: data in its upper half, reconstructions in its lower half.
@@ -423,7 +454,7 @@ def plot_reconstructions(
     shown = x[:num_images]
     means = _call(module, "reconstruct", shown)
     rows = torch.stack([_images(shown, image_shape), _images(means, image_shape)])
-    ax = _show(ax, rows, (min(0.75 * len(shown) + 1.2, 10.0), 2.1))
+    ax = _show(ax, rows, (min(0.75 * len(shown) + 1.2, 10.0), 2.1), pixels)
     _, height, _ = _grid(image_shape)
     ax.set_yticks([height / 2 - 0.5, 1.5 * height - 0.5], ["data", "recon-\nstruction"])
     ax.set_xticks([])
@@ -439,6 +470,7 @@ def plot_samples(
     num_images: int = 64,
     seed: Seed = 0,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows draws from the prior: the mean of x given each drawn z.
 
@@ -449,6 +481,7 @@ def plot_samples(
         num_images: How many draws; the grid is as square as can be.
         seed: Seeds the draws; torch's random state is left alone.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         TypeError: If the module cannot sample.
@@ -464,7 +497,7 @@ def plot_samples(
     rows = math.ceil(num_images / columns)
     blank = torch.full((rows * columns - num_images, *drawn.shape[1:]), math.nan)
     mosaic = torch.cat([drawn, blank]).reshape(rows, columns, *drawn.shape[1:])
-    ax = _show(ax, mosaic, (5.2, 5.2 * rows / columns + 0.6))
+    ax = _show(ax, mosaic, (5.2, 5.2 * rows / columns + 0.6), pixels)
     ax.set_xticks([])
     ax.set_yticks([])
     about = f"{num_images} means of p(x | z), seed {seed}"
@@ -479,6 +512,7 @@ def plot_manifold(
     *,
     num_steps: int = 15,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     r"""Shows the images that a grid of latents decodes to, for two latent dimensions.
 
@@ -491,6 +525,7 @@ def plot_manifold(
         ax: Where to draw; a new figure if None.
         num_steps: Pictures along each side, n.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         TypeError: If the module cannot decode.
@@ -511,7 +546,7 @@ def plot_manifold(
     z = torch.stack(torch.meshgrid(steps.flip(0), steps, indexing="ij")[::-1], dim=-1)
     means = _call(module, "decode", z.to(like).reshape(-1, 2))
     mosaic = _images(means, image_shape)
-    ax = _show(ax, mosaic.reshape(num_steps, num_steps, *mosaic.shape[1:]), _SQUARE)
+    ax = _show(ax, mosaic.reshape(num_steps, num_steps, *mosaic.shape[1:]), _SQUARE, pixels)
     _, height, width = _grid(image_shape)
     ticks = sorted({0, num_steps // 4, num_steps // 2, num_steps - 1 - num_steps // 4} - {-1})
     ticks = sorted({*ticks, num_steps - 1})
@@ -658,16 +693,25 @@ def _images(
 ) -> Float[Tensor, "batch rows columns"]:
     if len(image_shape) != 2 or math.prod(image_shape) != x.shape[1]:
         raise ValueError(
-            f"rows of {x.shape[1]} numbers are no images of {' x '.join(map(str, image_shape))} "
+            f"rows of {x.shape[1]} numbers are not images of {' x '.join(map(str, image_shape))} "
             "pixels: pass the data set's image_shape."
         )
     return x.detach().cpu().float().reshape(-1, *image_shape)
+
+
+def _look_of(pixels: str) -> dict[str, Any]:
+    """How images with pixels from 0 to 1 are drawn."""
+    maps = {"ink": "gray_r", "light": "gray"}
+    if pixels not in maps:
+        raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset.")
+    return {"cmap": maps[pixels], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
 
 
 def _show(
     ax: Axes | None,
     images: Float[Tensor, "down across rows columns"],
     size: tuple[float, float],
+    pixels: str = "ink",
 ) -> Axes:
     """Shows images as one picture, each followed by a gap below and to the right."""
     ax = _axes(ax, size)
@@ -677,7 +721,7 @@ def _show(
     whole[:, :, : height - gap, : width - gap] = images
     mosaic = whole.transpose(1, 2).reshape(down * height, across * width)
     mosaic = mosaic[:-gap, :-gap]
-    ax.imshow(mosaic.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(mosaic.numpy(), **_look_of(pixels))
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -761,6 +805,7 @@ def plot_widest_gaps(
     image_shape: Sequence[int],
     *,
     num_images: int = 12,
+    pixels: str = "ink",
 ) -> Figure:
     """Shows the data with the widest gaps, each with its gap in nats.
 
@@ -769,6 +814,7 @@ def plot_widest_gaps(
         x: Images, a row each.
         image_shape: Rows and columns of an image.
         num_images: How many, from the widest on.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Returns:
         A figure with a panel for each image: above it the gap, below it its parts, the
@@ -792,7 +838,7 @@ def plot_widest_gaps(
     for ax, i in zip(panels, order, strict=False):
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.imshow(images[i].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        ax.imshow(images[i].numpy(), **_look_of(pixels))
         parts = [float(ledger[name][i]) for name in ("amortization_gap", "approximation_gap")]
         ax.set_title(f"{float(ledger['gap'][i]):.1f}", fontsize="medium")
         ax.set_xlabel("encoder {:.1f}\nfamily {:.1f}".format(*parts), fontsize="small")

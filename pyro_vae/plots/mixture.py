@@ -1,4 +1,4 @@
-"""Figures of mixtures and of the bound that EM and its relatives climb.
+"""Figures of mixtures and of the bound that EM and its variants maximise.
 
 In the manner of `figures`: every function takes what it shows and, if wanted, the `Axes` to
 draw on, and returns the `Axes`.

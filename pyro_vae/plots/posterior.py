@@ -32,6 +32,7 @@ from pyro_vae.plots.figures import (
     _axes,
     _images,
     _legend_below,
+    _look_of,
     _sign,
     _title,
 )
@@ -268,7 +269,7 @@ def plot_posterior(
     ax.set_title(title, fontsize="medium")
     if picture is not None:
         inset = ax.inset_axes(_emptiest_corner(shown))
-        inset.imshow(picture.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        inset.imshow(picture.cpu().numpy(), **_look_of("ink"))
         inset.set_xticks([])
         inset.set_yticks([])
     if legend:
@@ -480,6 +481,7 @@ def plot_worst(
     *,
     by: str = "khat",
     count: int = 8,
+    pixels: str = "ink",
 ) -> Figure:
     """Shows the data with the worst posteriors, each with what speaks against it.
 
@@ -489,6 +491,7 @@ def plot_worst(
         image_shape: Rows and columns of an image.
         by: What to rank by, see `worst_data`.
         count: How many data at most.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         ValueError: If result and data differ in length, rows are no such images, or `by` is no
@@ -510,7 +513,7 @@ def plot_worst(
     for i, datum in enumerate(worst["datum"].values.tolist()):
         chosen = numbered.sel(datum=datum)
         shown, said = panels[2 * i], panels[2 * i + 1]
-        shown.imshow(images[datum].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        shown.imshow(images[datum].numpy(), **_look_of(pixels))
         head = (
             f"datum {datum}: k-hat {float(chosen['khat']):.2f}, "
             f"KL(q || p) {float(chosen['kl_guide_posterior']):.2f} nats"

@@ -19,7 +19,7 @@ standard deviation of nats per datum is no longer a bound.
 
 from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
-from pyro_vae.results.digits import ShortRepr, shapes_text
+from pyro_vae.results.digits import ShortRepr, data_text, shapes_text
 from pyro_vae.results.files import atomic_path, leftovers, write_text
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import float32_precision, processor_name, sha256_of
@@ -38,6 +38,7 @@ __all__ = [
     "Result",
     "ShortRepr",
     "atomic_path",
+    "data_text",
     "difference_text",
     "float32_precision",
     "label",

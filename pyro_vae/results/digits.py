@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-__all__ = ["ShortRepr", "error_text", "number_text", "shapes_text"]
+__all__ = ["ShortRepr", "data_text", "error_text", "number_text", "shapes_text"]
 
 _MOST_LETTERS = 60  # of a value that is no tensor
 
@@ -27,6 +27,11 @@ def error_text(error: float) -> str:
     if not math.isfinite(error) or not 1e-9 < error < 1e9:
         return f"{error:.2g}"
     return f"{error:.{max(1 - math.floor(math.log10(error)), 0)}f}"
+
+
+def data_text(count: int, total: int) -> str:
+    """Some of the data, as in ``for 3 of 8 data``; of a single datum, ``the one datum``."""
+    return "the one datum" if count == total == 1 else f"{count} of {total} data"
 
 
 class ShortRepr:

@@ -43,7 +43,7 @@ def read_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
         raise
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         raise ValueError(
-            f"{path} is no NetCDF file or is damaged: make it again ({error})."
+            f"{path} is not a NetCDF file or is damaged: make it again ({error})."
         ) from error
 
 

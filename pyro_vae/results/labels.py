@@ -14,7 +14,7 @@ REDUCTIONS = ("per datum", "total", "none")
 BOUNDS = ("exact", "lower", "upper", "unbiased", "objective", "none")
 """What a number says about the quantity it is named after.
 
-"objective" is what a procedure climbs and that bounds nothing (a MAP objective, a beta-ELBO);
+"objective" is what a procedure maximises and that bounds nothing (a MAP objective, a beta-ELBO);
 "none" is a number that is neither (a k-hat, the difference of two lower bounds).
 """
 

@@ -105,6 +105,11 @@ class Quantity:
     def __repr__(self) -> str:
         return f"<{self}>"
 
+    @property
+    def measure_text(self) -> str:
+        """What the number is a probability or a density of; empty if it is of no data."""
+        return "" if self.measure is None else _MEASURE_TEXT[self.measure]
+
     def _details(self) -> Iterator[str]:
         if self.bound in ("lower", "upper"):
             sampled = self.num_particles is not None or bool(self.standard_error)
@@ -129,7 +134,7 @@ class Quantity:
         if self.data_standard_error is not None:
             yield f"their spread alone gives +- {error_text(self.data_standard_error)}"
         if self.measure is not None:
-            yield _MEASURE_TEXT[self.measure]
+            yield self.measure_text
         if self.seed is not None:
             yield f"seed {self.seed}"
 

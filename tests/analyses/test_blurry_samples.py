@@ -12,6 +12,7 @@ from analyses.blurry_samples import (
     SUSPECTS,
     Measured,
     main,
+    row_of,
     verdicts,
 )
 from pyro_vae import load_result
@@ -32,9 +33,9 @@ def quality(frechet, sharpness):
     return make_result(variables, function="sample_quality", config={}, seed=0, data_sha256="x")
 
 
-def measured(case, frechet, sharpness, evidence):
+def measured(case, frechet, sharpness, evidence, measure="real"):
     values = torch.full((3,), evidence)
-    log_p = {"log_evidence": ("datum", values, label(bound="lower", measure="real"))}
+    log_p = {"log_evidence": ("datum", values, label(bound="lower", measure=measure))}
     return Measured(
         case,
         torch.zeros(2, 4),
@@ -62,6 +63,25 @@ def test_the_verdict_names_what_helped_and_doubts_what_did_not():
     assert "are not the same" in said[-2]
     same = verdicts([base, replace(base, case=prior)], [base])
     assert "are one" in same[-2]
+
+
+def test_densities_of_other_measures_are_named_and_not_compared():
+    base = measured(CASES[0], 50.0, 0.6, 30.0)
+    prior = next(case for case in CASES if case.suspect == "prior")
+    likelihood = next(case for case in CASES if case.suspect == "likelihood")
+    found = [
+        base,
+        measured(likelihood, 60.0, 0.5, 129.0, "grey"),
+        measured(prior, 40.0, 0.6, 88.5),
+    ]
+    (said,) = (s for s in verdicts(found, [base]) if "best held-out" in s)
+    assert f"density of real values ({prior.title}, 88.5 nats)" in said
+    assert f"not compared with it: {likelihood.title} (density of grey pixels)" in said
+    columns = ("precision", "recall", "nearest_distance_ratio")
+    more = {name: ((), 1.0, {}) for column in columns for name in (column, f"{column}_se")}
+    full = found[1].quality.assign(more)
+    row = row_of(replace(found[1], quality=full))
+    assert (row["log p(x) at least"], row["of"]) == ("129.00", "density of grey pixels")
 
 
 def test_the_verdict_credits_nothing_where_no_change_is_beyond_its_error():

@@ -28,7 +28,7 @@ def test_main_writes_results_figures_and_a_page(tmp_path, capsys):
     assert "RenyiELBO" in said
     page = (out / "report.html").read_text()
     assert "Tighter bounds are not necessarily better" in page
-    assert page.count("<img") == 4
+    assert page.count("<figure>") == 4
 
 
 def test_help_says_what_it_is_for(capsys):

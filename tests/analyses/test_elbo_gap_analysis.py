@@ -37,7 +37,7 @@ def test_main_writes_ledgers_figures_and_a_page(
     assert {"gain_full", "gain_flow"} <= set(ledger.data_vars)
     assert "gain_full" not in load_result(out / "encoder_3_test.nc")
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 3
+    assert page.count("<figure>") == 3
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_main_writes_numbers_figures_and_a_page(
     paths = load_result(out / "paths_VAE_2_latents.nc")
     assert bool((paths["length"] <= paths["straight_length"]).all())
     page = (out / "report.html").read_text()
-    assert page.count("<img") == len(FIGURES)
+    assert page.count("<figure>") == len(FIGURES)
     assert "prior.mask(False) if flat else prior" in page
 
 

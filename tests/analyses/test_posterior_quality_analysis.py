@@ -34,7 +34,7 @@ def test_main_writes_numbers_figures_and_a_page(
     assert names == {*(f"{name}.png" for name in FIGURES), *results, "report.html"}
     found = load_result(out / "base.nc")
     assert {"khat", "trust_guide", "mean_error", "c2st_accuracy", "ranks"} <= set(found.data_vars)
-    assert (out / "report.html").read_text().count("<img") == len(FIGURES)
+    assert (out / "report.html").read_text().count("<figure>") == len(FIGURES)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,14 +190,14 @@ def test_a_change_mends_what_moves_beyond_its_error(base: Measured) -> None:
     khat = [0.1, 0.9, 0.1, 0.3, 0.1, 0.2]  # here and there
     after = made("after", trust=[True] * 6, kl=kl, khat=khat)
     said = of_change(after, base, 3.0)
-    assert said.startswith("A change (against base): mends ")
+    assert said.startswith("A change (against base): improves ")
     mended, rest = said.split(". It does not clearly move ")
     assert "KL(q || p) (1.000 to 0.503)" in mended
     assert "the share of data whose draws may be used as they are (17% to 100%)" in mended
     assert "k-hat" in rest
     said = of_change(base, after, 3.0)
     assert "worsens" in said
-    assert "mends" not in said
+    assert "improves" not in said
 
 
 def test_khat_is_held_against_what_it_lets_through(base: Measured) -> None:

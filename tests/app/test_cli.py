@@ -339,7 +339,7 @@ def test_data_that_are_no_images(tmp_path: Path) -> None:
     line = f"fit --data iris --latent-dim 2 --hidden 4 --epochs 1 --threads 1 --out {folder}"
     assert call(line).exit_code == 0
     assert load_run(folder).config["model"]["arguments"]["likelihood"]["name"] == "gaussian"
-    assert "are no images" in refused(f"sample {folder}")
+    assert "are not images" in refused(f"sample {folder}")
     assert call(f"report {folder}").exit_code == 0
 
 

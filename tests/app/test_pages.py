@@ -3,6 +3,7 @@
 import base64
 import re
 
+import pytest
 from matplotlib.figure import Figure
 
 from pyro_vae.app.pages import Formula, Heading, Note, Page, Paragraph, Picture, Table, Verbatim
@@ -22,6 +23,51 @@ def page_with_everything():
         Picture(figure, 'a "caption"'),
     )
     return page
+
+
+def page_of(*parts) -> Page:
+    page = Page("A page")
+    page.add(*parts)
+    return page
+
+
+def panels(count: int, *, together: bool = False) -> Figure:
+    figure = Figure(figsize=(3.0 * count, 2.0), layout="constrained")
+    for i, ax in enumerate(figure.subplots(1, count, squeeze=False)[0]):
+        ax.plot([0, 1], [i, 1], label=f"line {i}")
+        ax.set(title=f"panel {i}", xlabel="across", ylabel=f"up {i}")
+    if together:
+        figure.suptitle("all")
+    return figure
+
+
+def test_panels_beside_one_another_become_pictures_that_can_stack():
+    picture = Picture(panels(3), "three")
+    assert [part.alt for part in picture.panels] == [
+        f"panel {i}: up {i} against across" for i in range(3)
+    ]
+    widths = [part.width for part in picture.panels]
+    whole = Picture(panels(3, together=True), "a title over all keeps them together")
+    (only,) = whole.panels
+    assert only.alt == "all: " + "; ".join(part.alt for part in picture.panels)
+    assert sum(widths) == pytest.approx(only.width, rel=0.1)
+    html = page_of(picture).html()
+    assert html.count("<img") == 3
+    assert html.count("<figcaption>three</figcaption>") == 1
+    assert 'alt="three"' not in html
+
+
+def test_a_picture_without_a_caption_has_none():
+    html = page_of(Picture(panels(1))).html()
+    assert "<figcaption>" not in html
+    assert 'alt="panel 0: up 0 against across"' in html
+
+
+def test_what_is_wide_scrolls_in_its_own_box():
+    html = page_with_everything().html()
+    for tag in ("<table", "<img"):
+        for at in (found.start() for found in re.finditer(tag, html)):
+            assert 'class="scroll' in html[html.rindex("<div", 0, at) : at]
 
 
 def test_every_part_is_there_and_text_is_escaped(tmp_path):

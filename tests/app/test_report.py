@@ -191,7 +191,7 @@ def test_classes_are_named_only_where_there_are_some(run: Run) -> None:
     unlabelled = replace(data, train_labels=None, test_labels=None, label_names=None)
     for dataset, named in ((data, True), (unlabelled, False)):
         captions = {f.name: f.caption for f in run_figures(run, dataset)}
-        assert ("Classes were not shown" in captions["latent"]) == named
+        assert ("The model did not see the classes" in captions["latent"]) == named
 
 
 def test_a_run_of_the_callers_data_is_reported(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_parts_and_objective_are_named(tmp_path: Path) -> None:
     text = " ".join(Page(write_report(tmp_path / "run")).text.split())
     assert "TwoLayerVAE 64-6-4-3-2" in text
     assert "likelihood categorical:levels=17; prior mixture:num_components=3; posterior" in text
-    assert "BetaELBO(beta=2.0), an objective that is no bound" in text
+    assert "BetaELBO(beta=2.0), an objective that is not a bound" in text
     assert "grey levels on a grid, so the numbers are log probabilities" in text
     assert "standard normal around" not in text  # is not the prior of what the encoder gives
 

@@ -835,3 +835,9 @@ def test_rs_real_table_becomes_the_real_file(tmp_path, monkeypatch):
     fake_pooch(monkeypatch, {"faithful.csv": "\n".join(numbered).encode()})
     load_dataset("faithful", tmp_path, download=True)
     assert (tmp_path / "faithful.csv").read_bytes() == real
+
+
+def test_photographs_are_told_from_ink() -> None:
+    light = {name for name in dataset_names() if describe_dataset(name).pixels == "light"}
+    assert light == {"frey_face"}
+    assert load_dataset("digits").pixels == "ink"

@@ -186,3 +186,38 @@ def test_pseudo_inputs_start_at_data() -> None:
     data_pseudo_inputs(module, x[:3])  # too few
     assert torch.equal(module.prior.raw, before)
     data_pseudo_inputs(build_model(made()), x)  # has none
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "network"),
+    [("bernoulli", "mlp"), ("continuous_bernoulli", "residual"), ("bernoulli", "residual")],
+)
+def test_a_decoder_starts_at_the_mean_of_the_data(likelihood: str, network: str) -> None:
+    """Else hidden units hold the background, and latents far from any datum turn it over."""
+    mean = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.9, 0.0])
+    x = (torch.rand(4000, 6) < mean).to(torch.float32)
+    dataset = Dataset("made", x, x[:4], "binary" if likelihood == "bernoulli" else "grey")
+    module = build_model(dataset, latent_dim=2, likelihood=likelihood, network=network).double()
+    bias = module.decoder[-1].bias.detach()
+    started = module.likelihood.mean(bias)
+    assert torch.allclose(started, x.mean(0).double().clamp(0.01, 0.99), atol=1e-5)
+    plain = VAE(6, 2, likelihood=likelihood).double().decoder[-1].bias.detach()
+    assert not torch.allclose(module.likelihood.mean(plain), started, atol=0.1)
+
+
+def test_other_decoders_start_as_they_are() -> None:
+    for likelihood, dataset in (("gaussian", made(measure="real")), ("categorical", made())):
+        chosen = on_levels(dataset, choose_likelihood(dataset.measure, likelihood))
+        torch.manual_seed(0)
+        module = build_model(chosen[0], latent_dim=2, likelihood=chosen[1])
+        torch.manual_seed(0)
+        plain = VAE(6, 2, likelihood=chosen[1])
+        assert torch.equal(module.decoder[-1].bias, plain.decoder[-1].bias)
+
+
+def test_photographs_stay_grey_unless_binary_pixels_are_asked_for() -> None:
+    assert choose_binarization("grey", None, "light") is None
+    assert choose_binarization("grey", "bernoulli", "light") == "dynamic"
+    assert choose_likelihood("grey", None, "light") == "discretized_logistic"
+    assert choose_likelihood("grey", "gaussian", "light") == "gaussian"
+    assert choose_likelihood("binary", None, "light") == "bernoulli"

@@ -160,7 +160,7 @@ def test_masked_perceptrons_see_earlier_inputs_and_the_context_alone(dim, revers
         (lambda: residual(3, (2,), 2, "tanhh"), ValueError, "choose one of"),
         (lambda: Convolutional(()), ValueError, "channels"),
         (lambda: Convolutional((2,), (3,)), ValueError, "height, width"),
-        (lambda: Convolutional().encoder(12, (), 2, "relu"), ValueError, "no square picture"),
+        (lambda: Convolutional().encoder(12, (), 2, "relu"), ValueError, "not a square picture"),
         (lambda: Convolutional((2,), (3, 3)).encoder(12, (), 2, "relu"), ValueError, "9 pixels"),
         (lambda: Convolutional().decoder(2, (), 9, 10, "relu"), ValueError, "whole number"),
         (lambda: Autoregressive(3, ()), ValueError, "at least one hidden"),

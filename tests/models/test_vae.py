@@ -446,7 +446,7 @@ def test_parts_that_cannot_stand_together_say_why(monkeypatch):
         VAE(DATA_DIM, 1, posterior="iaf")
     with pytest.raises(ValueError, match="latent_dim=3"):
         VAE(DATA_DIM, LATENT_DIM, posterior=FullPosterior(2))
-    with pytest.raises(ValueError, match="no square picture"):
+    with pytest.raises(ValueError, match="not a square picture"):
         VAE(DATA_DIM, LATENT_DIM, network="conv")
     for part in ("prior", "posterior", "network"):
         with pytest.raises(ValueError, match="choose one of"):

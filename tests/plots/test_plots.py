@@ -14,11 +14,13 @@ from torch.distributions import Normal
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.plots import (
     plot_bound,
+    plot_estimator_cost,
     plot_evidence,
     plot_latent,
     plot_manifold,
     plot_reconstructions,
     plot_samples,
+    plot_signal_to_noise,
 )
 from pyro_vae.results import Result, label, make_result
 
@@ -193,6 +195,21 @@ def test_samples_are_those_of_their_seed() -> None:
     assert "seed 3" in ax.get_title()
 
 
+def test_photographs_are_no_negatives() -> None:
+    """Grey 1 is black where it is ink, and white where it is light."""
+    vae = VAE(data_dim=6, latent_dim=2, hidden=(5,))
+    for pixels, white in (("ink", 0.0), ("light", 1.0)):
+        for ax in (
+            plot_reconstructions(vae, torch.zeros(2, 6), (2, 3), pixels=pixels),
+            plot_samples(vae, (2, 3), num_images=2, pixels=pixels),
+            plot_manifold(vae, (2, 3), num_steps=2, pixels=pixels),
+        ):
+            (image,) = ax.images
+            assert image.get_clim() == (0, 1)
+            assert image.cmap(white)[:3] == (1.0, 1.0, 1.0)
+            assert image.cmap(1 - white)[:3] == (0.0, 0.0, 0.0)
+
+
 def test_the_manifold_runs_through_the_inverse_normal() -> None:
     ax: Any = plot_manifold(Stub(), SHAPE, num_steps=4)
     quantiles = [NormalDist().inv_cdf((i + 0.5) / 4) for i in range(4)]
@@ -246,7 +263,7 @@ def test_two_latents_keep_their_order_and_one_is_enough() -> None:
     ("draw", "says"),
     [
         (lambda: plot_manifold(Stub(3), SHAPE), "2 latent dimensions, not 3"),
-        (lambda: plot_samples(VAE(8, 2, hidden=(3,)), SHAPE), "no images of 3 x 5"),
+        (lambda: plot_samples(VAE(8, 2, hidden=(3,)), SHAPE), "not images of 3 x 5"),
         (lambda: plot_samples(VAE(15, 2, hidden=(3,)), SHAPE, num_images=0), "num_images must be"),
         (
             lambda: plot_reconstructions(VAE(15, 2, hidden=(3,)), torch.zeros(2, 15), (15,)),
@@ -288,3 +305,37 @@ def test_axes_that_are_given_are_used_and_nothing_else_changes() -> None:
     from matplotlib import pyplot as plt
 
     assert plt.get_fignums() == []
+
+
+def comparison(names: list[str]) -> Result:
+    """As much of a comparison of estimators as its figures read."""
+    dims = ("estimator", "num_particles", "parameter")
+    values = np.linspace(1.0, 2.0, 2 * len(names)).reshape(len(names), 2, 1)
+    pure = label(unit="none", reduction="none", bound="none")
+    variables: dict[str, Any] = {
+        name: (dims, values, {**pure, "noise_floor": 0.1}) for name in ("snr", "variance")
+    }
+    variables |= {f"{name}_se": (dims, 0.01 * values, {}) for name in ("snr", "variance")}
+    variables["seconds"] = (dims[:2], values[..., 0], pure)
+    variables["verdict"] = (dims, np.full(values.shape, "no bias seen"), {})
+    coords = {"estimator": names, "num_particles": [1, 8], "parameter": ["guide"]}
+    return make_result(variables, function="f", config={}, seed=0, data_sha256=None, coords=coords)
+
+
+def test_an_estimator_has_one_colour_in_every_panel() -> None:
+    def colours(ax: Any) -> dict[str, Any]:
+        handles, texts = ax.get_legend_handles_labels()
+        named = zip(handles, (text.split(":")[0] for text in texts), strict=True)
+        return {name: handle.get_color() for handle, name in named if name != "noise floor"}
+
+    many = ["PathwiseELBO", "DReG", "VIMCO", "mine", "ReweightedWakeSleep"]
+    few = ["VIMCO", "Renyi(alpha=0.3)", "DReG"]
+    all_of_them = [
+        colours(plot(comparison(names)))
+        for plot in (plot_estimator_cost, plot_signal_to_noise)
+        for names in (many, few)
+    ]
+    for found in all_of_them[1:]:
+        shared = set(found) & set(all_of_them[0])
+        assert {name: found[name] for name in shared} == {n: all_of_them[0][n] for n in shared}
+    assert len(set(all_of_them[0].values())) == len(many)

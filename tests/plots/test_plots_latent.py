@@ -65,7 +65,7 @@ def test_rows_of_pictures_stand_by_their_names() -> None:
     assert [0 <= t < 3 for t in ax.get_yticks()] == [True, False]
     with pytest.raises(ValueError, match="one for each row"):
         plot_picture_rows(rows, (3, 5), ["up"])
-    with pytest.raises(ValueError, match="no images of 4 x 4"):
+    with pytest.raises(ValueError, match="not images of 4 x 4"):
         plot_picture_rows(rows, (4, 4), ["up", "down"])
 
 

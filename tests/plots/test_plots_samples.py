@@ -23,7 +23,7 @@ def test_rows_of_samples_are_named_and_in_order():
 
 
 def test_images_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="no images of 5 x 5"):
+    with pytest.raises(ValueError, match="not images of 5 x 5"):
         plot_sample_rows({"data": torch.rand(5, 12)}, (5, 5))
     with pytest.raises(ValueError, match="no images to show"):
         plot_sample_rows({}, SHAPE)

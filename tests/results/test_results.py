@@ -979,7 +979,7 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"not a file", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="no NetCDF file or is damaged"):
+        with pytest.raises(ValueError, match="not a NetCDF file or is damaged"):
             load_result(path)
     for attrs in ({}, {"provenance": "text"}, {"provenance": "[]"}, {"provenance": '"function"'}):
         xr.Dataset({"a": 1}, attrs=attrs).to_netcdf(path, engine="h5netcdf")

@@ -55,7 +55,7 @@ from pyro_vae.inference.refit import (
     paired_log_weights,
     refits,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 
 __all__ = ["LEDGER", "GapOnBoth", "elbo_gap", "elbo_surgery", "gap_on_both"]
 
@@ -381,7 +381,7 @@ def _notes(
         if bad:
             notes.append(
                 f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the "
-                f"error above 0.5 nats, for {bad} of {size} data: there the log evidence is a "
+                f"error above 0.5 nats, for {data_text(bad, size)}: there the log evidence is a "
                 "lower bound whose error is unreliable, and the gap is low by an unknown amount."
             )
     else:
@@ -389,14 +389,14 @@ def _notes(
     stopped = int((~columns["converged"]).sum())
     if stopped:
         notes.append(
-            f"the bound of {stopped} of {size} data was still rising, or never settled, when the "
-            "steps ran out: raise max_steps. Their amortisation gap is low, their approximation "
+            f"the bound of {data_text(stopped, size)} was still rising, or never settled, when the "
+            "steps ran out: raise max_steps. There the amortisation gap is low, the approximation "
             "gap high."
         )
     below = int((columns["gap"] < -4 * columns["gap_se"] - 1e-9).sum())
     if below:
         notes.append(
-            f"for {below} of {size} data the log evidence is below the ELBO by more than 4 "
+            f"for {data_text(below, size)} the log evidence is below the ELBO by more than 4 "
             "standard errors, so it is a poor bound there: use another method."
         )
     if kind == "lower":

@@ -105,7 +105,8 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> Cand
     kind = one if isinstance(one, type) else type(one)
     if not issubclass(kind, Estimator):
         raise ValueError(
-            f"{one!r} is no estimator; pass names, Estimator classes or instances, or Pyro's ELBOs"
+            f"{one!r} is not an estimator; pass names, Estimator classes or instances, or Pyro's "
+            "ELBOs"
         )
     if not isinstance(one, type) and one.joint != joint:
         raise ValueError(

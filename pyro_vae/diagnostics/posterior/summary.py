@@ -41,6 +41,7 @@ def verdict_notes(
         joint: Whether there is one posterior for all data.
     """
     size = len(verdict.trustworthy)
+    joint = joint or size == 1  # one posterior is spoken of as such
     notes = [_answer(verdict, size, joint)]
     notes += _why("the guide's draws as they are", verdict.guide, joint)
     notes += _why("importance-weighted draws", verdict.weights, joint)
@@ -141,9 +142,9 @@ def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
         f"{math.exp(limits.scale):.2f}, total variation at most {limits.total_variation:g}."
     )
     if not verdict.num_comparisons:
-        return f"{limits_said} No error could be looked at."
+        return f"{limits_said} No error could be checked."
     return (
-        f"{limits_said} Each of the {verdict.num_comparisons} errors looked at must be within its "
+        f"{limits_said} Each of the {verdict.num_comparisons} errors checked must be within its "
         f"limit, and {verdict.standard_errors:.1f} standard errors too. So, if all posteriors were "
         f"exact, any would be called wrong in at most {100 * limits.level:.3g} % of such results; "
         "and what passes is within twice the limits."
@@ -227,7 +228,7 @@ def _tests(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[s
         if not joint
         else f"tests of whether the guide is exact: {', '.join(found)}.",
         "with enough draws such tests find any difference, however small, so a small p-value alone "
-        "is held against no posterior.",
+        "counts against no posterior.",
     ]
 
 
@@ -249,7 +250,7 @@ def _beside_the_reference(columns: Mapping[str, Tensor], limits: Limits, joint: 
             f"the reference converged for {good} of {size} data ({rule}). What compares with it is "
             "nan for the others, and they are not trusted, for chains that disagree may be in "
             "different modes; result.isel(datum=result.reference_converged.values) leaves them "
-            "out. Longer chains (num_samples, num_warmup) mend it."
+            "out. Longer chains help (num_samples, num_warmup)."
         )
     if good:
         said = [

@@ -1,6 +1,6 @@
 r"""Training a generator by another divergence than maximum likelihood: `fit_divergence`.
 
-A critic V climbs the lower bound of `divergence_bound` on :math:`D_f(P \,\|\, Q_\theta)`, the
+A critic V maximises the lower bound of `divergence_bound` on :math:`D_f(P \,\|\, Q_\theta)`, the
 generator descends it:
 
 .. math:: \min_\theta \max_V \; \mathbb E_P\, g_f(V(x)) - \mathbb E_{Q_\theta} f^*(g_f(V(y)))

@@ -1,4 +1,4 @@
-r"""Expectation-maximisation and its relatives: `fit_em`, which climbs one bound in half steps.
+r"""Expectation-maximisation and its variants: `fit_em`, which maximises one bound in half steps.
 
 .. math:: \log p(x) = \underbrace{E_q \log p(x, z) + H(q)}_{F(q, \theta)}
           + \mathrm{KL}(q \,\|\, p(z \mid x))

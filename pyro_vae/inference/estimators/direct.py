@@ -43,7 +43,7 @@ class _BesideTheTable(Estimator):
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         """Refuses: there is no row of the table to give."""
-        raise TypeError(f"{type(self).__name__} is no row of the table of log weights")
+        raise TypeError(f"{type(self).__name__} has no log-weight coefficients")
 
     def _value(
         self, model: Program, guide: Program, arguments: Arguments

@@ -57,7 +57,7 @@ class _Run(NamedTuple):
 
 
 class _Objective(Estimator):
-    """What is climbed by reparameterised gradients of its value, and bounds nothing."""
+    """An objective maximised by reparameterised gradients of its value; it bounds nothing."""
 
     bound_kind = "objective"
 
@@ -67,7 +67,7 @@ class _Objective(Estimator):
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         """Refuses: an objective is no function of log weights."""
-        raise TypeError(f"{type(self).__name__} is no row of the table of log weights")
+        raise TypeError(f"{type(self).__name__} has no log-weight coefficients")
 
     def _value(
         self, model: Program, guide: Program, arguments: Arguments
@@ -85,7 +85,7 @@ class _Objective(Estimator):
         if fixed:
             raise ProgramError(
                 f"{type(self).__name__} needs reparameterised latents, but the guide's site "
-                f"'{fixed[0]}' is not; use LeaveOneOut or VIMCO, which climb bounds"
+                f"'{fixed[0]}' is not; use LeaveOneOut or VIMCO, which maximise bounds"
             )
         value = self._objective(_Run(model, arguments, structure, traces))
         return value, value.sum(), scale_of(traces, self.joint)

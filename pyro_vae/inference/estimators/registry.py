@@ -1,4 +1,4 @@
-"""What to climb, chosen by name: the estimators of bounds, and the objectives beside them."""
+"""What to maximise, chosen by name: the estimators of bounds, and the objectives beside them."""
 
 import difflib
 import inspect

@@ -16,7 +16,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     site_log_probs,
 )
-from pyro_vae.results import ArvizGroups, Result, label, make_result, shapes_text
+from pyro_vae.results import ArvizGroups, Result, data_text, label, make_result, shapes_text
 
 __all__ = ["PosteriorSample"]
 
@@ -140,12 +140,12 @@ class PosteriorSample:
         found = []
         if bad:
             found.append(
-                f"R-hat is above 1.01 for {bad} of {len(self.rhat)} data (largest "
+                f"R-hat is above 1.01 for {data_text(bad, len(self.rhat))} (largest "
                 f"{float(self.rhat.max()):.3g}): there the chains have not mixed; run them longer."
             )
         if runs:
             found.append(
-                f"trajectories diverged for {runs} of {len(self.rhat)} data "
+                f"trajectories diverged for {data_text(runs, len(self.rhat))} "
                 f"({int(self.divergences.sum())} in all): there the draws may miss a region; raise "
                 "target_accept."
             )

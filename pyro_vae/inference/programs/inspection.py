@@ -583,8 +583,8 @@ def _check_deterministic(
         if again is not None and not _agree(sum_sites(trace, structure, 1), again):
             raise ProgramError(
                 f"the {role} is not deterministic given its latents (a second run at the same "
-                "latents gave another log-probability); take noise that is no pyro.sample site out "
-                "of it, or make it one"
+                "latents gave another log-probability); take noise that is not a pyro.sample site "
+                "out of it, or make it one"
             )
     return log_q is not None
 

@@ -525,7 +525,7 @@ def climb_each(
     step_size: float,
     advance: Callable[[int], object] = lambda steps: None,
 ) -> Climb:
-    """Climbs a noisy value for each datum by Adam, with a step size and an end of its own.
+    """Maximises a noisy value for each datum by Adam, with a step size and an end of its own.
 
     The value of a datum may depend on its own slice of each tensor alone. Its step size falls to a
     fifth whenever its mean over a window of 20 steps has not risen for 3 windows, and it stops at
@@ -643,9 +643,9 @@ def refit_guide(
 ) -> RefittedGuide:
     r"""Finds the guide's best parameters for each datum, from those that it computes for it.
 
-    All data climb their own ELBO in parallel, with the gradient of the path through the latents
-    alone, whose noise vanishes at the exact posterior. Which of the start, the last and the mean
-    iterate is kept is decided, for each datum, by fresh draws.
+    The ELBO of every datum is maximised in parallel, with the gradient of the path through the
+    latents alone, whose noise vanishes at the exact posterior. Which of the start, the last and the
+    mean iterate is kept is decided, for each datum, by fresh draws.
 
     Args:
         model: The generative program.
@@ -671,8 +671,8 @@ def refit_guide(
             latent is global, or a distribution is unknown; the sentence names the site.
         ValueError: If an argument is out of its range.
 
-    Note: The last of the families holds the others, but no climb is sure to find the best: its ELBO
-        is a lower bound of the family's best.
+    Note: The last of the families holds the others, but no ascent is sure to find the best: its
+        ELBO is a lower bound of the family's best.
 
     References:
         Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders, section

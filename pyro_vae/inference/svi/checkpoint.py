@@ -159,7 +159,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
         if not all(isinstance(row, dict) and "epoch" in row for row in rows):
-            raise ValueError("a line is no row of a history")
+            raise ValueError("a line is not a row of a history")
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, OSError) as error:

@@ -238,7 +238,7 @@ class Convolutional(Network):
         """See `Network.decoder`."""
         blocks, rest = divmod(out_dim, data_dim)
         if rest:
-            raise ValueError(f"{out_dim} outputs are no whole number for each of {data_dim}.")
+            raise ValueError(f"{out_dim} outputs are not a whole number for each of {data_dim}.")
         first, *inner = self._shapes(data_dim)
         shapes = [(blocks * first[0], *first[1:]), *inner]
         layers: list[nn.Module] = [ACTIVATIONS[activation]()]
@@ -257,7 +257,7 @@ class Convolutional(Network):
         side = math.isqrt(data_dim)
         if self.image_shape is None and side**2 != data_dim:
             raise ValueError(
-                f"{data_dim} features are no square picture: pass network={{'name': 'conv', "
+                f"{data_dim} features are not a square picture: pass network={{'name': 'conv', "
                 "'image_shape': (height, width)}."
             )
         shape = self.image_shape or (side, side)

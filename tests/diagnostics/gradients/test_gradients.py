@@ -467,7 +467,7 @@ def test_the_common_set_on_continuous_latents_has_nothing_to_relax(x):
     ("changed", "says"),
     [
         ({"estimators": ["Nonsense"]}, "no estimator 'Nonsense'; there are PathwiseELBO"),
-        ({"estimators": [3]}, "3 is no estimator"),
+        ({"estimators": [3]}, "3 is not an estimator"),
         ({"estimators": []}, "no estimator to compare"),
         ({"estimators": ["DReG", "DReG"]}, "two estimators are called 'DReG'"),
         ({"estimators": [LeaveOneOut(2, joint=True)]}, "make them agree"),
