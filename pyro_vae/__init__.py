@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
     from pyro_vae.inference.mcmc import sample_posterior
+    from pyro_vae.inference.programs import all_data
     from pyro_vae.inference.svi import fit
     from pyro_vae.models import (
         VAE,
@@ -42,6 +43,7 @@ __all__ = [
     "LinearGaussian",
     "TwoLayerVAE",
     "TwoStageVAE",
+    "all_data",
     "calibrate",
     "compare_estimators",
     "draw_posterior",
@@ -66,6 +68,7 @@ _HOME = {
     "LinearGaussian": "pyro_vae.models",
     "TwoLayerVAE": "pyro_vae.models",
     "TwoStageVAE": "pyro_vae.models",
+    "all_data": "pyro_vae.inference.programs",
     "calibrate": "pyro_vae.diagnostics.calibration",
     "compare_estimators": "pyro_vae.diagnostics.gradients",
     "draw_posterior": "pyro_vae.inference.draws",

@@ -14,8 +14,8 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.replicates import Replicates, log_likelihood, observed_data, replicate
 from pyro_vae.inference.programs import (
     Program,
-    ProgramError,
     ProgramStructure,
+    SubsampleError,
     as_arguments,
     bytes_of_run,
     inspect_programs,
@@ -148,9 +148,8 @@ def predictive_check(
     with torch.no_grad(), program_scope(seed):
         structure = inspect_programs(model, shown, arguments, joint=joint, num_particles=2)
         if structure.scale != 1.0:
-            raise ProgramError(
-                "the programs subsample or rescale their data, so replicates are not of their "
-                "size; take that out"
+            raise SubsampleError(
+                "the programs subsample or rescale their data, so replicates are not of their size"
             )
         observed = observed_data(model, shown, x, structure, prior="prior" in kinds)
         chosen = _statistics(statistics, observed)

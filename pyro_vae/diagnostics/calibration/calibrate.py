@@ -32,7 +32,14 @@ from pyro_vae.diagnostics.calibration.simulations import (
     simulate_pairs,
 )
 from pyro_vae.diagnostics.evidence import ChunkPlan, plan_chunks
-from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of, tool
+from pyro_vae.inference.programs import (
+    Program,
+    ProgramError,
+    SubsampleError,
+    program_scope,
+    tensors_of,
+    tool,
+)
 from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result, label, make_result, sha256_of
 
@@ -168,9 +175,8 @@ def _check(
 def _check_plan(plan: ChunkPlan, model: Program) -> None:
     structure = plan.structure
     if structure.scale != 1.0:
-        raise ProgramError(
-            "the programs subsample or rescale their data, so their draws are not from the model; "
-            "take that out"
+        raise SubsampleError(
+            "the programs subsample or rescale their data, so their draws are not from the model"
         )
     if not structure.latents:
         raise ProgramError("the guide draws no latent site, so there is nothing to calibrate")

@@ -38,6 +38,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    SubsampleError,
     as_arguments,
     draw_traces,
     fixed_draws,
@@ -603,7 +604,7 @@ def _check_surgery(guide: Program, arguments: Arguments, structure: ProgramStruc
             "cut the rate by; sample it in the guide"
         )
     if structure.scale != 1.0:
-        raise ProgramError("the programs subsample their data; take the subsampling out")
+        raise SubsampleError("the programs subsample their data, of which every one is compared")
     args, kwargs = arguments
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
     deltas = [name for name, site in weighted_sites(trace).items() if is_delta(site["fn"])]

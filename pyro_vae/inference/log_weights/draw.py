@@ -41,9 +41,10 @@ def log_weights(
 
     Any Pyro model and guide will do whose sites all lie in one batch plate. That plate may have
     any name and dim, a stated size or none, and may be subsampled (the factor N/B is left out: it
-    belongs outside any reduction). Inner plates, masks, auxiliary sites of autoguides and
-    `pyro.deterministic` are understood. Programs that cannot run their particles in one tensor
-    program are found out and run one particle at a time. Gradients flow.
+    belongs outside any reduction; `all_data` undoes the subsampling). Inner plates, masks,
+    auxiliary sites of autoguides and `pyro.deterministic` are understood. Programs that cannot run
+    their particles in one tensor program are found out and run one particle at a time. Gradients
+    flow.
 
     Args:
         model: The generative program, called as `model(x)`.

@@ -26,6 +26,7 @@ from pyro_vae.inference.programs.traces import (
     ProgramError,
     ProgramStructure,
     SitesError,
+    SubsampleError,
     SupportError,
     enumerating,
     fixed_draws,
@@ -407,6 +408,7 @@ def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
             scale = site["scale"]
             for value in scale.unique().tolist() if isinstance(scale, Tensor) else [float(scale)]:
                 seen.setdefault(float(f"{value:.6g}"), name)  # products of factors round
+    scale = next(iter(seen), 1.0)
     if len(seen) > 1:
         (a, site_a), (b, site_b) = list(seen.items())[:2]
         sites_are = (
@@ -414,18 +416,22 @@ def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
             if site_a != site_b
             else f"site '{site_a}' has for its data"
         )
-        raise ProgramError(
-            f"{sites_are} different scales ({a:g} and {b:g}), so no importance weight exists; "
-            "remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model and "
-            "guide alike"
+        reason = f"{sites_are} different scales ({a:g} and {b:g}), so no importance weight exists"
+    elif joint and scale != 1.0:
+        reason = (
+            f"joint log weights need the full data, but site '{seen[scale]}' has scale {scale:g}"
         )
-    scale = next(iter(seen), 1.0)
-    if joint and scale != 1.0:
-        raise ProgramError(
-            f"joint log weights need the full data, but site '{seen[scale]}' has scale {scale:g}; "
-            "take the subsampling out"
-        )
-    return scale
+    else:
+        return scale
+    for site in (*model_sites.values(), *guide_sites.values()):
+        for plate in site["cond_indep_stack"]:
+            if plate.full_size not in (None, plate.size):
+                which = f"plate '{plate.name}' draws {plate.size} of {plate.full_size} data"
+                raise SubsampleError(f"{reason}: {which}")
+    raise ProgramError(
+        f"{reason}; remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model "
+        "and guide alike"
+    )
 
 
 def _find_batch(

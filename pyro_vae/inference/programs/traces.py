@@ -23,6 +23,7 @@ from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, transform_to
@@ -40,7 +41,9 @@ __all__ = [
     "ProgramStructure",
     "Site",
     "SitesError",
+    "SubsampleError",
     "SupportError",
+    "all_data",
     "bytes_of_run",
     "common_owner",
     "describe_programs",
@@ -90,6 +93,16 @@ class NoParametersError(ProgramError):
 
 class PointMassError(ProgramError):
     """The guide is a point, so its objective is a MAP objective."""
+
+
+class SubsampleError(ProgramError):
+    """The programs draw a part of their data, and the tool needs all of them."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}; call the tool inside `with pyro_vae.all_data():`, where plates draw no "
+            "subsample (where a plate is given its own, pass all data), and without poutine.scale"
+        )
 
 
 class JointOnlyError(ProgramError):
@@ -183,6 +196,37 @@ def program_scope(seed: int | None = None, *, training: bool = False) -> Iterato
         torch.set_default_dtype(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def all_data() -> Iterator[None]:
+    """Plates draw no subsample inside: programs that were trained on parts see all their data.
+
+    A plate whose subsample is given (`pyro.plate(..., subsample=...)`) keeps it.
+
+    Example:
+        >>> with all_data(), pyro.plate("data", 5, subsample_size=2) as rows:
+        ...     len(rows)
+        5
+    """
+    own = SubsampleMessenger._subsample
+
+    def whole(
+        name: str,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        subsample: Tensor | None = None,
+        *device: Any,
+    ) -> Any:
+        # Pyro compares the size with what any handler of the subsample gives: it must not be one.
+        given = subsample is not None or size is None
+        return own(name, size, subsample_size if given else None, subsample, *device)
+
+    SubsampleMessenger._subsample = staticmethod(whole)
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(own)
 
 
 def ieee_precision() -> AbstractContextManager[None]:

@@ -40,6 +40,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    SubsampleError,
     as_arguments,
     bytes_of_run,
     inspect_programs,
@@ -721,10 +722,7 @@ def inspect_refittable(model: Program, guide: Program, arguments: Arguments) -> 
             f"{error.reason}; parameters per datum and a gap per datum need latents per datum"
         ) from error
     if structure.scale != 1.0:
-        raise ProgramError(
-            "the programs subsample their data, so every run would refit others; take the "
-            "subsampling out"
-        )
+        raise SubsampleError("the programs subsample their data, so every run would refit others")
     return structure
 
 
