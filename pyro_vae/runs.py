@@ -12,7 +12,7 @@ and weights are read from safetensors alone.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,19 @@ from torch import Tensor, nn
 from pyro_vae.data import Dataset, Seed, as_seed, load_dataset
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.estimators import make_objective, objective_names
-from pyro_vae.inference.programs import keep_random_state
+from pyro_vae.inference.programs import (
+    FittedProgram,
+    Program,
+    common_owner,
+    keep_random_state,
+    pyro_parameters,
+)
 from pyro_vae.inference.svi import (
     FORMAT,
     CheckpointError,
     Fit,
+    LoadedProgram,
+    SavedParameters,
     check_same_settings,
     fit,
     history_result,
@@ -38,6 +46,7 @@ from pyro_vae.inference.svi import (
     load_tensors,
     read_json,
     read_rows,
+    tensor_type,
 )
 from pyro_vae.models import (
     AUTOENCODERS,
@@ -89,7 +98,8 @@ class Run:
 
     Attributes:
         path: The folder.
-        module: The model with its weights, in evaluation mode.
+        module: The model with its weights, in evaluation mode; of programs that were passed to
+            `load_run` the module whose methods they are, if there is one, as it was.
         model: Its generative program, `module.model`.
         guide: Its guide, `module.guide`.
         config: What ``config.json`` says.
@@ -98,9 +108,9 @@ class Run:
     """
 
     path: Path
-    module: nn.Module
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
+    module: Any
+    model: Program
+    guide: Program
     config: dict[str, Any]
     history: Result
 
@@ -110,27 +120,40 @@ class Run:
         return str(self.config.get("data", {}).get("name", "data of the caller"))
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self.config["model"]["arguments"].items())
+        described = self.config["model"]
+        arguments = ", ".join(f"{k}={v!r}" for k, v in described.get("arguments", {}).items())
         epochs = int(self.history.epoch[-1]) if self.history.sizes.get("epoch") else 0
-        name = type(self.module).__name__
+        name = described.get("class", described.get("program"))
         return f"<run {self.path}: {name}({arguments}) on {self.data_name}, {epochs} epochs>"
 
 
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load_run(path: str | os.PathLike[str]) -> Run:
+def load_run(
+    path: str | os.PathLike[str],
+    *,
+    model: Program | None = None,
+    guide: Program | None = None,
+) -> Run:
     """Loads a run folder; no code that lies in it is run.
 
     Args:
         path: The folder, as `fit(checkpoint=...)` or `start_run` wrote it.
+        model: The model that was trained, where it is none of this package's; with `guide`.
+        guide: The guide that was trained, likewise.
 
     Returns:
-        The model and the guide with the weights in place, and how they were trained.
+        The model and the guide with the weights in place, and how they were trained. Modules of
+        programs that were passed in have the run's weights; `pyro.param` statements get theirs when
+        they first run, whatever the caller's parameter store holds.
 
     Raises:
         CheckpointError: If the folder or a file is missing or damaged, was written by a newer
-            version, or holds a program that is none of this package's models.
+            version, or holds a program that is none of this package's models and was not passed;
+            if names, shapes or dtypes of parameters differ from those of the programs (for
+            `pyro.param`, when the programs first run).
+        ValueError: If one of model and guide is passed without the other.
 
     Example:
         >>> load_run("no/such/run")
@@ -151,17 +174,24 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"{folder / 'config.json'} has format {version!r}, but this version of pyro_vae reads "
             f"up to {FORMAT}: install a newer pyro_vae."
         )
-    with torch.device("meta"):  # without memory for its weights yet
-        module = _build(folder, config.get("model"))
-    weights, _ = load_tensors(folder / "model.safetensors")
-    _fill(folder, module, weights)
+    if (model is None) != (guide is None):
+        raise ValueError("a run has a model and a guide: pass both, or neither")
+    module: Any
+    if model is None or guide is None:
+        with torch.device("meta"):  # without memory for its weights yet
+            module = _build(folder, config.get("model"))
+        weights, _ = load_tensors(folder / "model.safetensors")
+        _fill(folder, module, weights)
+        model, guide = module.model, module.guide
+    else:
+        module, model, guide = _give(folder, config.get("model"), model, guide)
     rows = read_rows(folder / "history.jsonl")
     trained = config.get("fit", {})
     return Run(
         path=folder,
         module=module,
-        model=module.model,
-        guide=module.guide,
+        model=model,
+        guide=guide,
         config=config,
         history=history_result(rows, config, trained.get("seed"), trained.get("data_sha256")),
     )
@@ -194,7 +224,7 @@ def _build(folder: Path, described: Any) -> Any:
         raise CheckpointError(
             f"{folder} holds the weights of a program of its own "
             f"({described.get('program', 'unknown')}), not of a class of pyro_vae.models: build "
-            "the program yourself, and read the weights with inference.checkpoint.load_tensors."
+            "the programs yourself, and pass them, load_run(path, model=model, guide=guide)."
         )
     if name not in CLASSES:
         raise CheckpointError(
@@ -227,6 +257,54 @@ def _fill(folder: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> Non
             "floating-point type: restore model.safetensors from a copy."
         )
     module.load_state_dict(dict(weights), assign=True)
+
+
+def _give(
+    folder: Path, described: Any, model: Program, guide: Program
+) -> tuple[nn.Module | None, Program, Program]:
+    """The caller's programs with the weights of a run, and the module whose methods they are."""
+    weights, _ = load_tensors(folder / "model.safetensors")
+    owner = common_owner(model, guide)
+    left_out = described.get("statistics_left_out") if isinstance(described, dict) else None
+    if owner is None and left_out:
+        raise CheckpointError(
+            f"{folder} lacks the running statistics of its {', '.join(left_out)}, which are no "
+            "parameters: make model and guide methods of one nn.Module, and train that."
+        )
+    if twice := [name for name in weights if "#" in name]:
+        raise CheckpointError(
+            f"in {folder} two modules were registered as {twice[0].partition('$$$')[0]!r}, so that "
+            "nothing tells their weights apart: give each a name of its own, and train again."
+        )
+    if owner is not None:
+        own = owner.state_dict()
+        _check_weights(folder, own, {n: v for n, v in weights.items() if n in own})
+        owner.load_state_dict({name: weights.pop(name) for name in own})
+        if not weights:
+            return owner, model, guide
+    saved = SavedParameters(folder, weights, owner.parameters() if owner is not None else ())
+    for program in (model, guide):
+        for name, parameter in pyro_parameters(program):
+            if name in weights:
+                saved.give(name, parameter)
+    state: dict[str, Any] = {"params": {}, "constraints": {}}
+    return (
+        owner,
+        FittedProgram(LoadedProgram(model, "model", saved), state),
+        FittedProgram(LoadedProgram(guide, "guide", saved), state),
+    )
+
+
+def _check_weights(folder: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, value in wanted.items():
+        here, there = tensor_type(value), "missing"
+        if name in found:
+            there = tensor_type(found[name])
+        if here != there:
+            raise CheckpointError(
+                f"the weights in {folder} do not fit the programs that were passed: {name} is "
+                f"{there} there and {here} here. Pass the programs that the run was trained with."
+            )
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -1,13 +1,23 @@
 """Runs are loaded as they were kept, resumed as if never stopped, and refused when damaged."""
 
+import importlib
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyro_vae import LinearGaussian, fit, log_evidence
+from pyro_vae import LinearGaussian, compare_estimators, fit, log_evidence, log_weights
 from pyro_vae.data import Dataset
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.svi import load_tensors, save_tensors
@@ -107,6 +117,216 @@ def test_a_linear_model_is_loaded_too(tmp_path: Path) -> None:
     assert torch.equal(module.log_evidence(x), model.log_evidence(x))
     with pytest.raises(CheckpointError, match=r"data of the caller.*log_evidence\(run\.model"):
         load_run_data(run)
+
+
+# --- programs of one's own ------------------------------------------------------------------------
+
+PROGRAMS = """
+import pyro, torch
+import pyro.distributions as dist
+from torch.distributions import constraints
+
+def model(x):
+    spread = pyro.param("spread", lambda: torch.rand(3), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], spread).to_event(1), obs=x)
+
+net = torch.nn.Linear(3, 1)
+
+def guide(x):
+    pyro.module("net", net)
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.interval(0.1, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(net(x)[..., 0], scale))
+"""
+ELSEWHERE = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+import programs
+from pyro_vae import load_run, log_evidence
+run = load_run(sys.argv[1], model=programs.model, guide=programs.guide)
+x = torch.linspace(-2, 2, 15).reshape(5, 3)
+found = log_evidence(run.model, run.guide, x, num_particles=9, progress=False)
+print(found.log_evidence.values.tobytes().hex())
+"""
+
+
+def test_a_new_process_finds_the_same_evidence_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "programs.py").write_text(PROGRAMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    programs = importlib.import_module("programs")
+    x = torch.linspace(-2, 2, 15).reshape(5, 3)
+    options = {"learning_rate": 0.1, "epochs": 3, "progress": False}
+    fitted = fit(programs.model, programs.guide, x, checkpoint=tmp_path / "run", **options)
+    found = log_evidence(fitted.model, fitted.guide, x, num_particles=9, progress=False)
+    code = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(tmp_path / "run"), str(tmp_path)]
+    package = Path(__file__).parents[1]
+    answer = subprocess.run(code, cwd=package, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == found.log_evidence.values.tobytes().hex()
+
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def level_model(net: nn.Module | None = None, name: str = "prior") -> Callable[..., Any]:
+    def model(x: Tensor) -> None:
+        spread = pyro.param(name, lambda: 0.5 + torch.rand(()), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, spread))
+            loc = z if net is None else pyro.module("decoder", net)(z[..., None])[..., 0]
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    return model
+
+
+def bare(size: Any = (), name: str = "slope") -> Pair:
+    def guide(x: Tensor) -> None:
+        slope = pyro.param(name, torch.rand(size))
+        scale = pyro.param("scale", torch.rand(()), constraint=constraints.interval(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope.sum() * x, scale))
+
+    return level_model(), guide
+
+
+class Both(nn.Module):
+    """Programs that are methods, with a bare parameter besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(1, 1)
+
+    def model(self, x: Tensor) -> None:
+        level_model()(x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = pyro.module("encoder", self.encoder)(x[:, None])[:, 0]
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+
+class Level(PyroModule):
+    def __init__(self) -> None:
+        super().__init__(name="level")
+        self.slope = PyroParam(torch.rand(()))
+        self.scale = PyroParam(0.1 + torch.rand(()), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.slope * x, self.scale))
+
+
+def automatic() -> Pair:
+    model = level_model(nn.Linear(1, 1))
+    return model, AutoNormal(model, init_scale=float(torch.rand(())))
+
+
+def methods() -> Pair:
+    both = Both()
+    return both.model, both.guide
+
+
+OWN: dict[str, Callable[[], Pair]] = {
+    "bare": bare,
+    "automatic": automatic,
+    "methods": methods,
+    "PyroModule": lambda: (level_model(nn.Linear(1, 1)), Level()),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_programs_of_ones_own_are_loaded_to_the_bit(tmp_path: Path, kind: str) -> None:
+    x = torch.linspace(-2, 2, 7)
+    options: dict[str, Any] = {"epochs": 3, "progress": False}
+    fitted = fit(*OWN[kind](), x, learning_rate=0.1, checkpoint=tmp_path, **options)
+    expected = log_weights(fitted.model, fitted.guide, x, 4, seed=1)
+    pyro.param("slope", torch.tensor(7.0))  # the caller's store is another one
+    run = load_run(tmp_path, model=(fresh := OWN[kind]())[0], guide=fresh[1])
+    assert "epochs>" in repr(run)
+    for _ in range(2):
+        assert torch.equal(log_weights(run.model, run.guide, x, 4, seed=1), expected)
+    # Further training starts there, and is not undone.
+    further = fit(run.model, run.guide, x, learning_rate=1e-9, **options)
+    for name, value in fitted.parameters.items():
+        torch.testing.assert_close(further.parameters[name], value, rtol=0, atol=1e-7)
+    further = fit(run.model, run.guide, x, learning_rate=0.1, **options)
+    moved = log_weights(further.model, further.guide, x, 4, seed=1)
+    assert (moved - expected).abs().max() > 1e-3
+    quick: dict[str, Any] = {"repeats": 8, "reference": "none", "progress": False}
+    compare_estimators(further.model, further.guide, x, ["PathwiseELBO"], [1], **quick)
+    assert torch.equal(log_weights(further.model, further.guide, x, 4, seed=1), moved)
+
+
+def test_programs_that_are_not_those_of_the_run_are_refused(tmp_path: Path) -> None:
+    x = torch.linspace(-2, 2, 7)
+
+    def train(pair: Pair, folder: str) -> Path:
+        fit(*pair, x, epochs=1, checkpoint=tmp_path / folder, progress=False)
+        return tmp_path / folder
+
+    def weigh(folder: Path, pair: Pair) -> None:
+        run = load_run(folder, model=pair[0], guide=pair[1])
+        log_weights(run.model, run.guide, x)
+
+    folder = train(bare(), "bare")
+    model, guide = bare()
+    other_name = "asks for the parameter 'tilt', which the run in .* does not have .*slope"
+    for pair, says in {
+        bare(name="tilt"): other_name,
+        bare(size=2): r"'slope' is \(\) float64 in .* and \(2,\) float64 in the program",
+        (level_model(), lambda x: guide_without(x)): r"'scale', .* \(1 such\)",
+        (level_model(nn.Linear(1, 1)), guide): r"'decoder\$\$\$weight', which the run in",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            weigh(folder, pair)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"\(\) float64 in .* \(\) float32 in the program"
+        ):
+            weigh(folder, bare())
+    finally:
+        torch.set_default_dtype(torch.float64)
+    with pytest.raises(ValueError, match="pass both, or neither"):
+        load_run(folder, model=model)
+    with pytest.raises(CheckpointError, match=r"pass them, load_run\(path, model=model"):
+        load_run(folder)
+    with pytest.raises(CheckpointError, match=r"encoder.weight is missing there and \(1, 1\)"):
+        weigh(folder, methods())
+
+
+def guide_without(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("slope", torch.rand(())) * x, 1.0))
+
+
+def test_what_a_run_cannot_hold_is_said(tmp_path: Path) -> None:
+    x = torch.linspace(-2, 2, 7)
+    net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    encoder = nn.Linear(1, 1)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = pyro.module("net", net)(x[:, None])[:, 0]
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    def namesake(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = pyro.module("decoder", encoder)(x[:, None])[:, 0]
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    decoding = level_model(nn.Linear(1, 1))
+    for pair, says in (
+        ((level_model(), guide), "lacks the running statistics of its BatchNorm1d"),
+        ((decoding, namesake), "two modules were registered as 'decoder'"),
+    ):
+        folder = tmp_path / pair[1].__name__
+        fit(*pair, x, epochs=1, checkpoint=folder, progress=False)
+        with pytest.raises(CheckpointError, match=says):
+            load_run(folder, model=pair[0], guide=pair[1])
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from pyro_vae.inference.programs.traces import (
     ieee_precision,
     keep_random_state,
     modules_of,
+    pyro_parameters,
     shown_value,
     site_log_prob,
     subsamples,
@@ -763,19 +763,12 @@ def check_module_names(model: Program, guide: Program) -> None:
     """Refuses two PyroModules that would share parameters because they share names."""
     seen: dict[str, Tensor] = {}
     for program in (model, guide):
-        for root in modules_of(program):
-            if not isinstance(root, PyroModule):
-                continue
-            for module in root.modules():
-                for name in getattr(module, "_pyro_params", {}):
-                    full = f"{module._pyro_name}.{name}".lstrip(".")
-                    value = getattr(module, f"{name}_unconstrained")
-                    if seen.setdefault(full, value) is not value:
-                        raise ProgramError(
-                            f"two PyroModules both have a parameter '{full}', so Pyro would train "
-                            "one of them in place of both; name them: "
-                            "super().__init__(name='guide')"
-                        )
+        for full, value in pyro_parameters(program):
+            if seen.setdefault(full, value) is not value:
+                raise ProgramError(
+                    f"two PyroModules both have a parameter '{full}', so Pyro would train one of "
+                    "them in place of both; name them: super().__init__(name='guide')"
+                )
 
 
 def check_parameters(

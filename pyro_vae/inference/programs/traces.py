@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
@@ -56,6 +57,7 @@ __all__ = [
     "keep_random_state",
     "modules_of",
     "program_scope",
+    "pyro_parameters",
     "rerun_traces",
     "run_programs",
     "shown_value",
@@ -704,6 +706,15 @@ def modules_of(program: Any) -> Collection[nn.Module]:
     held = getattr(owner, "__dict__", {}).values()
     reached = (*(cell.cell_contents for cell in cells), *named, *held)
     return [value for value in reached if isinstance(value, nn.Module)]
+
+
+def pyro_parameters(program: Program) -> Iterator[tuple[str, nn.Parameter]]:
+    """The `PyroParam`s of the modules a program reaches, as an optimizer moves them, by name."""
+    for root in modules_of(program):
+        for module in root.modules() if isinstance(root, PyroModule) else ():
+            for name in getattr(module, "_pyro_params", {}):
+                full = f"{module._pyro_name}.{name}".lstrip(".")
+                yield full, getattr(module, f"{name}_unconstrained")
 
 
 def common_owner(model: Program, guide: Program) -> nn.Module | None:

@@ -3,12 +3,15 @@
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
+    LoadedProgram,
+    SavedParameters,
     check_same_settings,
     holds_run,
     load_tensors,
     read_json,
     read_rows,
     save_tensors,
+    tensor_type,
 )
 from pyro_vae.inference.svi.fit import Fit, fit
 from pyro_vae.inference.svi.history import history_result
@@ -21,6 +24,8 @@ __all__ = [
     "CheckpointError",
     "Fit",
     "Interruptible",
+    "LoadedProgram",
+    "SavedParameters",
     "TrainingData",
     "TrainingError",
     "check_same_settings",
@@ -32,5 +37,6 @@ __all__ = [
     "read_json",
     "read_rows",
     "save_tensors",
+    "tensor_type",
     "without_validation",
 ]

@@ -2,7 +2,8 @@ r"""A run folder: what it holds, in which order it is written, how it is read sa
 
 - ``training.safetensors``: everything that going on needs, in one file: parameters, buffers,
   optimizer, random states, the epoch's shuffling order, history, configuration.
-- ``model.safetensors``: the weights alone, as the model hubs have them.
+- ``model.safetensors``: the weights alone, as the model hubs have them. Of programs that are not
+  methods of one module, the parameters by name, as an optimizer moves them (unconstrained).
 - ``config.json``: how the model is built, how it was trained, on which data.
 - ``history.jsonl``: one line an evaluation; numbers that are not finite are left out.
 - ``README.md``: a model card.
@@ -16,21 +17,26 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
 
+from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi.history import is_bound
 from pyro_vae.results import atomic_path, leftovers, write_text
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
+    "LoadedProgram",
+    "SavedParameters",
     "check_same_run",
     "check_same_settings",
     "holds_run",
@@ -41,6 +47,7 @@ __all__ = [
     "read_rows",
     "remove_leftovers",
     "save_tensors",
+    "tensor_type",
     "write_run",
 ]
 
@@ -72,6 +79,113 @@ _MUST_AGREE = (  # what a resumed run may not change, as config.json has it
 
 class CheckpointError(RuntimeError):
     """A run folder or one of its files cannot be read; the message says what to do."""
+
+
+class SavedParameters:
+    """The parameters of a run, for programs that ask for them by name.
+
+    Args:
+        folder: The run folder, for messages.
+        values: By name, as an optimizer moves them: a constrained value would come back rounded.
+        loaded: Parameters of modules that have their values already.
+    """
+
+    def __init__(
+        self, folder: Path, values: Mapping[str, Tensor], loaded: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self.folder, self.values = folder, dict(values)
+        self._loaded = {id(parameter) for parameter in loaded}
+        self._given: set[str] = set()
+        self._ran: set[str] = set()
+        self._asked: set[str] = set()
+
+    def give(self, name: str, parameter: nn.Parameter) -> None:
+        """Puts a value into a module's parameter, the first time: the module keeps it."""
+        if name not in self._given and id(parameter) not in self._loaded:
+            value = self._value(name, parameter)
+            with torch.no_grad():
+                parameter.copy_(value)
+            self._given.add(name)
+
+    def add(self, name: str, given: Any, constraint: Any) -> None:
+        """Puts a value into the parameter store."""
+        with keep_random_state():
+            given = given() if callable(given) else given
+        transform = transform_to(constraint)
+        value = self._value(name, transform.inv(given)).to(given.device)
+        store = pyro.get_param_store()
+        store._constraints[name] = constraint
+        store[name] = transform(value)
+        with torch.no_grad():
+            store._params[name].copy_(value)  # to the bit
+
+    def _value(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.values:
+            raise CheckpointError(
+                f"the program asks for the parameter '{name}', which the run in {self.folder} does "
+                f"not have (it has {', '.join(sorted(self.values))}): pass the programs that it "
+                "was trained with"
+            )
+        value = self.values[name]
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise CheckpointError(
+                f"the parameter '{name}' is {tensor_type(value)} in {self.folder} and "
+                f"{tensor_type(like)} in the program: pass the programs that it was trained with"
+            )
+        return value
+
+    def check_all_taken(self, role: str) -> None:
+        """Refuses, once both programs have run, a run that has parameters for others."""
+        self._ran.add(role)
+        self._asked |= pyro.get_param_store().keys()
+        left = sorted(self.values.keys() - self._asked)
+        if len(self._ran) == 2 and left:
+            raise CheckpointError(
+                f"the run in {self.folder} has the parameter '{left[0]}', which neither program "
+                f"asks for ({len(left)} such): pass the programs that it was trained with"
+            )
+
+
+def tensor_type(tensor: Tensor) -> str:
+    """Shape and dtype of a tensor, for messages."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class LoadedProgram:
+    """A program whose parameters start where a saved run ended.
+
+    Values are given when the program first asks: only then is known what constrains them.
+    """
+
+    def __init__(self, program: Callable[..., Any], role: str, saved: SavedParameters) -> None:
+        self.__wrapped__, self.role, self.saved = program, role, saved
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program."""
+        store, saved = pyro.get_param_store(), self.saved
+        own = store.setdefault
+
+        def setdefault(name: str, given: Any, constraint: Any = constraints.real) -> Tensor:
+            if name not in store.keys():
+                if isinstance(given, nn.Parameter):
+                    saved.give(name, given)
+                else:
+                    saved.add(name, given, constraint)
+            return own(name, given, constraint)
+
+        # No handler would do: Pyro's autoguides hide from it the model that they look at.
+        store.setdefault = setdefault
+        try:
+            result = self.__wrapped__(*args, **kwargs)
+        finally:
+            del store.setdefault
+        saved.check_all_taken(self.role)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if "__wrapped__" not in self.__dict__:  # while copying or unpickling
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
 
 def save_tensors(
@@ -354,12 +468,12 @@ def model_card(
             f"{reached.get('measure', 'unknown')}).",
             "",
         ]
-    if "class" in described:
-        lines += [
-            "```python",
-            "from pyro_vae import load_run",
-            'run = load_run("this folder")  # run.model, run.guide',
-            "```",
-            "",
-        ]
+    given = "" if "class" in described else ", model=model, guide=guide"
+    lines += [
+        "```python",
+        "from pyro_vae import load_run",
+        f'run = load_run("this folder"{given})  # run.model, run.guide',
+        "```",
+        "",
+    ]
     return "\n".join(lines)

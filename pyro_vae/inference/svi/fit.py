@@ -518,7 +518,7 @@ class _Run:
         rate = asked.learning_rate if asked.optimizer is None else None  # it has one of its own
         return {
             "format": FORMAT,
-            "model": describe_programs(self.model, self.guide),
+            "model": describe_programs(self.model, self.guide) | self._statistics(),
             **asked.config,
             "fit": {
                 "loss": type(self.loss).__name__,
@@ -541,6 +541,13 @@ class _Run:
             },
         }
 
+    def _statistics(self) -> dict[str, Any]:
+        """Says where modules have running statistics, which are no parameters."""
+        owner = common_owner(self.model, self.guide)
+        modules = () if owner is not None else self.prepared.modules
+        names = {type(m).__name__ for m in modules if getattr(m, "running_mean", None) is not None}
+        return {"statistics_left_out": sorted(names)} if names else {}
+
     def _training_tensors(self) -> dict[str, Tensor]:
         """All that going on needs, copied; nothing where no file is to hold it."""
         if self.settings.checkpoint is None:
@@ -560,6 +567,13 @@ class _Run:
         store = pyro.get_param_store()
         return {n: v for n, v in store.items() if n not in self.prepared.foreign}
 
+    def _weights(self, owner: nn.Module | None) -> dict[str, Tensor]:
+        """What model.safetensors holds: see `inference.checkpoint`."""
+        if owner is None:
+            return self._parameters()
+        bare = {n: v for n, v in self._parameters().items() if not isinstance(v, nn.Parameter)}
+        return owner.state_dict() | bare
+
     def _save(self, training: Mapping[str, Tensor]) -> None:
         if self.settings.checkpoint is None:
             return
@@ -576,7 +590,7 @@ class _Run:
         owner, rows = common_owner(self.model, self.guide), self.state.history
         bounds = [row["validation_bound"] for row in rows] if self._keeps_best() else []
         return {
-            "weights": owner.state_dict() if owner is not None else self._stored(),
+            "weights": self._weights(owner),
             "history": rows,
             "reached": rows[best_row(bounds) if bounds else -1] if rows else None,
         }

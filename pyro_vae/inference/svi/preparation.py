@@ -248,7 +248,7 @@ def prepare(
             # N/B is that of all the data, which such a program cuts itself
             structure, joint, _ = _inspect(model, guide, as_arguments(data.first(data.length, 2)))
             plates = _look_at_plates(model, guide, data, data.length)
-        if isinstance(guide, AutoGuide):
+        if _is_automatic(guide):
             own = [name for name in plates.latents if name not in plates.global_latents]
             per_datum = own[0] if own else per_datum
         if warmup_epochs and plates.enumerates and isinstance(loss, TraceEnum_ELBO):
@@ -295,6 +295,13 @@ def _running_modules() -> Iterator[dict[nn.Module, bool]]:
         handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _is_automatic(guide: Program) -> bool:
+    """Whether a guide is one of Pyro's, which make their parameters when they first run."""
+    while not isinstance(guide, AutoGuide) and hasattr(guide, "__wrapped__"):
+        guide = guide.__wrapped__
+    return isinstance(guide, AutoGuide)
 
 
 def _few(data: TrainingData, batch_size: int | None) -> int:
@@ -357,7 +364,7 @@ def _rows_to_inspect(
                 "give the plate the size of its data"
             )
         return data.length, "", True
-    if isinstance(guide, AutoGuide):  # makes its parameters when it first runs
+    if _is_automatic(guide):  # makes its parameters when it first runs
         return data.length, "", False
     if data.length == 1:
         return 1, "", False
