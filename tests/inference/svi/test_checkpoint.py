@@ -183,7 +183,7 @@ def test_the_card_calls_a_bound_a_bound_and_nothing_else():
     assert "lower bound" not in card
     assert "lower bound of log p(x)" in model_card(config, {}, row | {"kl": 1.0})
     assert "After epoch" not in model_card(config, {}, None)
-    assert "load_run" not in card
+    assert 'load_run("this folder", model=model, guide=guide)' in card
 
 
 def imported(tree):
