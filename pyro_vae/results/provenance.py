@@ -106,17 +106,26 @@ def software() -> dict[str, Any]:
         "torch": torch.__version__,
         "pyro": _version("pyro-ppl"),
         "num_threads": torch.get_num_threads(),
-        "blas": _blas(),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        **_arithmetic(),
     }
 
 
 @functools.cache
-def _blas() -> str | None:
+def _arithmetic() -> dict[str, Any]:
+    """What computes: the library for matrices, and what the processor can do with many numbers."""
     import torch
 
-    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    return found and found[1]
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    able = torch.cpu.get_capabilities()
+    return {
+        "blas": blas and blas[1],
+        "processor": able.get("cpu_name", platform.machine()),
+        "processor_flags": [
+            name
+            for name, has in sorted(able.items())
+            if has is True and name.startswith(("amx", "avx", "bf16", "fma", "neon", "sve"))
+        ],
+    }
 
 
 def float32_precision() -> str:

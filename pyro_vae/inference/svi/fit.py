@@ -210,9 +210,10 @@ def fit(
         "interrupted"); a second Ctrl-C ends it at once, without writing to `checkpoint`.
 
     Raises:
-        ProgramError: If a parameter that the programs use was never registered, a latent of the
-            model is missing from the guide, or mini-batches were asked for a model with global
-            latents or a guide with parameters for each datum.
+        ProgramError: If a parameter that the programs use was never registered, model and guide do
+            not sample the same latents (one is missing, observed, or the two are swapped), or
+            mini-batches were asked for a model with global latents, a guide with parameters for
+            each datum, or a plate whose size does not follow its data.
         TrainingError: If the loss or a gradient is not finite.
         ValueError: If an argument is out of its range.
         CheckpointError: If `resume` finds a damaged run, or another than this one; or if

@@ -314,8 +314,9 @@ def _locate_data(model: Program, data: TrainingData, batch_size: int | None) -> 
 
     A run on a few along the first axis tells nearly always: its plate has their number.
     """
+    others = {size for tensor in tensors_of(data.x) for size in tensor.shape[1:]}
     few = _few(data, batch_size)
-    if few == data.length > 1 and len(batch_axes(data.x, few)) > 1:  # a square says nothing
+    while few in others and few > 1:  # a plate of that size may be one of another axis
         few -= 1
     if _sees(model, data, few):
         return

@@ -576,15 +576,20 @@ def sequences(first):
     return model, guide
 
 
-@pytest.mark.parametrize("steps", [3, 9])
-def test_time_may_come_first(steps):
+@pytest.mark.parametrize(("steps", "batch_size"), [(3, 4), (9, 4), (12, 9)])
+def test_time_may_come_first(steps, batch_size):
     """Mini-batches are of sequences, not of steps: all is as with the data along the first axis."""
     x, lengths = torch.randn(9, steps), torch.arange(9) % steps + 1
     found = {}
     for first, data in {"data": (x, lengths), "time": (x.T.contiguous(), lengths)}.items():
         held_out = (data[0] + 1, lengths)
         found[first] = fit(
-            *sequences(first), data, batch_size=4, epochs=3, learning_rate=0.1, validation=held_out
+            *sequences(first),
+            data,
+            batch_size=batch_size,
+            epochs=3,
+            learning_rate=0.1,
+            validation=held_out,
         )
     for name, value in found["data"].parameters.items():
         torch.testing.assert_close(found["time"].parameters[name], value, rtol=1e-10, atol=1e-10)
