@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyro_vae import plots
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -40,3 +42,9 @@ def test_every_make_target_it_names_exists():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([a-z_-]+)`", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_plot_has_a_line():
+    page = (Path(__file__).parents[1] / "docs" / "plots.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted(name for name in plots.__all__ if name.startswith("plot_"))

@@ -267,7 +267,7 @@ def test_two_latents_keep_their_order_and_one_is_enough() -> None:
         (lambda: plot_samples(VAE(15, 2, hidden=(3,)), SHAPE, num_images=0), "num_images must be"),
         (
             lambda: plot_reconstructions(VAE(15, 2, hidden=(3,)), torch.zeros(2, 15), (15,)),
-            "no images of 15 pixels",
+            "not images of 15 pixels",
         ),
     ],
 )
