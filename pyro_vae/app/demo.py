@@ -39,7 +39,7 @@ class Demo:
     def table(self) -> str:
         """The runs side by side, in nats per datum of the test set."""
         names = ("name", "model", "elbo", "log_evidence", "gap", "unreliable")
-        heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable k-hat")
+        heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable errors")
         evaluated = list(zip(self.runs, self.evaluations, strict=True))
         rows = [heads, *([row[name] for name in names] for row in comparison_rows(evaluated))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
