@@ -44,7 +44,7 @@ class Demo:
 
     def table(self) -> str:
         """The runs side by side, in nats per datum of the test set, and how they differ."""
-        heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable k-hat")
+        heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable errors")
         evaluated = list(zip(self.runs, self.evaluations, strict=True))
         rows = [dict(zip(heads, row.values(), strict=True)) for row in comparison_rows(evaluated)]
         error = "± is the standard error of the draws, for these test data."

@@ -204,15 +204,17 @@ def _boxes(figure: Figure, alts: Sequence[str]) -> list[tuple[Bbox | None, str]]
     """Where to cut, with what each piece shows."""
     row = _row(figure)
     title = figure.get_suptitle()
-    whole = [(None, f"{title}: {'; '.join(alts)}" if title else "; ".join(alts))]
+    whole: list[tuple[Bbox | None, str]] = [
+        (None, f"{title}: {'; '.join(alts)}" if title else "; ".join(alts))
+    ]
     if len(row) < 2 or title or figure.legends or figure.texts:
         return whole
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    spans = [[ax.get_tightbbox(renderer)] for ax in row]
+    spans: list[list[Any]] = [[ax.get_tightbbox(renderer)] for ax in row]
     for ax in figure.axes:
         if ax not in row:  # a colour bar belongs to the panel on its left
-            box = ax.get_tightbbox(renderer)
+            box: Any = ax.get_tightbbox(renderer)
             left = [i for i, span in enumerate(spans) if span[0].x0 <= box.x0]
             spans[left[-1] if left else 0].append(box)
     joined = [Bbox.union(boxes) for boxes in spans]

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from pyro_vae.app.pages import figure_panels, figure_png, render_template
 from pyro_vae.data import Dataset, DatasetError
 from pyro_vae.inference.estimators import bounds_nothing, loss_text, objective_names
-from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.models import VAE, Autoencoder
 from pyro_vae.models.parts import part_text
 from pyro_vae.plots import (
@@ -168,8 +167,7 @@ def comparison_rows(evaluated: Sequence[tuple[Run, Result]]) -> list[dict[str, s
         for name in ("elbo", "log_evidence", "gap"):
             value, error = _rounded(found.quantity(name))
             row[name] = f"{value} ± {error}" if error else value
-        threshold = khat_threshold(int(found["khat"].attrs["num_particles"]))
-        bad = int((~(found["khat"] <= threshold)).sum())
+        bad = found.quantity("log_evidence").num_unreliable
         row["unreliable"] = f"{bad} of {found.sizes['datum']} data"
         rows.append(row)
     return rows
@@ -207,7 +205,9 @@ def _rounded(quantity: Quantity) -> tuple[str, str]:
     if error is None or not math.isfinite(error) or error <= 0:
         return f"{quantity.value:.3f}", ""
     digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
-    return f"{quantity.value:.{digits}f}", f"{error:.{digits}f}"
+    return f"{quantity.value:.{digits}f}", f"{error:.{digits}f}" + "?" * bool(
+        quantity.num_unreliable
+    )
 
 
 def _model_text(run: Run) -> str:

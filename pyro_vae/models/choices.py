@@ -265,7 +265,10 @@ def build_model(
     upper_dim = asked.get("upper_dim", max(latent_dim // 2, 1))
     upper_hidden = asked.get("upper_hidden", [max(size // 2, 1) for size in hidden])
     _check_parts(shape, min(latent_dim, upper_dim), upper_dim, None)
-    layers = {"latent_dims": (latent_dim, upper_dim), "hidden": (hidden, upper_hidden)}
+    layers: dict[str, Any] = {
+        "latent_dims": (latent_dim, upper_dim),
+        "hidden": (hidden, upper_hidden),
+    }
     return _at_mean(TwoLayerVAE(**layers, **shape), dataset)
 
 

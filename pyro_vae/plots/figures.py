@@ -9,7 +9,7 @@ tell apart; what matters is told by a second sign as well (a line style, a marke
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -352,7 +352,9 @@ def _signs(names: Iterable[Any]) -> dict[str, tuple[str, str]]:
     Other names get, in their order, the first signs that no estimator among them has.
     """
     own = {str(name): _ESTIMATORS.get(str(name).split("(")[0]) for name in names}
-    free = (i for i in itertools.count() if i % len(_CLASSES) not in _places(own.values()))
+    free: Iterator[int] = (
+        i for i in itertools.count() if i % len(_CLASSES) not in _places(own.values())
+    )
     if len(_places(own.values())) == len(_CLASSES):
         free = itertools.count(len(_ESTIMATORS))
     return {name: _sign(next(free) if place is None else place) for name, place in own.items()}
