@@ -413,18 +413,7 @@ def fit(
     _check_device(device)
     if data is None:
         assert resume is not None
-        from pyro_vae.runs import resume_run
-
-        with _kept_in(resume):
-            fitted = resume_run(
-                resume,
-                epochs=epochs,
-                root=data_root,
-                device=device,
-                threads=threads,
-                progress=not quiet,
-            )
-        _end_of_fit(fitted, resume)
+        _resume(resume, epochs, data_root, device, threads, not quiet)
         return
     from pyro_vae.data import describe_dataset
     from pyro_vae.inference.svi import holds_run
@@ -492,6 +481,24 @@ def _parse_parts(given: dict[str, Any]) -> dict[str, Any]:
 
 
 _WITH_RESUME = {"resume", "epochs", "data_root", "device", "threads", "quiet"}
+
+
+def _resume(
+    folder: Path,
+    epochs: int | None,
+    root: Path | None,
+    device: str | None,
+    threads: int | None,
+    progress: bool,
+) -> None:
+    """Goes on with a run by itself."""
+    from pyro_vae.runs import resume_run
+
+    with _kept_in(folder):
+        fitted = resume_run(
+            folder, epochs=epochs, root=root, device=device, threads=threads, progress=progress
+        )
+    _end_of_fit(fitted, folder)
 
 
 def _check_resume(given: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from pyro_vae.inference.svi.checkpoint import (
     save_tensors,
     tensor_type,
 )
-from pyro_vae.inference.svi.fit import Fit, fit
+from pyro_vae.inference.svi.fit import fit
 from pyro_vae.inference.svi.history import history_result
+from pyro_vae.inference.svi.loop import Fit
 from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.svi.preparation import TrainingData
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
