@@ -2,7 +2,7 @@
 
 from pyro_vae.diagnostics.gradients.compare import compare_estimators
 from pyro_vae.diagnostics.gradients.enumeration import enumerated_bound
-from pyro_vae.diagnostics.gradients.equal_time import train_at_equal_time, training_rows
+from pyro_vae.diagnostics.gradients.equal_time import train_at_equal_cost, training_rows
 from pyro_vae.diagnostics.gradients.recommend import (
     estimator_rows,
     recommend_estimators,
@@ -19,6 +19,6 @@ __all__ = [
     "recommendation",
     "slope_rows",
     "snr_slopes",
-    "train_at_equal_time",
+    "train_at_equal_cost",
     "training_rows",
 ]

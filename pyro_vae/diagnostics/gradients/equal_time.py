@@ -1,5 +1,6 @@
-"""What training with each estimator reaches in equal processor time."""
+"""What training with each estimator reaches in equal steps, and in equal runs of the programs."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +12,26 @@ from torch import Tensor
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.diagnostics.gradients.sampler import count_passes
 from pyro_vae.inference.estimators import make_estimator
+from pyro_vae.inference.programs import as_arguments, program_scope
 from pyro_vae.inference.svi import fit
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, label, make_result, processor_name, sha256_of
 
-__all__ = ["train_at_equal_time", "training_rows"]
+__all__ = ["train_at_equal_cost", "training_rows"]
 
-_TIMED_EPOCHS = 5
-_LEAST_SECONDS = 1e-3  # of an epoch, should the clock not resolve it
+_LEVEL = 0.05  # of all differences that are called real together
+_COLUMNS = ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "epochs", "seconds")
 
 
-def train_at_equal_time(
+def train_at_equal_cost(
     make: Callable[[int], Any],
     x: Float[Tensor, "batch features"],
     test: Float[Tensor, "tests features"],
     estimators: Sequence[tuple[str, int]],
     *,
-    seconds: float,
-    num_seeds: int = 2,
-    timing_rounds: int = 3,
+    epochs: int,
+    num_seeds: int = 8,
     evidence_particles: int = 1000,
     learning_rate: float = 3e-3,
     transform: Callable[..., Tensor] | None = None,
@@ -38,82 +40,98 @@ def train_at_equal_time(
     say: Callable[[str], None] | None = None,
     progress: bool = True,
 ) -> Result:
-    """Trains the same module under each estimator for equal time, and measures its evidence.
+    """Trains the same module under each estimator, and measures its evidence.
 
-    An epoch of each estimator is timed first: the least of rounds, so that a busy moment does not
-    count. The time then says how many epochs each gets, at least one.
+    Budgets are counted, not timed, so that they are the same on every machine: "steps" gives every
+    estimator the same epochs; "passes" the same runs of the programs, of which some estimators
+    need two a step and so get half the epochs. More particles cost more than is counted here, as
+    they run together: compare estimators of the same number of particles.
 
     Args:
         make: Makes the module, which has `model(x)` and `guide(x)`, at the start of a seed.
         x: Training data.
         test: Data for the evidence.
         estimators: Names (see `estimator_names`) with their numbers of particles.
-        seconds: Processor time of a training, of the calling thread.
+        epochs: Of each training at equal steps, and of those with one run a step at equal passes.
         num_seeds: Trainings of each estimator, with seeds 0, 1, ...
-        timing_rounds: How often the epochs are timed.
         evidence_particles: Particles of the test evidence.
         learning_rate: Of Adam.
         transform: Of each batch, see `fit`.
         config: Further settings to write into the result.
-        seed: Of the evidence.
+        seed: Of the evidence, whose draws differ from one training seed to the next.
         say: Is told a line about each estimator once it has been trained.
         progress: Shows bars on stderr where that is a terminal.
 
     Returns:
-        Over `estimator` and `training_seed`: `log_evidence` (a lower bound by importance weights)
-        and `elbo`, means over the test data in nats per datum, with the standard errors of their
-        draws in `*_se`; `epochs`, and the `seconds` that they took.
+        Over `budget` ("steps", "passes"), `estimator` and `training_seed`: `log_evidence` (a lower
+        bound by importance weights) and `elbo`, means over the test data in nats per datum, with
+        the standard errors of their draws in `*_se`; `epochs`, and the `seconds` that they took.
+        Over `estimator`: `passes`, runs with one particle for a gradient.
 
-    Note: Standard errors are of the draws; the spread over training seeds is larger.
+    Note: `*_se` leave out the spread over trainings; `training_rows` has it.
     """
     seed = as_seed(seed)
     trainer = _Trainer(make, x, learning_rate, transform)
-    times = _time_epochs(trainer, estimators, timing_rounds)
     names = [f"{name} K={k}" for name, k in estimators]
-    columns = {
-        name: np.full((len(names), num_seeds), np.nan)
-        for name in ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "epochs", "seconds")
+    passes = np.array([trainer.passes(pair, test[:2]) for pair in estimators])
+    runs = passes / np.array([k for _, k in estimators])
+    budgets = {
+        "steps": np.full(len(names), epochs),
+        "passes": np.maximum(1, np.rint(epochs / runs)).astype(int),
     }
+    shape = (len(budgets), len(names), num_seeds)
+    columns = {name: np.full(shape, np.nan) for name in _COLUMNS}
     measure = None
     for i, pair in enumerate(estimators):
-        epochs = max(1, round(seconds / times[pair]))
         for start in range(num_seeds):
-            module, took = trainer.train(pair, epochs, start, progress)
-            found = log_evidence(
-                module.model,
-                module.guide,
-                test,
-                num_particles=evidence_particles,
-                seed=seed,
-                progress=progress,
-            )
-            for column in ("log_evidence", "elbo"):
-                quantity = found.quantity(column)
-                measure = quantity.measure
-                columns[column][i, start] = quantity.value
-                columns[f"{column}_se"][i, start] = quantity.standard_error
-            columns["epochs"][i, start], columns["seconds"][i, start] = epochs, took
+            for length in sorted({int(given[i]) for given in budgets.values()}):
+                module, took = trainer.train(pair, length, start, progress)
+                found = log_evidence(
+                    module.model,
+                    module.guide,
+                    test,
+                    num_particles=evidence_particles,
+                    seed=seed + start,
+                    progress=progress,
+                )
+                numbers: dict[str, Any] = {"epochs": float(length), "seconds": took}
+                for column in ("log_evidence", "elbo"):
+                    quantity = found.quantity(column)
+                    measure = quantity.measure
+                    numbers |= {column: quantity.value, f"{column}_se": quantity.standard_error}
+                for b, given in enumerate(budgets.values()):
+                    for column in _COLUMNS if given[i] == length else ():
+                        columns[column][b, i, start] = numbers[column]
         if say is not None:
-            say(f"{names[i]}: {columns['log_evidence'][i].mean():.2f} after {epochs} epochs")
+            mean = columns["log_evidence"][0, i].mean()
+            say(f"{names[i]}: {mean:.2f} after {epochs} epochs, {num_seeds} trainings")
     attrs = _labels(measure, evidence_particles)
     return make_result(
         {
-            name: (("estimator", "training_seed"), column, attrs.get(name, {}))
-            for name, column in columns.items()
+            "passes": ("estimator", passes.astype(float), attrs["passes"]),
+            **{
+                name: (("budget", "estimator", "training_seed"), column, attrs.get(name, {}))
+                for name, column in columns.items()
+            },
         },
-        function="train_at_equal_time",
+        function="train_at_equal_cost",
         config={
-            "train_seconds": seconds,
+            "epochs": epochs,
             "evidence_particles": evidence_particles,
             "num_data": len(test),
             **(config or {}),
         },
         seed=seed,
         data_sha256=sha256_of(test),
-        coords={"estimator": names, "training_seed": np.arange(num_seeds)},
+        coords={
+            "budget": list(budgets),
+            "estimator": names,
+            "training_seed": np.arange(num_seeds),
+        },
         notes=[
-            "Standard errors are those of the Monte-Carlo draws; the spread over training seeds is "
-            "larger."
+            "Standard errors `*_se` are those of the Monte-Carlo draws of one training; the spread "
+            "over trainings is larger, and in the errors of the table.",
+            f"Seconds are those of one thread of {processor_name()}.",
         ],
     )
 
@@ -126,6 +144,12 @@ class _Trainer:
     x: Tensor
     learning_rate: float
     transform: Callable[..., Tensor] | None
+
+    def passes(self, pair: tuple[str, int], x: Tensor) -> int:
+        """Runs of the programs with one particle that a gradient takes, on any data."""
+        module = self.make(0)
+        with program_scope():
+            return count_passes(make_estimator(*pair), module.model, module.guide, as_arguments(x))
 
     def train(
         self, pair: tuple[str, int], epochs: int, seed: int, progress: bool
@@ -148,19 +172,8 @@ class _Trainer:
         return module, time.thread_time() - started
 
 
-def _time_epochs(
-    trainer: _Trainer, estimators: Sequence[tuple[str, int]], rounds: int
-) -> dict[tuple[str, int], float]:
-    """Processor seconds of an epoch, without those that a training takes before its first."""
-    times = dict.fromkeys(estimators, float("inf"))
-    for _ in range(rounds):  # in turns, so that a busy moment hits all
-        for pair in estimators:
-            few, many = (trainer.train(pair, n, 0, False)[1] for n in (1, 1 + _TIMED_EPOCHS))
-            times[pair] = min(times[pair], max((many - few) / _TIMED_EPOCHS, _LEAST_SECONDS))
-    return times
-
-
 def _labels(measure: str | None, num_particles: int) -> dict[str, dict[str, Any]]:
+    counted: dict[str, Any] = {"unit": "none", "reduction": "none", "bound": "none"}
     return {
         "log_evidence": label(
             bound="lower",
@@ -169,43 +182,62 @@ def _labels(measure: str | None, num_particles: int) -> dict[str, dict[str, Any]
             description="mean over test data, importance-weighted",
         ),
         "elbo": label(bound="lower", measure=measure, description="mean over test data"),
-        "epochs": label(unit="none", reduction="none", bound="none"),
+        "epochs": label(**counted),
+        "passes": label(**counted, description="runs with one particle for a gradient"),
         "seconds": label(unit="seconds", reduction="none", bound="none"),
     }
 
 
-def training_rows(trained: Result) -> list[dict[str, str]]:
-    """Test evidence by estimator, best first, with the spread over training seeds.
+def training_rows(trained: Result, budget: str = "passes") -> list[dict[str, str]]:
+    """Test evidence by estimator, best first, and which differences from the best are real.
+
+    Errors are over training seeds. Differences are taken seed by seed, for estimators share starts
+    and orders of the data, and called real where a paired t-test says so at a level of 0.05 for
+    all pairs of estimators together (Bonferroni).
 
     Args:
-        trained: From `train_at_equal_time`.
+        trained: From `train_at_equal_cost`.
+        budget: At equal "steps" or "passes".
 
     Returns:
         Rows with the same keys, in the order in which a table shows them.
     """
-    seeds = trained.sizes["training_seed"]
-    mean = trained["log_evidence"].mean("training_seed").values
-    error = _evidence_error(trained)
-    elbo = trained["elbo"].mean("training_seed").values
+    chosen = trained.sel(budget=budget)
+    evidence, elbo = chosen["log_evidence"].values, chosen["elbo"].values
+    size, seeds = evidence.shape
+    order = np.argsort(-evidence.mean(1))
     rows = []
-    for i in np.argsort(-mean):
+    for i in order:
+        behind, error = _mean_and_error(evidence[order[0]] - evidence[i])
+        real = behind > _bar(seeds, size * (size - 1) // 2) * error
+        epochs = float(chosen["epochs"].values[i, 0])
         rows.append(
             {
-                "trained with": str(trained["estimator"].values[i]),
-                "test log evidence": f"{mean[i]:.2f} ± {error:.2f}",
-                "behind the best": f"{mean.max() - mean[i]:.2f} ± {error * 2**0.5:.2f}",
-                "test ELBO": f"{elbo[i]:.2f}",
-                "epochs": f"{trained['epochs'].values[i, 0]:.0f}",
-                "processor s": f"{trained['seconds'].values[i].mean():.1f}",
+                "trained with": str(chosen["estimator"].values[i]),
+                "test log evidence": _with_error(*_mean_and_error(evidence[i])),
+                "behind the best": "-" if i == order[0] else _with_error(behind, error),
+                "difference": "-" if i == order[0] else "real" if real else "may be chance",
+                "test ELBO": _with_error(*_mean_and_error(elbo[i])),
+                "epochs": f"{epochs:.0f}",
+                "passes a datum": f"{epochs * float(chosen['passes'].values[i]):.0f}",
                 "seeds": str(seeds),
             }
         )
     return rows
 
 
-def _evidence_error(trained: Result) -> float:
-    """Standard error of a mean over training seeds, their spread pooled over estimators."""
-    values, errors = trained["log_evidence"].values, trained["log_evidence_se"].values
-    seeds = values.shape[1]
-    variance = values.var(1, ddof=1).mean() if seeds > 1 else (errors**2).mean()
-    return float((variance / seeds) ** 0.5)
+def _mean_and_error(values: Float[np.ndarray, " seeds"]) -> tuple[float, float]:
+    """Mean over trainings and its standard error; unknown from a single one."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.mean()), float(error)
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.2f} ± {error:.2f}" if math.isfinite(error) else f"{mean:.2f} (one training)"
+
+
+def _bar(seeds: int, pairs: int) -> float:
+    """How many standard errors a difference must have."""
+    from scipy.stats import t
+
+    return float(t.isf(_LEVEL / (2 * max(pairs, 1)), seeds - 1)) if seeds > 1 else math.inf

@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.memory import peak_bytes
 from pyro_vae.diagnostics.gradients.references import Reference, References
-from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, Draws
+from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, Draws, count_passes
 from pyro_vae.diagnostics.gradients.statistics import Gradients, of_all, statistics
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.progress import progress_bar
@@ -87,7 +87,7 @@ def measure(
             numbers = {
                 "value": float(drawn.values.mean()),
                 "value_se": float(drawn.values.std()) / math.sqrt(repeats),
-                "passes": float(bench.passes(pair.elbo)),
+                "passes": float(count_passes(pair.elbo, bench.model, bench.guide, bench.arguments)),
                 **_time_statistics(times[:, place]),
                 "bytes": float(pair.bytes),
             }

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from pyro_vae.inference.programs import (
     weighted_sites,
 )
 
-__all__ = ["Bench", "CannotMakeError", "Draws", "own_parameters"]
+__all__ = ["Bench", "CannotMakeError", "Draws", "count_passes", "own_parameters"]
 
 _MAX_ENTRIES = 50_000  # of a group, so that all repeats fit in memory
 _ROOM_FOR_REPEATS = 2**29  # bytes of the gradients of estimators that share their draws
@@ -279,30 +279,6 @@ class Bench:
                 break
         return np.array(seconds)
 
-    def passes(self, elbo: ELBO) -> int:
-        """Runs of the programs with one particle that a gradient takes, on any machine."""
-        together = self.structure is not None and self.structure.vectorizable
-        if not isinstance(elbo, Estimator):
-            together = elbo.vectorize_particles
-        runs = dict.fromkeys(("model", "guide"), 0)
-
-        def counted(which: str, program: Program) -> Program:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                runs[which] += 1
-                return program(*args, **kwargs)
-
-            return run
-
-        one = copy.copy(elbo)  # which will have seen these programs, and not the bench's own
-        bench = replace(
-            self, model=counted("model", self.model), guide=counted("guide", self.guide)
-        )
-        with keep_random_state():
-            bench.step(one)  # looks the programs over
-            runs.update(model=0, guide=0)
-            bench.step(one)
-        return max(runs.values()) * (elbo.num_particles if together else 1)
-
     def make(self, candidate: Candidate, num_particles: int) -> ELBO:
         """The estimator for so many particles.
 
@@ -367,6 +343,33 @@ def _at_once(
             is_grads_batched=True,
         )
     return [[None if g is None else g[i] for g in found] for i in range(len(weights))]
+
+
+def count_passes(elbo: ELBO, model: Program, guide: Program, arguments: Arguments) -> int:
+    """Runs of the programs with one particle that a gradient takes, the same on every machine.
+
+    The parameters' `.grad` are added to.
+    """
+    runs = dict.fromkeys(("model", "guide"), 0)
+
+    def counted(which: str, program: Program) -> Program:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            runs[which] += 1
+            return program(*args, **kwargs)
+
+        return run
+
+    one = copy.copy(elbo)  # the caller's knows its own programs, and need not look at these
+    model, guide = counted("model", model), counted("guide", guide)
+    args, kwargs = arguments
+    together = one.vectorize_particles
+    with keep_random_state():
+        one.loss_and_grads(model, guide, *args, **kwargs)  # looks the programs over
+        if isinstance(one, Estimator):
+            together = one.structure_of(model, guide, arguments).vectorizable
+        runs.update(model=0, guide=0)
+        one.loss_and_grads(model, guide, *args, **kwargs)
+    return max(runs.values()) * (one.num_particles if together else 1)
 
 
 def own_parameters(start: dict[str, Any]) -> None:
