@@ -3,8 +3,8 @@
 ==========================  =======================================================================
 question                    modules, the one to call first
 ==========================  =======================================================================
-how tight is the bound?     `evidence` (importance, annealing, bridge, quadrature, proper, chunks),
-                            `evidence_table`, `gap`
+how tight is the bound?     `evidence` (importance, annealing, bridge, quadrature, modes, proper,
+                            chunks), `evidence_table`, `gap`
 which estimator?            `gradients` (gradient_*, enumeration, memory), `equal_time`,
                             `recommendations`
 can I trust the posterior?  `posterior` (pareto, weighted, reference, two_sample, classifier, pairs,

@@ -30,7 +30,7 @@ from pyro_vae.diagnostics.evidence.importance import (
     importance_notes,
 )
 from pyro_vae.diagnostics.evidence.proper import check_proper
-from pyro_vae.diagnostics.evidence.quadrature import Quadrature, quadrature_columns
+from pyro_vae.diagnostics.evidence.quadrature import Quadrature, is_exact, quadrature_columns
 from pyro_vae.inference.programs import (
     Program,
     ProgramError,
@@ -324,14 +324,21 @@ def _bridge_notes(found: Columns, settings: Bridging) -> list[str]:
 
 
 def _quadrature_notes(found: Columns, settings: Quadrature) -> list[str]:
-    bad = int((found["quadrature_error"] > settings.tolerance).sum())
-    if not bad:
-        return []
-    return [
-        f"the quadrature error is above {settings.tolerance:g} nats for {bad} of "
-        f"{len(found['quadrature_error'])} data (largest "
-        f"{float(found['quadrature_error'].max()):.2g}); raise max_points."
-    ]
+    error, nothing = found["quadrature_error"], found["log_evidence"] == -math.inf
+    bad = (error > settings.tolerance) & ~nothing
+    notes = []
+    if bool(bad.any()):
+        notes.append(
+            f"the quadrature error is above {settings.tolerance:g} nats for {int(bad.sum())} of "
+            f"{len(error)} data (largest {float(error[bad].max()):.2g}); raise max_points, or "
+            "compare with method='annealed'."
+        )
+    if bool(nothing.any()):
+        notes.append(
+            f"no point with a positive density was found for {int(nothing.sum())} of {len(error)} "
+            "data, so log p(x) is minus infinity there as far as the search went."
+        )
+    return notes
 
 
 def _no_particles(_settings: Any) -> int:
@@ -392,7 +399,7 @@ def _result(
 ) -> Result:
     joint, method = config["joint"], config["method"]
     texts = {**_TEXTS, "log_evidence": _OF_EVIDENCE[method]}
-    if method == "quadrature" and bool((found["quadrature_error"] > 1e-6).any()):
+    if method == "quadrature" and not is_exact(found):
         texts["log_evidence"] = ("nats", "none", "log p(x) by quadrature that has not converged")
     variables: dict[str, Any] = {}
     for name, values in found.items():
