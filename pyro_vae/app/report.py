@@ -136,6 +136,7 @@ def write_report(
         )
     evaluations = [load_evaluation(run) for run in loaded]
     measures = [run.config.get("data", {}).get("measure") for run in loaded]
+    sections = [_section(run, found, root) for run, found in zip(loaded, evaluations, strict=True)]
     page = render_template(
         "report.html.j2",
         title=title,
@@ -146,7 +147,8 @@ def write_report(
         bounded=not all(map(_is_autoencoder, loaded)),
         points=any(map(_is_autoencoder, loaded)),
         measure_text=" ".join(dict.fromkeys(_MEASURES.get(m, _UNKNOWN_MEASURE) for m in measures)),
-        runs=[_section(run, found, root) for run, found in zip(loaded, evaluations, strict=True)],
+        shared=_take_shared_notes(sections),
+        runs=sections,
     )
     write_text(target, page)
     return target
@@ -280,6 +282,18 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         "made_with": _made_with(run, found),
         "config": json.dumps(run.config, indent=2),
     }
+
+
+def _take_shared_notes(sections: Sequence[dict[str, Any]]) -> list[str]:
+    """Takes notes that several runs have out of their sections; each once, with the runs' names."""
+    names: dict[str, list[str]] = {}
+    for section in sections:
+        for note in section["notes"]:
+            names.setdefault(note, []).append(section["name"])
+    shared = {note: of for note, of in names.items() if len(of) > 1}
+    for section in sections:
+        section["notes"] = [note for note in section["notes"] if note not in shared]
+    return [f"{', '.join(of)}: {note}" for note, of in shared.items()]
 
 
 def _sentence(run: Run) -> str:

@@ -133,6 +133,10 @@ def test_runs_are_compared_on_the_same_data(made: Path, tmp_path: Path) -> None:
     assert float(said[1]) == pytest.approx(paired, rel=0.06)
     assert "standard error over the 20 data, paired" in text
     assert "training seeds are not in it" in text
+    # What every run would say again is said once, with their names.
+    assert text.count("are blind to a mode that the guide never visits. vae") == 0
+    blind = "vae-2, vae-3: k-hat, ESS and every importance estimate are blind"
+    assert text.count(blind) == text.count("ESS and every importance estimate are blind") == 1
     rows = comparison_rows([(runs[0], results[0]), (runs[1], results[1])])
     assert [row["name"] for row in rows] == ["vae-2", "vae-3"]
     bad = int((~results[0].error_reliable.values).sum())
