@@ -3,29 +3,6 @@
 from pyro_vae.inference.programs.arguments import (
     Arguments,
     Axes,
-    as_arguments,
-    batch_axes,
-    batch_length,
-    map_batch,
-    take,
-    tensors_of,
-)
-from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
-from pyro_vae.inference.programs.inspection import (
-    check_module_names,
-    check_parameters,
-    common_scale,
-    count_data,
-    inspect_programs,
-    is_delta,
-    leaves,
-)
-from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
-from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
-from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
-from pyro_vae.inference.programs.traces import (
-    FilledGaps,
-    FittedProgram,
     JointOnlyError,
     NoParametersError,
     PointMassError,
@@ -35,20 +12,46 @@ from pyro_vae.inference.programs.traces import (
     Site,
     SubsampleError,
     SupportError,
+    as_arguments,
+    batch_axes,
+    batch_length,
+    map_batch,
+    take,
+    tensors_of,
+)
+from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
+from pyro_vae.inference.programs.inspection import inspect_programs
+from pyro_vae.inference.programs.refusals import (
+    check_module_names,
+    check_parameters,
+    common_scale,
+    count_data,
+    is_delta,
+    leaves,
+)
+from pyro_vae.inference.programs.scope import (
+    FilledGaps,
+    FittedProgram,
     all_data,
-    bytes_of_run,
     common_owner,
     describe_programs,
-    draw_traces,
-    enumerating,
     evaluation_mode,
-    fixed_draws,
     ieee_precision,
-    in_particle_plate,
     keep_random_state,
     modules_of,
     program_scope,
     pyro_parameters,
+    unwrap_programs,
+)
+from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
+from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
+from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
+from pyro_vae.inference.programs.traces import (
+    bytes_of_run,
+    draw_traces,
+    enumerating,
+    fixed_draws,
+    in_particle_plate,
     rerun_traces,
     run_programs,
     site_log_prob,
@@ -59,7 +62,6 @@ from pyro_vae.inference.programs.traces import (
     sum_sites,
     sum_traces,
     trace_programs,
-    unwrap_programs,
     weighted_sites,
 )
 from pyro_vae.inference.programs.unconstrained import (

@@ -1,6 +1,7 @@
-"""The `x` of every tool as the arguments of a program."""
+"""What programs are and take: arguments, what a run of them shows, how they are refused."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor
 __all__ = [
     "Arguments",
     "Axes",
+    "JointOnlyError",
+    "NoParametersError",
+    "PointMassError",
+    "Program",
+    "ProgramError",
+    "ProgramStructure",
+    "Site",
+    "SitesError",
+    "SubsampleError",
+    "SupportError",
     "as_arguments",
     "batch_axes",
     "batch_length",
@@ -101,3 +112,82 @@ def take(part: slice | Tensor) -> Callable[[Tensor, int], Tensor]:
     if isinstance(part, slice):
         return lambda a, axis: a[(*(slice(None),) * axis, part)]
     return lambda a, axis: a.index_select(axis, part.to(a.device))
+
+
+Program = Callable[..., Any]
+
+
+Site = dict[str, Any]
+
+
+class ProgramError(ValueError):
+    """A model or guide is not of the form that the tool needs; the message names the site."""
+
+
+class SitesError(ProgramError):
+    """Model and guide do not sample the same latents, so no objective of theirs is a bound."""
+
+
+class SupportError(ProgramError):
+    """Observed values lie outside the support of their distribution."""
+
+
+class NoParametersError(ProgramError):
+    """There is nothing to train."""
+
+
+class PointMassError(ProgramError):
+    """The guide is a point, so its objective is a MAP objective."""
+
+
+class SubsampleError(ProgramError):
+    """The programs draw a part of their data, and the tool needs all of them."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}; call the tool inside `with pyro_vae.all_data():`, where plates draw no "
+            "subsample (where a plate is given its own, pass all data), and without poutine.scale"
+        )
+
+
+class JointOnlyError(ProgramError):
+    """Data have no weights of their own; together they may have one.
+
+    Attributes:
+        reason: Why, without the advice to pass joint=True.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}, or pass joint=True for one weight per particle on all data")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ProgramStructure:
+    """What one run of a model and its guide shows.
+
+    Attributes:
+        batch_dim: The batch plate's dim, counted from the right (negative); None for joint weights.
+        batch_size: Number of data in the run that was inspected.
+        max_plate_nesting: Dims that plates and batch shapes take; particles go to the left of them.
+        scale: The factor N/B of a subsampled plate, applied outside every reduction.
+        measure: The measure the observed data live on: binary, grey, real, counts or mixed.
+        vectorizable: Whether particles in one tensor program give what they give one by one.
+        replayable: Whether the guide's density can be evaluated at given latents (a flow without an
+            inverse cannot): what a second pass needs.
+        latents: Names of the latent sites, in the guide's order, without auxiliary ones.
+        observed: Names of the observed sites of the model.
+        enumerated: Names of the model's discrete latents that the guide leaves out and that are
+            summed out exactly.
+    """
+
+    batch_dim: int | None
+    batch_size: int
+    max_plate_nesting: int
+    scale: float
+    measure: str
+    vectorizable: bool
+    replayable: bool
+    latents: tuple[str, ...]
+    observed: tuple[str, ...]
+    enumerated: tuple[str, ...] = ()

@@ -12,20 +12,15 @@ from pyro.ops import packed
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.inference.programs.arguments import as_arguments
-from pyro_vae.inference.programs.inspection import (
+from pyro_vae.inference.programs.arguments import Program, ProgramError, as_arguments
+from pyro_vae.inference.programs.refusals import (
     check_module_names,
     check_parameters,
     count_data,
     is_enumerable,
 )
-from pyro_vae.inference.programs.traces import (
-    Program,
-    ProgramError,
-    keep_random_state,
-    trace_programs,
-    weighted_sites,
-)
+from pyro_vae.inference.programs.scope import keep_random_state
+from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
 
 __all__ = ["EnumeratedProgram", "climb", "measure_of", "no_guide"]
 

@@ -10,12 +10,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.inference.programs.arguments import Arguments, as_arguments
-from pyro_vae.inference.programs.traces import (
-    Program,
-    ProgramError,
-    weighted_sites,
-)
+from pyro_vae.inference.programs.arguments import Arguments, Program, ProgramError, as_arguments
+from pyro_vae.inference.programs.traces import weighted_sites
 from pyro_vae.results import ShortRepr
 
 __all__ = ["Simulation", "simulate", "without_data"]

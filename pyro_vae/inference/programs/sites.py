@@ -6,9 +6,8 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.inference.programs.arguments import ProgramStructure, Site
 from pyro_vae.inference.programs.traces import (
-    ProgramStructure,
-    Site,
     site_log_prob,
     site_log_probs,
     site_values,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyro_vae.data import as_data
 from pyro_vae.inference.programs.arguments import (
+    Program,
+    ProgramError,
     as_arguments,
     batch_axes,
     batch_length,
@@ -19,16 +21,8 @@ from pyro_vae.inference.programs.arguments import (
     take,
     tensors_of,
 )
-from pyro_vae.inference.programs.traces import (
-    Program,
-    ProgramError,
-    evaluation_mode,
-    modules_of,
-    program_scope,
-    site_log_prob,
-    trace_programs,
-    weighted_sites,
-)
+from pyro_vae.inference.programs.scope import evaluation_mode, modules_of, program_scope
+from pyro_vae.inference.programs.traces import site_log_prob, trace_programs, weighted_sites
 
 __all__ = ["ready_data", "tool", "tool_of_model"]
 

@@ -22,13 +22,17 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.inference.programs.arguments import Arguments, as_arguments
-from pyro_vae.inference.programs.inspection import inspect_programs, is_delta
-from pyro_vae.inference.programs.traces import (
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
     Program,
     ProgramError,
     ProgramStructure,
     Site,
+    as_arguments,
+)
+from pyro_vae.inference.programs.inspection import inspect_programs
+from pyro_vae.inference.programs.refusals import is_delta
+from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
     site_log_prob,

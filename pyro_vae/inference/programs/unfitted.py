@@ -19,7 +19,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.inference.programs.traces import FittedProgram
+from pyro_vae.inference.programs.scope import FittedProgram
 
 __all__ = ["LAST_FITS", "UnfittedWarning", "remember_fitted", "warn_of_unfitted"]
 

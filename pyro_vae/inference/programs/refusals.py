@@ -1,0 +1,505 @@
+"""What is refused of a pair's sites: each check names the site and says what to do."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
+    JointOnlyError,
+    NoParametersError,
+    PointMassError,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    SitesError,
+    SubsampleError,
+    SupportError,
+)
+from pyro_vae.inference.programs.scope import (
+    keep_random_state,
+    modules_of,
+    pyro_parameters,
+    shown_value,
+)
+from pyro_vae.inference.programs.traces import (
+    site_log_prob,
+    subsamples,
+    trace_programs,
+    weighted_sites,
+)
+
+__all__ = [
+    "check_enumerable",
+    "check_enumerated",
+    "check_guide_draws",
+    "check_latents",
+    "check_module_names",
+    "check_observed",
+    "check_parameters",
+    "check_point_mass",
+    "check_unchanged",
+    "common_scale",
+    "count_data",
+    "find_batch",
+    "is_delta",
+    "is_enumerable",
+    "leaves",
+    "max_plate_nesting",
+    "trace_same_latents",
+    "versions",
+]
+
+
+def versions(arguments: Arguments) -> dict[str | int, int]:
+    """How often each tensor among the arguments was written to."""
+    args, kwargs = arguments
+    named: dict[str | int, Any] = dict(enumerate(args, 1))
+    named.update(kwargs)
+    return {
+        name: value._version
+        for name, value in named.items()
+        if isinstance(value, Tensor) and not value.is_inference()
+    }
+
+
+def check_unchanged(arguments: Arguments, before: dict[str | int, int]) -> None:
+    """Refuses programs that wrote to an argument in place."""
+    for name, version in versions(arguments).items():
+        if version != before[name]:
+            raise ProgramError(
+                f"model or guide writes to argument {name!r} in place (as x.clamp_() and x[0] = 0 "
+                "do), so that runs see different data, and so does the caller afterwards; write "
+                "to a copy, x = x.clone()"
+            )
+
+
+def trace_same_latents(
+    model: Program, guide: Program, arguments: Arguments, summed: set[str]
+) -> tuple[Trace, Trace]:
+    """Traces guide and model; refuses a pair that does not sample the same latents.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        arguments: Of both.
+        summed: The kinds of enumeration whose latents the guide may leave out.
+    """
+    try:
+        guide_trace, model_trace = trace_programs(model, guide, arguments)
+    except RuntimeError:  # how Pyro answers a latent that the guide observes
+        args, kwargs = arguments
+        alone = poutine.trace(guide).get_trace(*args, **kwargs)
+        check_guide_draws(weighted_sites(alone), {"not seen": {}})
+        raise
+    except ValueError as error:
+        if "inside plate" in str(error):  # Pyro's own, whose first line names plate and site
+            raise ProgramError(
+                f"{str(error).splitlines()[0]}: give the plate the number of data, or, if the "
+                "dim is one of a datum, add .to_event(1) to the site's distribution"
+            ) from error
+        raise
+    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+    check_guide_draws(guide_sites, model_sites)
+    check_latents(guide_sites, model_sites, summed)
+    return guide_trace, model_trace
+
+
+def check_guide_draws(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
+    """Refuses a guide that observes, or a pair passed in the other order."""
+    swapped = not any(site.get("is_observed", True) for site in model_sites.values())
+    for name, site in guide_sites.items():
+        factor = type(site["fn"]).__name__ == "Unit"  # pyro.factor
+        if site["is_observed"] and (swapped or not factor):
+            raise SitesError(
+                f"the guide's site '{name}' is observed, so the guide is no density of the "
+                "latents; "
+                + (
+                    "the model observes nothing: were they passed in the other order?"
+                    if swapped
+                    else "take obs= out of the guide, or sample the site there"
+                )
+            )
+
+
+def check_latents(
+    guide_sites: dict[str, dict], model_sites: dict[str, dict], summed: set[str]
+) -> None:
+    """Refuses a pair that does not sample the same latents."""
+    if not model_sites:
+        raise SitesError("the model has no site; draw latents and observe data with pyro.sample")
+    for name, site in model_sites.items():
+        left_to_sum = site["infer"].get("enumerate") in summed
+        if not site["is_observed"] and name not in guide_sites and not left_to_sum:
+            raise SitesError(
+                f"the model's latent site '{name}' is missing from the guide, so Pyro would draw "
+                "it from the prior and bound nothing; sample it in the guide under the same name, "
+                "or, if it is discrete, have it summed out (infer={'enumerate': 'parallel'}, which "
+                "fit needs TraceEnum_ELBO for)"
+            )
+        if site["is_observed"] and name in guide_sites:
+            raise SitesError(
+                f"site '{name}' is observed in the model but stands in the guide as well; take it "
+                "out of the guide, or give it another name"
+            )
+    for name, site in guide_sites.items():
+        if (
+            not site["is_observed"]
+            and name not in model_sites
+            and not site["infer"].get("is_auxiliary")
+        ):
+            raise SitesError(
+                f"the guide samples site '{name}', which the model does not have, so the weights "
+                "would bound nothing; sample it in the model as well, or mark it "
+                "infer={'is_auxiliary': True} if the density of another site accounts for it, as "
+                "Pyro's autoguides do"
+            )
+
+
+def check_enumerable(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
+    """Refuses an enumerated site whose distribution lists no states."""
+    for name in structure.enumerated:
+        if not is_enumerable(model_sites[name]["fn"]):
+            raise ProgramError(
+                f"the model's site '{name}' is marked for enumeration, but its distribution "
+                f"({type(model_sites[name]['fn']).__name__}) lists no states (a vector of several "
+                "discrete values does not); sample it in the guide, or write each as its own site"
+            )
+
+
+def is_enumerable(fn: Any) -> bool:
+    """Whether a distribution can list its states."""
+    if not fn.has_enumerate_support:
+        return False
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError:  # Independent says that it can, and then cannot
+        return False
+    return True
+
+
+def check_enumerated(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
+    """Refuses enumerated latents that a sum per datum cannot reach."""
+    dims = [model_sites[name]["infer"].get("_enumerate_dim") for name in structure.enumerated]
+    if len(set(dims)) < len(dims):
+        raise ProgramError(
+            f"the enumerated sites {', '.join(structure.enumerated)} share dims (pyro.markov), "
+            "which log weights cannot sum out; use TraceEnum_ELBO, or sample them in the guide"
+        )
+    for name in structure.enumerated:
+        inner = {
+            f.name
+            for f in model_sites[name]["cond_indep_stack"]
+            if f.vectorized and f.dim != structure.batch_dim
+        }
+        if inner:
+            raise ProgramError(
+                f"the enumerated site '{name}' is inside plate '{inner.pop()}', within a datum, "
+                "where it would have to be summed before that plate; use TraceEnum_ELBO, or sample "
+                "it in the guide"
+            )
+
+
+def check_point_mass(guide: Program, arguments: Arguments, guide_trace: Trace) -> None:
+    """Refuses a `Delta` posterior; one that transforms an auxiliary draw is none."""
+    guide_sites = weighted_sites(guide_trace)
+    deltas = {n: s for n, s in guide_sites.items() if not s["is_observed"] and is_delta(s["fn"])}
+    if not deltas:
+        return
+    fixed = sorted(deltas)
+    if any(s["infer"].get("is_auxiliary") for s in guide_sites.values()):
+        args, kwargs = arguments
+        same_data = poutine.replay(guide, trace=subsamples(guide_trace))
+        again = poutine.trace(same_data).get_trace(*args, **kwargs)
+        fixed = [n for n in fixed if torch.equal(deltas[n]["value"], again.nodes[n]["value"])]
+    if fixed:
+        raise PointMassError(
+            f"the guide's site '{fixed[0]}' is a Delta: a point has no density, so its objective "
+            "is a MAP objective and neither a bound nor an importance weight exists; use a guide "
+            "with a density, such as a Normal"
+        )
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a point mass."""
+    while not isinstance(fn, pyro.distributions.Delta):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
+
+
+def check_observed(model_sites: dict[str, dict]) -> str:
+    """Refuses observed values off their support; returns the measure that the data live on."""
+    measures = set()
+    for name, site in model_sites.items():
+        if not site["is_observed"] or type(site["fn"]).__name__ == "Unit":  # pyro.factor
+            continue
+        try:
+            support = site["fn"].support
+        except (AttributeError, NotImplementedError):  # a user's distribution need not state one
+            measures.add("mixed")
+            continue
+        value = shown_value(site)
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise SupportError(
+                f"the data at site '{name}' have missing values (NaN) that no mask covers; mask "
+                "them, as in dist.Normal(...).mask(~x.isnan()), or leave those data out"
+            )
+        if not bool(support.check(value).all()):
+            raise SupportError(
+                f"the data at site '{name}' lie outside the support of their distribution "
+                f"({support}): " + _support_advice(support)
+            )
+        measures.add(_measure_of(support))
+    return measures.pop() if len(measures) == 1 else "mixed"
+
+
+def _support_advice(support: Any) -> str:
+    if _measure_of(support) == "binary":
+        return "binarise grey pixels, or use a ContinuousBernoulli"
+    return "rescale the data, or use a likelihood whose support holds them"
+
+
+def _measure_of(support: Any) -> str:
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    if support is torch.distributions.constraints.boolean:
+        return "binary"
+    if support.is_discrete:
+        return "counts"
+    if isinstance(support, torch.distributions.constraints.interval):
+        low, high = torch.as_tensor(support.lower_bound), torch.as_tensor(support.upper_bound)
+        return "grey" if bool((low == 0).all() and (high == 1).all()) else "real"
+    return "real"
+
+
+def max_plate_nesting(guide_sites: dict, model_sites: dict, shapes: Any) -> int:
+    """Dims that plates and batch shapes take."""
+    depths = [
+        -frame.dim
+        for sites in (guide_sites, model_sites)
+        for site in sites.values()
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return max([0, *depths, *(len(shape) for shape in shapes)])
+
+
+def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
+    """The one factor N/B of all sites."""
+    seen: dict[float, str] = {}
+    for sites in (model_sites, guide_sites):
+        for name, site in sites.items():
+            scale = site["scale"]
+            for value in scale.unique().tolist() if isinstance(scale, Tensor) else [float(scale)]:
+                seen.setdefault(float(f"{value:.6g}"), name)  # products of factors round
+    scale = next(iter(seen), 1.0)
+    if len(seen) > 1:
+        (a, site_a), (b, site_b) = list(seen.items())[:2]
+        sites_are = (
+            f"sites '{site_a}' and '{site_b}' have"
+            if site_a != site_b
+            else f"site '{site_a}' has for its data"
+        )
+        reason = f"{sites_are} different scales ({a:g} and {b:g}), so no importance weight exists"
+    elif joint and scale != 1.0:
+        reason = (
+            f"joint log weights need the full data, but site '{seen[scale]}' has scale {scale:g}"
+        )
+    else:
+        return scale
+    for site in (*model_sites.values(), *guide_sites.values()):
+        for plate in site["cond_indep_stack"]:
+            if plate.full_size not in (None, plate.size):
+                which = f"plate '{plate.name}' draws {plate.size} of {plate.full_size} data"
+                raise SubsampleError(f"{reason}: {which}")
+    raise ProgramError(
+        f"{reason}; remove poutine.scale (annealing is for Trace_ELBO alone), or subsample model "
+        "and guide alike"
+    )
+
+
+def find_batch(
+    guide_trace: Trace, model_trace: Trace, shapes: dict[tuple[str, str], torch.Size]
+) -> tuple[int, int]:
+    """The outermost plate around every site, and its size as the log-probabilities have it."""
+    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+    plate = _common_plate(model_sites, "model")
+    guide_plate = _common_plate(guide_sites, "guide", plate.dim) if guide_sites else plate
+    sized = -1 not in (guide_plate.size, plate.size)
+    if sized and (guide_plate.dim, guide_plate.size) != (plate.dim, plate.size):
+        raise ProgramError(
+            f"the model's batch plate '{plate.name}' (dim {plate.dim}, size {plate.size}) and the "
+            f"guide's '{guide_plate.name}' (dim {guide_plate.dim}, size {guide_plate.size}) "
+            "differ; use the same plate in both"
+        )
+    _check_declared(guide_sites, model_sites, shapes)
+    sizes = {
+        key: shape[plate.dim] if len(shape) >= -plate.dim else 1 for key, shape in shapes.items()
+    }
+    batch_size = max(sizes.values())
+    for (role, name), size in sizes.items():
+        if size != batch_size:
+            raise JointOnlyError(
+                f"the {role}'s site '{name}' has one value for the whole batch of {batch_size}, "
+                f"not one per datum; give the plate '{plate.name}' its size"
+            )
+    _check_subsamples(guide_trace, model_trace, plate, guide_plate)
+    return plate.dim, batch_size
+
+
+def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
+    """The outermost vectorised plate (at `dim`, if given) that every site is in."""
+    stacks = {
+        name: [f for f in site["cond_indep_stack"] if f.vectorized and dim in (None, f.dim)]
+        for name, site in sites.items()
+    }
+    deepest = max(stacks.values(), key=len, default=[])
+    for frame in deepest:
+        if not _outside(frame, stacks):
+            return frame
+    if not deepest:
+        frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+        if dim is not None and any(frame.vectorized for frame in frames):
+            raise ProgramError(
+                f"the model's batch plate is at dim {dim}, where the {role} has no plate; use the "
+                "same plate in both"
+            )
+        loop = " (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else ""
+        raise JointOnlyError(
+            f"no site of the {role} is in a vectorised pyro.plate{loop}, so it does not say which "
+            "data are independent; write `with pyro.plate('data', len(x)):` around site "
+            f"'{next(iter(sites), 'x')}'"
+        )
+    name = _outside(deepest[0], stacks)[0]
+    kind = "observed" if sites[name]["is_observed"] else "latent"
+    raise JointOnlyError(
+        f"the {role}'s {kind} site '{name}' is outside the batch plate '{deepest[0].name}'; put it "
+        "there, make a global latent a parameter"
+    )
+
+
+def _outside(plate: Any, stacks: dict[str, list]) -> list[str]:
+    """The sites that are not in a plate."""
+    where = (plate.name, plate.dim)
+    return [n for n, stack in stacks.items() if where not in [(f.name, f.dim) for f in stack]]
+
+
+def count_data(model_trace: Trace) -> list[tuple[int, int]]:
+    """How many data a run of the model says there are, and how many of them it saw.
+
+    That is the size of the outermost plate around every site; with global latents, of each plate
+    around everything observed, of which more than one may hold data; empty if there is none.
+    """
+    sites = list(weighted_sites(model_trace).values())
+    for some in (sites, [site for site in sites if site["is_observed"]]):
+        stacks = [{f.name: f for f in site["cond_indep_stack"]} for site in some]
+        common = [f for n, f in stacks[0].items() if all(n in s for s in stacks)] if stacks else []
+        if common:
+            counts = [_count_in(plate, some) for plate in common]
+            return counts[:1] if some is sites else counts
+    return []
+
+
+def _count_in(plate: Any, sites: list[dict[str, Any]]) -> tuple[int, int]:
+    if plate.size != -1:
+        return plate.full_size or plate.size, plate.size
+    shapes = [site_log_prob(site).shape for site in sites]
+    size = max(shape[plate.dim] if len(shape) >= -plate.dim else 1 for shape in shapes)
+    return size, size
+
+
+def _check_declared(
+    guide_sites: dict, model_sites: dict, shapes: dict[tuple[str, str], torch.Size]
+) -> None:
+    """Refuses batch dims that no plate declares: a forgotten `to_event` sums the wrong dim."""
+    for (role, name), shape in shapes.items():
+        site = (guide_sites if role == "guide" else model_sites)[name]
+        declared = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        for dim in range(-len(shape), 0):
+            if shape[dim] > 1 and dim not in declared:
+                raise ProgramError(
+                    f"the {role}'s site '{name}' has log-probabilities of shape {tuple(shape)}, "
+                    f"whose dim {dim} is in no plate; add .to_event(1) to its distribution, or "
+                    "declare the dim with a pyro.plate"
+                )
+
+
+def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_plate: Any) -> None:
+    full = plate.full_size if plate.full_size is not None else plate.size
+    if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
+        raise ProgramError(
+            f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
+            "so they see different data; use one name in both"
+        )
+
+
+def check_module_names(model: Program, guide: Program) -> None:
+    """Refuses two PyroModules that would share parameters because they share names."""
+    seen: dict[str, Tensor] = {}
+    for program in (model, guide):
+        for full, value in pyro_parameters(program):
+            if seen.setdefault(full, value) is not value:
+                raise ProgramError(
+                    f"two PyroModules both have a parameter '{full}', so Pyro would train one of "
+                    "them in place of both; name them: super().__init__(name='guide')"
+                )
+
+
+def check_parameters(
+    model: Program, guide: Program, arguments: Arguments, enumerates: bool
+) -> list[str]:
+    """Refuses pairs that SVI would train in part or not at all; returns the parameters' names."""
+    with keep_random_state(), torch.enable_grad():
+        summed = {"parallel", "sequential"} if enumerates else set()
+        with poutine.trace(param_only=True) as params:
+            guide_trace, model_trace = trace_same_latents(model, guide, arguments, summed)
+        guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+        registered = [site["value"].unconstrained() for site in params.trace.nodes.values()]
+        if not registered:
+            raise NoParametersError(
+                "neither model nor guide has a parameter; register modules with "
+                "pyro.module('name', module)"
+            )
+        total = sum(
+            site_log_prob(site).sum() for site in (*guide_sites.values(), *model_sites.values())
+        )
+        given = [a for a in (*arguments[0], *arguments[1].values()) if isinstance(a, Tensor)]
+        known = {id(tensor) for tensor in (*registered, *given)}
+        missing = [leaf for leaf in leaves(total) if id(leaf) not in known]
+    if missing:
+        names = {
+            id(p): n
+            for program in (model, guide)
+            for m in modules_of(program)
+            for n, p in m.named_parameters()
+        }
+        found = ", ".join(
+            f"{names.get(id(leaf), 'a tensor')} {tuple(leaf.shape)}" for leaf in missing[:3]
+        )
+        raise ProgramError(
+            f"{len(missing)} parameter tensors influence the bound but were never registered, so "
+            f"SVI would not train them: {found}; call pyro.module('name', module) in the program "
+            "that uses them, or freeze them with requires_grad_(False)"
+        )
+    return list(params.trace.nodes)
+
+
+def leaves(total: Any) -> list[Tensor]:
+    """The leaf tensors that require a gradient in the graph of `total`."""
+    found: dict[int, Tensor] = {}
+    todo, seen = [getattr(total, "grad_fn", None)], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        todo += [following for following, _ in node.next_functions]
+    return list(found.values())
