@@ -104,7 +104,9 @@ def test_rows_are_what_they_say():
 
 
 def test_large_data_take_the_difference_and_say_so(monkeypatch):
-    monkeypatch.setattr("pyro_vae.inference.em.fit_em._MEASURED_RESPONSIBILITIES", 1)
+    monkeypatch.setattr(
+        sys.modules["pyro_vae.inference.em.fit_em"], "_MEASURED_RESPONSIBILITIES", 1
+    )
     taken = run()
     monkeypatch.undo()
     measured = run()
