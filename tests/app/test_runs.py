@@ -163,7 +163,7 @@ def test_a_new_process_finds_the_same_evidence_to_the_bit(tmp_path: Path, monkey
     fitted = fit(programs.model, programs.guide, x, checkpoint=tmp_path / "run", **options)
     found = log_evidence(fitted.model, fitted.guide, x, num_particles=9, progress=False)
     code = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(tmp_path / "run"), str(tmp_path)]
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     answer = subprocess.run(code, cwd=package, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == found.log_evidence.values.tobytes().hex()
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from typing import Any
 
 import numpy as np

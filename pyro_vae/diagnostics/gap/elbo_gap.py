@@ -10,17 +10,11 @@ amortisation gap. `elbo_surgery` cuts the ELBO the other way: into rate and dist
 into mutual information and the distance of the aggregated posterior from the prior.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyro
 import torch
 from jaxtyping import Float
-from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_vae.data import Seed, as_seed
@@ -34,20 +28,11 @@ from pyro_vae.inference.log_weights import (
     pareto_tail,
 )
 from pyro_vae.inference.programs import (
-    Arguments,
     Program,
-    ProgramError,
     ProgramStructure,
-    SubsampleError,
     as_arguments,
-    draw_traces,
-    fixed_draws,
-    inspect_programs,
-    is_delta,
     program_scope,
-    sum_traces,
     tool,
-    weighted_sites,
 )
 from pyro_vae.inference.refit import (
     FAMILIES,
@@ -58,7 +43,7 @@ from pyro_vae.inference.refit import (
 )
 from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 
-__all__ = ["LEDGER", "GapOnBoth", "elbo_gap", "elbo_surgery", "gap_on_both"]
+__all__ = ["LEDGER", "data_hash", "elbo_gap"]
 
 LEDGER = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
 """The variables that every ledger has."""
@@ -72,7 +57,6 @@ _SAID = {
 }
 # What log p(x) - ELBO says about KL(q || p(z | x)), by what log p(x) is; the ELBO is unbiased.
 _BOUND_OF_GAP = {"exact": "unbiased", "unbiased": "unbiased", "lower": "lower", "upper": "upper"}
-_ACTIVE = 1e-2
 
 
 @tool
@@ -240,7 +224,7 @@ def _check_evidence(known: Result, x: Any, structure: ProgramStructure) -> None:
             "pass the evidence of x"
         )
     recorded = known.quantity("log_evidence").data_sha256
-    if recorded is not None and recorded != _hash(x):
+    if recorded is not None and recorded != data_hash(x):
         raise ValueError("the evidence is of other data than x; pass the evidence of x")
     measure = known["log_evidence"].attrs.get("measure")
     if measure not in (None, structure.measure):
@@ -250,7 +234,8 @@ def _check_evidence(known: Result, x: Any, structure: ProgramStructure) -> None:
         )
 
 
-def _hash(x: Any) -> str:
+def data_hash(x: Any) -> str:
+    """Of the data, as results carry it."""
     args, kwargs = as_arguments(x)
     return sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
 
@@ -365,7 +350,7 @@ def _result(
         function="elbo_gap",
         config=config,
         seed=seed,
-        data_sha256=_hash(x),
+        data_sha256=data_hash(x),
         notes=_notes(columns, kind, known, num_particles),
     )
 
@@ -410,343 +395,3 @@ def _notes(
         "the amortisation gap is low, and the approximation gap high, by what the search missed."
     )
     return notes
-
-
-# --- training and test data -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class GapOnBoth:
-    """The ledgers of training and test data, and how they differ.
-
-    Attributes:
-        training: Of the training data, from `elbo_gap`.
-        test: Of the test data.
-        summary: Means over the data along `split` ("training", "test"), and the differences
-            `encoder_generalization`, the rise of the amortisation gap from training to test data,
-            `approximation_generalization`, that of the approximation gap, and
-            `model_generalization`, the fall of the log evidence. Together they are the fall of the
-            ELBO. Standard errors are those of the population: the spread of the data included.
-    """
-
-    training: Result
-    test: Result
-    summary: Result
-
-    def __repr__(self) -> str:
-        data = [f"{part.sizes['datum']:,}" for part in (self.training, self.test)]
-        return f"Ledgers of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
-
-    def _repr_html_(self) -> str:
-        return self.summary._repr_html_()
-
-
-@tool
-def gap_on_both(
-    model: Program, guide: Program, training: Any, test: Any, **options: Any
-) -> GapOnBoth:
-    """Runs `elbo_gap` on training and test data and says what the encoder did not generalise.
-
-    The fall of the ELBO from training to test data has three parts: the model's (its evidence
-    falls), the encoder's (the amortisation gap rises) and the family's.
-
-    Args:
-        model: The generative program.
-        guide: The program of the approximate posterior.
-        training: Training data.
-        test: Test data.
-        options: Those of `elbo_gap`; evidence must be a method, not a `Result`.
-
-    Returns:
-        Both ledgers and their summary.
-
-    Raises:
-        ProgramError: As `elbo_gap`.
-        ValueError: As `elbo_gap`, or if evidence is a `Result`, which can be of one of them only.
-
-    References:
-        Cremer, Li & Duvenaud (2018); Zhang et al. (2022), Generalization gap in
-        amortized inference.
-    """
-    if isinstance(options.get("evidence"), Result):
-        raise ValueError(
-            "a Result is the evidence of one data set; name a method, or call elbo_gap on each"
-        )
-    first, second = (elbo_gap(model, guide, data, **options) for data in (training, test))
-    return GapOnBoth(first, second, _summary(first, second))
-
-
-def _summary(training: Result, test: Result) -> Result:
-    names = [
-        str(name)
-        for name in training.data_vars
-        if training[name].attrs.get("unit") == "nats" and not str(name).endswith("_se")
-    ]
-    means, errors = {}, {}
-    for name in names:
-        both = [ledger.quantity(name) for ledger in (training, test)]
-        means[name] = np.array([q.value for q in both])
-        errors[name] = np.array(
-            [math.nan if q.data_standard_error is None else q.data_standard_error for q in both]
-        )
-    variables: dict[str, Any] = {}
-    for name in names:
-        attrs = {**training[name].attrs, "reduction": "per datum"}
-        variables[name] = ("split", means[name], attrs)
-        variables[f"{name}_se"] = ("split", errors[name], attrs)
-    for name, source, sign in (
-        ("model_generalization", "log_evidence", -1),
-        ("encoder_generalization", "amortization_gap", 1),
-        ("approximation_generalization", "approximation_gap", 1),
-    ):
-        attrs = label(
-            bound="none",
-            measure=training[source].attrs.get("measure"),
-            description=f"{'rise' if sign > 0 else 'fall'} of {source} from training to test data",
-        )
-        variables[name] = ((), sign * (means[source][1] - means[source][0]), attrs)
-        variables[f"{name}_se"] = ((), np.hypot(*errors[source]), attrs)
-    provenance = [ledger.provenance for ledger in (training, test)]
-    return make_result(
-        variables,
-        function="gap_on_both",
-        config={
-            **provenance[0]["config"],
-            "num_data": [p["num_data"] for p in provenance],
-            "data_sha256": [p["data_sha256"] for p in provenance],
-        },
-        seed=provenance[0]["seed"],
-        data_sha256=None,
-        coords={"split": ["training", "test"]},
-        notes=["standard errors here include the spread of the data."],
-    )
-
-
-# --- surgery --------------------------------------------------------------------------------------
-
-
-@tool
-def elbo_surgery(
-    model: Program,
-    guide: Program,
-    x: Any,
-    *,
-    num_particles: int = 50,
-    seed: Seed = 0,
-) -> Result:
-    r"""Cuts the ELBO into distortion and rate, and the rate into information and marginal KL.
-
-    .. math:: \mathcal L = -\underbrace{\mathbb E[-\log p(x \mid z)]}_{\text{distortion}}
-              - \underbrace{I_q(n; z)}_{\text{mutual information}}
-              - \underbrace{\mathrm{KL}(q(z) \| p(z))}_{\text{marginal KL}}
-
-    with :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` over the given data, all of them: no
-    mini-batch stands in for it. The mutual information is that of the index n of a datum and z, at
-    most log N, estimated without bias by draws; over random data sets it is, in expectation, a
-    lower bound of the information in the population. `mutual_information_upper` leaves the datum's
-    own posterior out of the mixture, which bounds it from above (infinite is honest).
-
-    Args:
-        model: The generative program.
-        guide: The program of the approximate posterior; its density is evaluated at the draws of
-            all other data, N runs of the guide, so of order N^2 evaluations.
-        x: The data, at least two.
-        num_particles: Draws for each datum, at least 2.
-        seed: Seeds the draws; the caller's random state is left alone.
-
-    Returns:
-        Variables over `datum`, in nats with standard errors: `elbo`, `distortion`, `rate`,
-        `mutual_information`, `mutual_information_upper` and `marginal_kl`, the last three as each
-        datum's contribution to the mean. Over `unit`, the numbers in the latent sites:
-        `activity`, the variance over data of the posterior mean, corrected for the draws; and
-        `active_units`, how many exceed 0.01.
-
-    Raises:
-        ProgramError: If the pair has no log weights, or the guide's density is not known at
-            another datum's draws (a flow without an inverse, a `Delta` on auxiliary draws), or
-            the model's latents are enumerated.
-        ValueError: If there are too few data or particles.
-
-    References:
-        Hoffman & Johnson (2016), ELBO surgery; Alemi et al. (2018), Fixing a broken
-        ELBO; Burda, Grosse & Salakhutdinov (2016) (activity); Poole et al. (2019),
-        On variational bounds of mutual information.
-    """
-    seed = as_seed(seed)
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
-        raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
-    arguments = as_arguments(x)
-    with torch.no_grad(), program_scope(seed):
-        structure = inspect_programs(model, guide, arguments, num_particles=num_particles)
-        _check_surgery(guide, arguments, structure)
-        traces = draw_traces(model, guide, arguments, structure, num_particles)
-        own = sum_traces([(g, k) for g, _, k in traces], structure)
-        parts = {
-            kind: sum_traces([(m, k) for _, m, k in traces], structure, keep)
-            for kind, keep in (
-                ("likelihood", lambda _, site: site["is_observed"]),
-                ("prior", lambda _, site: not site["is_observed"]),
-            )
-        }
-        others = _mixture(guide, arguments, structure, traces, own)
-        activity, units = _activity(traces, structure)
-    return _surgery_result(
-        own.double(), parts, others, activity, units, structure, x, num_particles, seed
-    )
-
-
-def _check_surgery(guide: Program, arguments: Arguments, structure: ProgramStructure) -> None:
-    if structure.batch_size < 2:
-        raise ValueError("the surgery needs at least 2 data, for q(z) is a mixture over them")
-    if structure.enumerated:
-        raise ProgramError(
-            f"the model's latent '{structure.enumerated[0]}' is summed out, so it has no draws to "
-            "cut the rate by; sample it in the guide"
-        )
-    if structure.scale != 1.0:
-        raise SubsampleError("the programs subsample their data, of which every one is compared")
-    args, kwargs = arguments
-    trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    deltas = [name for name, site in weighted_sites(trace).items() if is_delta(site["fn"])]
-    if deltas or not structure.replayable:
-        site = f"'{deltas[0]}'" if deltas else "of a flow without an inverse"
-        raise ProgramError(
-            f"the guide's density at site {site} is known at its own draws alone, but the "
-            "aggregated posterior needs it at those of every datum; use a guide without auxiliary "
-            "sites and with invertible transforms"
-        )
-
-
-def _mixture(
-    guide: Program,
-    arguments: Arguments,
-    structure: ProgramStructure,
-    traces: list[tuple[Trace, Trace, int]],
-    own: Float[Tensor, "particles batch"],
-) -> Float[Tensor, "particles batch"]:
-    """Log of the sum of q(z_kn | x_m) over the data m other than n."""
-    total = torch.full_like(own, -math.inf, dtype=torch.float64)
-    for shift in range(1, structure.batch_size):
-        scored = []
-        for drawn, model_trace, count in traces:
-            given = _rolled(fixed_draws(drawn, model_trace), structure, shift)
-            trace = _replayed(guide, arguments, structure, given, count)
-            scored.append((trace, count))
-        log_q = sum_traces(scored, structure).double()
-        # Row m scored the draws of datum m - shift.
-        total = torch.logaddexp(total, log_q.roll(-shift, 1))
-    return total
-
-
-def _replayed(
-    guide: Program, arguments: Arguments, structure: ProgramStructure, given: Trace, count: int
-) -> Trace:
-    args, kwargs = arguments
-
-    def run() -> None:
-        with pyro.plate("_particles", count, dim=-1 - structure.max_plate_nesting):
-            guide(*args, **kwargs)
-
-    program = run if count > 1 else lambda: guide(*args, **kwargs)
-    return poutine.trace(poutine.replay(program, trace=given)).get_trace()
-
-
-def _rolled(given: Trace, structure: ProgramStructure, shift: int) -> Trace:
-    """The same draws, each handed on to the datum `shift` places further."""
-    assert structure.batch_dim is not None
-    for name, site in weighted_sites(given).items():
-        dim = structure.batch_dim - site["fn"].event_dim
-        given.nodes[name] = {**site, "value": site["value"].roll(shift, dim)}
-    return given
-
-
-def _activity(
-    traces: list[tuple[Trace, Trace, int]], structure: ProgramStructure
-) -> tuple[Float[Tensor, " unit"], list[str]]:
-    """The variance over data of the posterior mean of each number in the latent sites."""
-    assert structure.batch_dim is not None
-    found, names = [], []
-    nesting = structure.max_plate_nesting
-    for name in structure.latents:
-        draws = []
-        for guide_trace, _, count in traces:
-            site = guide_trace.nodes[name]
-            value, event = site["value"].double(), site["fn"].event_dim
-            value = value[(None,) * (nesting + 1 + event - value.dim())]
-            value = value.movedim((-1 - nesting - event, structure.batch_dim - event), (0, 1))
-            draws.append(value.expand(count, *value.shape[1:]).flatten(2))
-        rows = torch.cat(draws)
-        noise = rows.var(0).mean(0) / len(rows)
-        found.append(rows.mean(0).var(0) - noise)
-        size = rows.shape[2]
-        names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
-    return torch.cat(found), names
-
-
-def _surgery_result(
-    own: Float[Tensor, "particles batch"],
-    parts: Mapping[str, Tensor],
-    others: Float[Tensor, "particles batch"],
-    activity: Float[Tensor, " unit"],
-    units: list[str],
-    structure: ProgramStructure,
-    x: Any,
-    num_particles: int,
-    seed: int,
-) -> Result:
-    num_data = structure.batch_size
-    prior = parts["prior"].to(own).expand_as(own)
-    likelihood = parts["likelihood"].to(own).expand_as(own)
-    mixture = torch.logaddexp(own, others) - math.log(num_data)
-    without = others - math.log(num_data - 1)
-    draws = {
-        "elbo": ("lower", likelihood + prior - own, "evidence lower bound of the guide"),
-        "distortion": ("unbiased", -likelihood, "E_q[-log p(x | z)]"),
-        "rate": ("unbiased", own - prior, "KL(q(z | x) || p(z))"),
-        "mutual_information": (
-            "unbiased",
-            own - mixture,
-            "contribution to I_q(n; z) over the given data, at most log N; exact mixture",
-        ),
-        "mutual_information_upper": (
-            "upper",
-            own - without,
-            "leave-one-out bound of I_q(x; z) in the population",
-        ),
-        "marginal_kl": (
-            "unbiased",
-            mixture - prior,
-            "contribution to KL(aggregated posterior || prior) over the given data",
-        ),
-    }
-    variables: dict[str, Any] = {}
-    for name, (bound, values, description) in draws.items():
-        attrs = label(
-            bound=bound,
-            measure=structure.measure if name in ("elbo", "distortion") else None,
-            num_particles=num_particles,
-            description=description,
-        )
-        variables[name] = ("datum", values.mean(0), attrs)
-        variables[f"{name}_se"] = ("datum", mean_error(values), attrs)
-    about = label(
-        unit="none",
-        reduction="none",
-        bound="unbiased",
-        num_particles=num_particles,
-        description="variance over data of the posterior mean",
-    )
-    variables["activity"] = ("unit", activity, about)
-    variables["active_units"] = ((), int((activity > _ACTIVE).sum()), {})
-    return make_result(
-        variables,
-        function="elbo_surgery",
-        config={"num_particles": num_particles, "active_above": _ACTIVE},
-        seed=seed,
-        data_sha256=_hash(x),
-        coords={"unit": units},
-        notes=[
-            f"I_q(n; z) is at most log N = {math.log(num_data):.2f} nats: near it, it says how "
-            "many data there are and not how much z tells; more data lift it.",
-        ],
-    )

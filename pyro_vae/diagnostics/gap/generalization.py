@@ -1,0 +1,123 @@
+"""The gap on training and on test data, side by side."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyro_vae.diagnostics.gap.elbo_gap import elbo_gap
+from pyro_vae.inference.programs import (
+    Program,
+    tool,
+)
+from pyro_vae.results import Result, label, make_result
+
+__all__ = ["GapOnBoth", "gap_on_both"]
+
+
+@dataclass(frozen=True, repr=False)
+class GapOnBoth:
+    """The ledgers of training and test data, and how they differ.
+
+    Attributes:
+        training: Of the training data, from `elbo_gap`.
+        test: Of the test data.
+        summary: Means over the data along `split` ("training", "test"), and the differences
+            `encoder_generalization`, the rise of the amortisation gap from training to test data,
+            `approximation_generalization`, that of the approximation gap, and
+            `model_generalization`, the fall of the log evidence. Together they are the fall of the
+            ELBO. Standard errors are those of the population: the spread of the data included.
+    """
+
+    training: Result
+    test: Result
+    summary: Result
+
+    def __repr__(self) -> str:
+        data = [f"{part.sizes['datum']:,}" for part in (self.training, self.test)]
+        return f"Ledgers of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
+
+    def _repr_html_(self) -> str:
+        return self.summary._repr_html_()
+
+
+@tool
+def gap_on_both(
+    model: Program, guide: Program, training: Any, test: Any, **options: Any
+) -> GapOnBoth:
+    """Runs `elbo_gap` on training and test data and says what the encoder did not generalise.
+
+    The fall of the ELBO from training to test data has three parts: the model's (its evidence
+    falls), the encoder's (the amortisation gap rises) and the family's.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        training: Training data.
+        test: Test data.
+        options: Those of `elbo_gap`; evidence must be a method, not a `Result`.
+
+    Returns:
+        Both ledgers and their summary.
+
+    Raises:
+        ProgramError: As `elbo_gap`.
+        ValueError: As `elbo_gap`, or if evidence is a `Result`, which can be of one of them only.
+
+    References:
+        Cremer, Li & Duvenaud (2018); Zhang et al. (2022), Generalization gap in
+        amortized inference.
+    """
+    if isinstance(options.get("evidence"), Result):
+        raise ValueError(
+            "a Result is the evidence of one data set; name a method, or call elbo_gap on each"
+        )
+    first, second = (elbo_gap(model, guide, data, **options) for data in (training, test))
+    return GapOnBoth(first, second, _summary(first, second))
+
+
+def _summary(training: Result, test: Result) -> Result:
+    names = [
+        str(name)
+        for name in training.data_vars
+        if training[name].attrs.get("unit") == "nats" and not str(name).endswith("_se")
+    ]
+    means, errors = {}, {}
+    for name in names:
+        both = [ledger.quantity(name) for ledger in (training, test)]
+        means[name] = np.array([q.value for q in both])
+        errors[name] = np.array(
+            [math.nan if q.data_standard_error is None else q.data_standard_error for q in both]
+        )
+    variables: dict[str, Any] = {}
+    for name in names:
+        attrs = {**training[name].attrs, "reduction": "per datum"}
+        variables[name] = ("split", means[name], attrs)
+        variables[f"{name}_se"] = ("split", errors[name], attrs)
+    for name, source, sign in (
+        ("model_generalization", "log_evidence", -1),
+        ("encoder_generalization", "amortization_gap", 1),
+        ("approximation_generalization", "approximation_gap", 1),
+    ):
+        attrs = label(
+            bound="none",
+            measure=training[source].attrs.get("measure"),
+            description=f"{'rise' if sign > 0 else 'fall'} of {source} from training to test data",
+        )
+        variables[name] = ((), sign * (means[source][1] - means[source][0]), attrs)
+        variables[f"{name}_se"] = ((), np.hypot(*errors[source]), attrs)
+    provenance = [ledger.provenance for ledger in (training, test)]
+    return make_result(
+        variables,
+        function="gap_on_both",
+        config={
+            **provenance[0]["config"],
+            "num_data": [p["num_data"] for p in provenance],
+            "data_sha256": [p["data_sha256"] for p in provenance],
+        },
+        seed=provenance[0]["seed"],
+        data_sha256=None,
+        coords={"split": ["training", "test"]},
+        notes=["standard errors here include the spread of the data."],
+    )
