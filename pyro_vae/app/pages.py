@@ -37,7 +37,7 @@ _DPI = 110
 _CSS_PER_INCH, _LEAST_CSS_PER_INCH = 80, 56  # pixels
 _PAGE = 1160  # pixels that a page has at most
 _PAD = 0.1  # inches around a picture
-_SHORT = 24  # letters of a cell that stays on one line
+_SHORT = 32  # letters of a cell that stays on one line
 
 
 @dataclass(frozen=True)
