@@ -125,6 +125,9 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 gauntlet: $(STAMP) ## Compare a thousand random programs with their truth (ARGS="--programs 100" for fewer)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.gauntlet $(ARGS)
 
+mutants: $(STAMP) ## Spoil one formula after another and ask whether a test notices (ARGS="--only em" for some)
+	$(BIN)/python -m benchmarks.mutants $(ARGS)
+
 # What conda installs is Python itself; the rest goes through pip with the very requirements of pyproject.toml,
 # because conda's names and builds of torch differ and tests could not compare them.
 define ENVIRONMENT

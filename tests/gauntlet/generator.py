@@ -363,7 +363,8 @@ def _spoil(pair: Pair, fault: str) -> Pair | None:
     if fault in ("global", "global_model") and pair.scale != 1.0:
         return None
     if fault in ("data_mean", "data_sorted", "random_model"):
-        if FAMILIES[first.family].arguments[0] != "r":
+        # Data without ties: where all rows are alike, none moves another.
+        if FAMILIES[first.family].arguments[0] != "r" or first.family in (*DISCRETE, "negative"):
             return None
         return _shifted(pair, first, "s")
     if fault in ("latent_mean", "latent_roll", "crossed"):
@@ -408,7 +409,9 @@ def _mix(pair: Pair, first: Site, fault: str) -> Pair | None:
     ]
     if not numbers or FAMILIES[first.family].arguments[0] != "r":
         return None
-    if fault == "crossed" and (at != -1 or first.event or FAMILIES[first.family].arguments != "rp"):
+    if fault == "crossed" and (
+        pair.plates or first.event or FAMILIES[first.family].arguments != "rp"
+    ):
         return None
     text = {
         "latent_mean": f"{numbers[0]}.mean({at}, keepdim=True)",

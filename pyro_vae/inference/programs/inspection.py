@@ -99,7 +99,7 @@ def inspect_programs(
         guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
         measure = check_observed(model_sites)
         shapes = {
-            (role, name): site_log_prob(site).shape
+            (role, name): _log_prob_of(name, site).shape
             for role, sites in (("guide", guide_sites), ("model", model_sites))
             for name, site in sites.items()
         }
@@ -137,6 +137,21 @@ def inspect_programs(
             model, guide, arguments, structure, (guide_trace, model_trace)
         )
     return replace(structure, vectorizable=vectorizable)
+
+
+def _log_prob_of(name: str, site: dict[str, Any]) -> Tensor:
+    """A site's log-probability; refuses data that do not fit their distribution's shape."""
+    try:
+        return site_log_prob(site)
+    except ValueError as error:
+        fn = site["fn"]
+        if not site["is_observed"] or not isinstance(site["value"], Tensor):
+            raise
+        raise ProgramError(
+            f"the data at site '{name}' have shape {tuple(site['value'].shape)}, which does not "
+            f"fit their distribution's batch shape {tuple(fn.batch_shape)} and event shape "
+            f"{tuple(fn.event_shape)}; add .to_event(1) to the distribution, or give it its plates"
+        ) from error
 
 
 @contextmanager
