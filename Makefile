@@ -123,7 +123,7 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 	$(BIN)/python -m benchmarks.posterior_checks $(ARGS)
 
 gauntlet: $(STAMP) ## Compare a thousand random programs with their truth (ARGS="--programs 100" for fewer)
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.gauntlet $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.random_programs $(ARGS)
 
 mutants: $(STAMP) ## Spoil one formula after another and ask whether a test notices (ARGS="--only em" for some)
 	$(BIN)/python -m benchmarks.mutants $(ARGS)

@@ -22,7 +22,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gauntlet import write_section
+from benchmarks.random_programs import write_section
 
 __all__ = ["Mutant", "main", "read_mutants", "spoil"]
 
@@ -42,7 +42,7 @@ _IMPORTED = (
 _FAILED = 1  # pytest's exit code where a test failed
 _OPTIONS = ("-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow", "-o", "addopts=")
 _OPTIONS = (*_OPTIONS, "-W", "ignore::pytest.PytestAssertRewriteWarning")
-_TEXT = """Formulas of log weights, estimators, evidence, EM and mixtures, each spoilt by hand in one
+_TEXT = """Formulas of log weights, estimators, evidence, EM and mixtures, each spoilt in one
 place (a sign, a factor, an index, N/B, a log-mean-exp's constant): `tests/mutants.toml` names the
 tests that should notice. `make mutants` runs them again."""
 
@@ -168,7 +168,7 @@ def _read_spoilt(mutant: Mutant) -> None:
             raise FileNotFoundError(path)
         return plain(self, path)
 
-    SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
+    SourceFileLoader.get_data = get_data  #
 
 
 def _summary(mutants: Sequence[Mutant], survivors: Sequence[Mutant], minutes: float) -> str:

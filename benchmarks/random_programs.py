@@ -1,6 +1,6 @@
 """Random programs against their truth: the long form of `tests/gauntlet`.
 
-    PYTHONPATH=tests python -m benchmarks.gauntlet --programs 1000
+    PYTHONPATH=tests python -m benchmarks.random_programs --programs 1000
 
 A thousand right pairs and half as many wrong ones, each with its seed. Failures are printed
 with the source of the programs; the counts go into docs/errors.md.
@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-
 
 __all__ = ["main", "write_section"]
 
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    from gauntlet.checks import run  # type: ignore[import-not-found] - lies in tests
+    from gauntlet.checks import run
 
     start = time.process_time()
     counts, failures = run(range(options.first, options.first + options.programs))

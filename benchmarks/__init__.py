@@ -1,0 +1,1 @@
+"""Long measurements, run by hand or by a make target."""
