@@ -40,7 +40,17 @@ _IMPORTED = (
     ),
 )
 _FAILED = 1  # pytest's exit code where a test failed
-_OPTIONS = ("-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow", "-o", "addopts=")
+_OPTIONS: tuple[str, ...] = (
+    "-x",
+    "-q",
+    "-n0",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "not slow",
+    "-o",
+    "addopts=",
+)
 _OPTIONS = (*_OPTIONS, "-W", "ignore::pytest.PytestAssertRewriteWarning")
 _TEXT = """Formulas of log weights, estimators, evidence, EM and mixtures, each spoilt in one
 place (a sign, a factor, an index, N/B, a log-mean-exp's constant): `tests/mutants.toml` names the
@@ -168,7 +178,7 @@ def _read_spoilt(mutant: Mutant) -> None:
             raise FileNotFoundError(path)
         return plain(self, path)
 
-    SourceFileLoader.get_data = get_data  #
+    SourceFileLoader.get_data = get_data  #  # type: ignore[method-assign]
 
 
 def _summary(mutants: Sequence[Mutant], survivors: Sequence[Mutant], minutes: float) -> str:
