@@ -178,7 +178,7 @@ def _read_spoilt(mutant: Mutant) -> None:
             raise FileNotFoundError(path)
         return plain(self, path)
 
-    SourceFileLoader.get_data = get_data  #  # type: ignore[method-assign]
+    SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
 
 
 def _summary(mutants: Sequence[Mutant], survivors: Sequence[Mutant], minutes: float) -> str:

@@ -29,8 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def seed_of(test_id: str) -> int:
-    """A seed that is the same on every machine and another one for every test."""
-    return int.from_bytes(hashlib.sha256(test_id.encode()).digest()[:4], "big")
+    """A seed that is the same on every machine, in every folder, and another one for every test."""
+    path, *rest = test_id.split("::")
+    name = "::".join([f"tests/{path.rpartition('/')[2]}", *rest])
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def _set_in_pyro(name: str, value: Any) -> None:
