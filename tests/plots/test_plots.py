@@ -317,6 +317,7 @@ def comparison(names: list[str]) -> Result:
     }
     variables |= {f"{name}_se": (dims, 0.01 * values, {}) for name in ("snr", "variance")}
     variables["seconds"] = (dims[:2], values[..., 0], pure)
+    variables["passes"] = (dims[:2], values[..., 0], pure)
     variables["verdict"] = (dims, np.full(values.shape, "no bias seen"), {})
     coords = {"estimator": names, "num_particles": [1, 8], "parameter": ["guide"]}
     return make_result(variables, function="f", config={}, seed=0, data_sha256=None, coords=coords)

@@ -80,7 +80,8 @@ def warn_of_unfitted(*programs: Any) -> None:
     for _, last, _ in stale:
         last.told.add(line)
     told = " and ".join(f"'{name}'" for name, _, _ in stale)
-    parameters = ", ".join(f"'{name}'" for _, _, names in stale for name in names)
+    missing = dict.fromkeys(name for _, _, names in stale for name in names)
+    parameters = ", ".join(f"'{name}'" for name in missing)
     warnings.warn_explicit(
         f"measuring the unfitted {told}: fitted in this process, but without the fitted values of "
         f"{parameters}. Values of bare parameters live in what fit returned; pass its fit.model "

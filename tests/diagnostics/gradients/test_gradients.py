@@ -26,7 +26,7 @@ from pyro_vae.diagnostics.gradients.statistics import cross_fitted
 from pyro_vae.inference.estimators import Estimator, make_estimator
 from pyro_vae.inference.estimators.table import Coefficients, LeaveOneOut, Renyi
 from pyro_vae.inference.log_weights import elbo
-from pyro_vae.inference.programs import ProgramError
+from pyro_vae.inference.programs import ProgramError, UnfittedWarning
 from pyro_vae.inference.svi import fit
 from pyro_vae.results import load_result
 
@@ -389,7 +389,9 @@ def test_parameters_of_the_store_and_of_fitted_programs(x):
     found = compare(fitted, x, ["PathwiseELBO"], [2], repeats=8)
     assert found.parameter.values.tolist() == ["guide", "both"]
     assert all(torch.equal(state[n], v) for n, v in fitted.parameters.items())
-    start = compare_estimators(model, guide, x, ["PathwiseELBO"], [2], repeats=8, progress=False)
+    few = {"estimators": ["PathwiseELBO"], "num_particles": [2], "repeats": 8, "progress": False}
+    with pytest.warns(UnfittedWarning, match="without the fitted values of"):
+        start = compare_estimators(model, guide, x, **few)
     assert (abs(start.value - found.value) > 1e-9).all()  # the fitted values were used
 
 
