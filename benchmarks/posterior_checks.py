@@ -512,8 +512,11 @@ is its rate of false alarms, in all others its rate of detection; from {clear} o
 - **k-hat and ESS** say whether weighted draws can be used, not whether the guide is right. A guide
   twice too wide has weights of at most 2^3 = 8 times their mean: they correct it well. So
   `trust_weights` accepts a shifted or wide guide, and `trust_guide` does not.
-- **k-hat misses sd x 0.5** for one datum in four: the weights' own tail looks usable, but that of
-  weight times squared deviation, which makes the sd, is heavier. `trust_weights` asks both.
+- **k-hat misses sd x 0.5** for one datum in four, and for more where fewer latents are narrow: it
+  sees the tail only slowly, and weighted sds are too small. `trust_weights` also asks that the
+  tail of weight times squared deviation is light, and that weighted draws are at most 1.41 times as
+  wide as the guide in any direction: a normal guide narrower than that has weights of infinite
+  variance. So it refuses a lost correlation too, where the posterior is long and the guide is not.
 - **A missing mode far away**: k-hat, ESS, KL and the Stein discrepancy look only where the guide
   draws, and there it is the posterior up to a constant. Near modes they see, for the guide's tail
   reaches into the other one.
@@ -525,8 +528,9 @@ is its rate of false alarms, in all others its rate of detection; from {clear} o
 - **Ranks and coverage of single latents** cannot see a lost correlation, for the margins are right,
   nor a guide that returns the prior, for truth and draws then come from the same distribution. The
   rank of log p(x, z) and TARP look at all latents together with the data.
-- **VSBC** tests symmetry, so it sees bias alone: a wrong width is symmetric, and so on average is a
-  mode that is missing now on one side, now on the other.
+- **VSBC** tests symmetry. Guides and posteriors here are symmetric, so it sees bias alone: a wrong
+  width is symmetric, and so on average is a mode that is missing now on one side, now on the other.
+  Elsewhere it also rejects guides of another shape without a bias, which `bias` tells apart.
 - **Student t**: where `trust_guide` is False it says "too few draws to tell whether the spread is
   off", which more draws settle. Calibration pools thousands of draws and sees the shape itself.
 - **KL of an exact guide** has no noise, as all weights are equal: its false alarms are 0, not 0.05.

@@ -282,6 +282,48 @@ def _biases(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return bias, se, (np.sign(bias) * (np.abs(bias) > bar * se)).astype(np.int64)
 
 
+def _about(text: str, bound: str = "exact") -> dict[str, Any]:
+    return label(unit="none", reduction="none", bound=bound, description=text)
+
+
+_UNIFORM = "p-value of uniform ranks, ECDF test, exact"
+
+
+def _of_latents(
+    own: np.ndarray, errors: np.ndarray, num_draws: int, levels: tuple[float, ...]
+) -> dict[str, Any]:
+    """Variables over the latents: uniformity of their ranks, and how it fails."""
+    bias, bias_se, direction = _biases(errors)
+    shape = rank_shape(own, num_draws)
+    covered, covered_se = coverage(own, num_draws, levels)
+    return {
+        "chi_square_p_value": ("latent", chi_square_p_value(own, num_draws), _about("chi-square")),
+        "bias": ("latent", bias, _about("guide's mean - truth, in the latent's units", "unbiased")),
+        "bias_se": ("latent", bias_se, {}),
+        "bias_direction": ("latent", direction, {}),
+        "slope": ("latent", shape.slope, _about("of the ranks, in standard errors")),
+        "spread": ("latent", shape.spread, _about("of the ranks, in standard errors; U positive")),
+        "coverage": (("level", "latent"), covered, _about("of central intervals", "unbiased")),
+        "coverage_se": (("level", "latent"), covered_se, {}),
+    }
+
+
+def _of_ranks(ranks: _Ranks, num_draws: int) -> dict[str, Any]:
+    """Ranks themselves, their ECDFs and the band of uniform ones."""
+    band = ecdf_band(len(ranks["ranks"]), num_draws)
+    shares = {name: ecdf(value, num_draws) for name, value in ranks.items()}
+    return {
+        "ecdf": (("latent", "rank"), shares["ranks"], _about("share of ranks <= rank")),
+        "log_joint_ecdf": ("rank", shares["log_joint"][0], _about("the same")),
+        "tarp_ecdf": ("rank", shares["tarp"][0], _about("the same: coverage curve")),
+        "ecdf_lower": ("rank", band.lower, _about("simultaneous 95 % band")),
+        "ecdf_upper": ("rank", band.upper, _about("simultaneous 95 % band")),
+        "ranks": (("simulation", "latent"), ranks["ranks"], {}),
+        "log_joint_ranks": ("simulation", ranks["log_joint"][:, 0], {}),
+        "tarp_ranks": ("simulation", ranks["tarp"][:, 0], {}),
+    }
+
+
 def _result(
     ranks: _Ranks,
     errors: np.ndarray,
@@ -298,38 +340,16 @@ def _result(
     p = {name: ecdf_p_value(value, num_draws) for name, value in ranks.items()}
     tests = len(names) + 2
     overall = min(1.0, tests * min(float(value.min()) for value in p.values()))
-    symmetry = vsbc_p_values(own, num_draws, seed=seed)
-    bias, bias_se, direction = _biases(errors)
-    shape = rank_shape(own, num_draws)
-    covered, covered_se = coverage(own, num_draws, levels)
-    band = ecdf_band(count, num_draws)
-
-    def about(text: str, bound: str = "exact") -> dict[str, Any]:
-        return label(unit="none", reduction="none", bound=bound, description=text)
-
-    uniform = "p-value of uniform ranks, ECDF test, exact"
+    symmetry = vsbc_p_values(own, num_draws, seed=seed).p_value
+    of_latents = _of_latents(own, errors, num_draws, levels)
     variables: dict[str, Any] = {
-        "ecdf_p_value": ("latent", p["ranks"], about(uniform)),
-        "chi_square_p_value": ("latent", chi_square_p_value(own, num_draws), about("chi-square")),
-        "symmetry_p_value": ("latent", symmetry.p_value, about("VSBC: p-value of symmetry")),
-        "bias": ("latent", bias, about("guide's mean - truth, in units of the latent", "unbiased")),
-        "bias_se": ("latent", bias_se, {}),
-        "bias_direction": ("latent", direction, {}),
-        "slope": ("latent", shape.slope, about("of the ranks, in standard errors")),
-        "spread": ("latent", shape.spread, about("of the ranks, in standard errors; U positive")),
-        "coverage": (("level", "latent"), covered, about("of central intervals", "unbiased")),
-        "coverage_se": (("level", "latent"), covered_se, {}),
-        "log_joint_p_value": ((), p["log_joint"][0], about(f"{uniform} of log p(x, z)")),
-        "tarp_p_value": ((), p["tarp"][0], about(f"{uniform} of distances (TARP)")),
-        "overall_p_value": ((), overall, about(f"smallest of {tests}, times {tests}")),
-        "ecdf": (("latent", "rank"), ecdf(own, num_draws), about("share of ranks <= rank")),
-        "log_joint_ecdf": ("rank", ecdf(ranks["log_joint"], num_draws)[0], about("the same")),
-        "tarp_ecdf": ("rank", ecdf(ranks["tarp"], num_draws)[0], about("the same: coverage curve")),
-        "ecdf_lower": ("rank", band.lower, about("simultaneous 95 % band")),
-        "ecdf_upper": ("rank", band.upper, about("simultaneous 95 % band")),
-        "ranks": (("simulation", "latent"), own, {}),
-        "log_joint_ranks": ("simulation", ranks["log_joint"][:, 0], {}),
-        "tarp_ranks": ("simulation", ranks["tarp"][:, 0], {}),
+        "ecdf_p_value": ("latent", p["ranks"], _about(_UNIFORM)),
+        "symmetry_p_value": ("latent", symmetry, _about("VSBC: p-value of symmetry")),
+        **of_latents,
+        "log_joint_p_value": ((), p["log_joint"][0], _about(f"{_UNIFORM} of log p(x, z)")),
+        "tarp_p_value": ((), p["tarp"][0], _about(f"{_UNIFORM} of distances (TARP)")),
+        "overall_p_value": ((), overall, _about(f"smallest of {tests}, times {tests}")),
+        **_of_ranks(ranks, num_draws),
     }
     tensors = tensors_of(x)
     return make_result(
@@ -355,8 +375,8 @@ def _result(
             ranks,
             names,
             p,
-            direction,
-            symmetry.p_value <= LEVEL / len(names),
+            of_latents["bias_direction"][1],
+            symmetry <= LEVEL / len(names),
             num_draws,
             blind=blind,
         ),

@@ -79,8 +79,7 @@ def train_at_equal_cost(
         "steps": np.full(len(names), epochs),
         "passes": np.maximum(1, np.rint(epochs / runs)).astype(int),
     }
-    shape = (len(budgets), len(names), num_seeds)
-    columns = {name: np.full(shape, np.nan) for name in _COLUMNS}
+    columns = {name: np.full((2, len(names), num_seeds), np.nan) for name in _COLUMNS}
     measure = None
     for i, pair in enumerate(estimators):
         for start in range(num_seeds):
@@ -94,14 +93,10 @@ def train_at_equal_cost(
                     seed=seed + start,
                     progress=progress,
                 )
-                numbers: dict[str, Any] = {"epochs": float(length), "seconds": took}
-                for column in ("log_evidence", "elbo"):
-                    quantity = found.quantity(column)
-                    measure = quantity.measure
-                    numbers |= {column: quantity.value, f"{column}_se": quantity.standard_error}
-                for b, given in enumerate(budgets.values()):
-                    for column in _COLUMNS if given[i] == length else ():
-                        columns[column][b, i, start] = numbers[column]
+                measure = found.quantity("elbo").measure
+                chosen = np.array([given[i] == length for given in budgets.values()])
+                for column, number in _numbers(found, length, took).items():
+                    columns[column][chosen, i, start] = number
         if say is not None:
             mean = columns["log_evidence"][0, i].mean()
             say(f"{names[i]}: {mean:.2f} after {epochs} epochs, {num_seeds} trainings")
@@ -170,6 +165,16 @@ class _Trainer:
             progress=progress,
         ).require_finished()
         return module, time.thread_time() - started
+
+
+def _numbers(found: Result, epochs: int, seconds: float) -> dict[str, float]:
+    """What is kept of one training."""
+    means: dict[str, float] = {}
+    for name in ("log_evidence", "elbo"):
+        quantity = found.quantity(name)
+        error = quantity.standard_error
+        means |= {name: quantity.value, f"{name}_se": math.nan if error is None else error}
+    return {**means, "epochs": float(epochs), "seconds": seconds}
 
 
 def _labels(measure: str | None, num_particles: int) -> dict[str, dict[str, Any]]:
