@@ -284,6 +284,7 @@ print(json.dumps({"seconds": seconds, "heavy": heavy}))
 
 STATE = """
 import torch, random, warnings
+import sklearn.mixture  # scikit-learn's own import draws from Python's stream
 def state():
     return {
         "validation": torch.distributions.Distribution._validate_args,

@@ -180,9 +180,9 @@ class GaussianMixtureEM(DensityMixin, BaseEstimator):
         ).double()
         every = (self.weights_init, self.means_init, self.precisions_init)
         if any(given is None for given in every):
-            known = None if weights is None else torch.from_numpy(weights)
-            problem = mixture.prepare(torch.from_numpy(X), known)
-            q = torch.from_numpy(self._responsibilities(X, weights, rng))
+            known = None if weights is None else torch.tensor(weights)
+            problem = mixture.prepare(torch.tensor(X), known)  # a copy: X may be read-only
+            q = torch.tensor(self._responsibilities(X, weights, rng))
             problem.write(problem.m_step(problem.statistics(q), problem.read()))
         values = {name: value.detach() for name, value in mixture.fitted_values().items()}
         if self.weights_init is not None:
