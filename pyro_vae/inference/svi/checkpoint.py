@@ -178,7 +178,7 @@ class LoadedProgram:
         try:
             result = self.__wrapped__(*args, **kwargs)
         finally:
-            del store.setdefault
+            store.setdefault = own
         saved.check_all_taken(self.role)
         return result
 
