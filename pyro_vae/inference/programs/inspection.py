@@ -311,7 +311,8 @@ def _with_data_of_first(
 
     def change(a: Any) -> Any:
         nonlocal found
-        if isinstance(a, Tensor):
+        # Where values are missing, a mask of the model may go with their rows.
+        if isinstance(a, Tensor) and not bool(a.isnan().any()):
             start = a.untyped_storage().data_ptr()
             for dim in range(a.dim()):
                 if a.shape[dim] == len(own) and (start, a.stride(dim)) in views:

@@ -19,7 +19,6 @@ from pyro_vae.inference.programs.arguments import (
     batch_length,
     map_batch,
     take,
-    tensors_of,
 )
 from pyro_vae.inference.programs.scope import evaluation_mode, modules_of, program_scope
 from pyro_vae.inference.programs.traces import site_log_prob, trace_programs, weighted_sites
@@ -183,7 +182,9 @@ def _check_finite(model: Program, guide: Program | None, x: Any) -> None:
     Raises:
         ProgramError: Names the site, how many values there are, and where the first is.
     """
-    suspects = [t for t in tensors_of(x) if t.is_floating_point() and not _all_finite(t)]
+    args, kwargs = as_arguments(x)
+    given = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    suspects = [t for t in given if t.is_floating_point() and not _all_finite(t)]
     if not suspects:
         return
     axes = batch_axes(x)[0]

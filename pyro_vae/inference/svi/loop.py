@@ -461,7 +461,7 @@ class TrainingRun:
         if not self.start:
             return []
         probe = as_arguments(self.data.first(self.prepared.batch_size, stream=2))
-        with torch.no_grad(), keep_random_state(), without_validation():
+        with torch.no_grad(), keep_random_state(), without_validation(), ieee_precision():
             traces = trace_programs(self.model, self.guide, probe)
         pairs = zip((self.guide, self.model), traces, strict=True)
         return [

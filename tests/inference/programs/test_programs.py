@@ -289,6 +289,7 @@ def ragged(how: str) -> tuple[Callable, Callable]:
     return model, guide
 
 
+@pytest.mark.filterwarnings("ignore:measuring the unfitted")
 @pytest.mark.parametrize("how", ["features", "data", "plate"])
 def test_missing_data_under_a_mask_weigh_what_any_other_values_do(how: str) -> None:
     model, guide = ragged(how)
