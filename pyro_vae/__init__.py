@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.gradients import compare_estimators
     from pyro_vae.diagnostics.posterior import posterior_quality
     from pyro_vae.diagnostics.predictive_check import predictive_check
+    from pyro_vae.diagnostics.resolve import resolve
     from pyro_vae.inference.draws import draw_posterior
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
@@ -57,6 +58,7 @@ __all__ = [
     "log_weights",
     "posterior_quality",
     "predictive_check",
+    "resolve",
     "sample_posterior",
     "to_arviz",
 ]
@@ -82,6 +84,7 @@ _HOME = {
     "log_weights": "pyro_vae.inference.log_weights",
     "posterior_quality": "pyro_vae.diagnostics.posterior",
     "predictive_check": "pyro_vae.diagnostics.predictive_check",
+    "resolve": "pyro_vae.diagnostics.resolve",
     "sample_posterior": "pyro_vae.inference.mcmc",
     "to_arviz": "pyro_vae.results",
 }

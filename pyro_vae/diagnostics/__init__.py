@@ -1,17 +1,14 @@
-"""What measures the bound, the posterior, the model and its samples.
+"""What measures the bound, the posterior and the model. A folder a room; enter by its door.
 
-==========================  =======================================================================
-question                    modules, the one to call first
-==========================  =======================================================================
-how tight is the bound?     `evidence` (importance, annealing, bridge, quadrature, modes, proper,
-                            chunks), `evidence_table`, `gap`
-which estimator?            `gradients` (gradient_*, enumeration, memory), `equal_time`,
-                            `recommendations`
-can I trust the posterior?  `posterior` (pareto, weighted, reference, two_sample, classifier, pairs,
-                            stein, verdict, verdict_words, quality_*), `calibration` (ranks,
-                            rank_ecdf, simulated_pairs, calibration_notes)
-does the model fit?         `predictive` (replicates)
-are its samples good?       `samples` (features)
-what do its latents say?    `latent_space`, `paths`, `probes`
-==========================  =======================================================================
+==================  ===============================================================================
+room                its question
+==================  ===============================================================================
+`evidence`          how tight is the bound? log p(x) from below, above and exactly
+`gap`               where does the ELBO fall short, per datum?
+`gradients`         which estimator should I train with?
+`posterior`         can this posterior be trusted? measures, thresholds, verdict
+`resolve`           which draws may be used, then? a ladder from the guide to HMC
+`calibration`       is the guide calibrated on data from its model?
+`predictive_check`  does the model fit?
+==================  ===============================================================================
 """

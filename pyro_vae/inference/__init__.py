@@ -1,16 +1,16 @@
-"""What moves the bound, and what draws from posteriors.
+"""What moves the bound, and what draws from posteriors. A folder a room; enter by its door.
 
-==========================  =======================================================================
-part                        modules, the one to call first
-==========================  =======================================================================
-the primitive               `log_weights` (programs, inspection)
-estimators of the bound     `estimators` (surrogate), `beside_the_table`, `objectives`
-                            (objective_choice)
-the training loop           `svi` (settings, preparation, step, optimizer, history, checkpoint)
-EM                          `em` (em_*, enumerated)
-draws                       `draws`, `predictive`, `simulation`, `hmc` (potential, tempered,
-                            convergence, posterior_sample, labelled_sites)
-richer guides per datum     `refit`
-other divergences           `variational_divergence` (f_divergences, generation)
-==========================  =======================================================================
+==================  ===============================================================================
+room                what is in it
+==================  ===============================================================================
+`programs`          running and inspecting a pair of Pyro programs; every refusal
+`log_weights`       the one idea, and what is read off the weights' tail
+`estimators`        the table of estimators, and objectives beside it
+`svi`               `fit`, its history, checkpoints and resume
+`em`                `fit_em` and its methods
+`mcmc`              `sample_posterior`: batched HMC, tempering, convergence
+`refit`             the best guide of a family for each datum; normal distributions fitted by scores
+`draws`             `draw_posterior`
+`predictive`        `draw_prior`, `draw_predictive`
+==================  ===============================================================================
 """
