@@ -260,6 +260,21 @@ def longer_plate() -> tuple[Callable, Callable]:
     return model, g
 
 
+def forgotten_to_event_in_a_plate() -> tuple[Callable, Callable]:
+    def m(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", 4, dim=-1):
+                loc = z[..., None].expand(*z.shape[:-1], 4, D)
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x[:, None].expand(N, 4, D))
+
+    def g(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x[:, :1], 0.8))
+
+    return m, g
+
+
 def vector_to_be_summed() -> tuple[Callable, Callable]:
     fn = dist.Bernoulli(torch.full((2,), 0.4)).to_event(1)
 
@@ -351,6 +366,10 @@ REFUSED: dict[str, tuple[Callable[[], tuple[Callable, Callable]], str]] = {
     ),
     "data changed in place": (writes_to_the_data, "writes to argument 1 in place"),
     "plate of another size": (longer_plate, r"inside plate\('data'\) at site z .*number of data"),
+    "forgotten to_event in a plate": (
+        forgotten_to_event_in_a_plate,
+        r"site '?x'? .*\.to_event\(1\)",
+    ),
     "vector to be summed out": (
         vector_to_be_summed,
         "the model's site 'bits' is marked for enumeration, but .* lists no states",
