@@ -27,13 +27,11 @@ from pyro_vae.inference.programs import (
     tool,
     unwrap_programs,
 )
-from pyro_vae.inference.svi.checkpoint import (
-    holds_run,
-    remove_leftovers,
-)
+from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
 from pyro_vae.inference.svi.loop import Fit, TrainingRun
 from pyro_vae.inference.svi.preparation import TrainingData, move_data
 from pyro_vae.inference.svi.settings import FitSettings
+from pyro_vae.progress import say
 
 __all__ = ["fit"]
 
@@ -178,6 +176,8 @@ def fit(
             remove_leftovers(settings.checkpoint)
             if resume and holds_run(settings.checkpoint):
                 run.load()
+            elif resume:
+                say(f"{settings.checkpoint} holds no run yet: starting anew")
         run.train(progress)
         found = run.result()
         for program, names in run.bare_names():
