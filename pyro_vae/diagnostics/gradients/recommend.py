@@ -387,6 +387,8 @@ def _choice(ranking: _Ranking, parameter: str) -> str:
     """Which estimator, and how far ahead of the next it is."""
     at = f" (K = {ranking.num_particles})" if ranking.bound == "ELBO" else ""
     first, *others = ranking.names
+    if not ranking.costs[0] > 0:
+        return f"{first}{at}, whose gradient of {parameter!r} has no variance here"
     if not others:
         return f"{first}{at} (no other estimator of it was measured without a bias)"
     if not ranking.is_clear():

@@ -121,6 +121,12 @@ def test_neighbours_within_their_errors_are_not_parted():
     assert "not told apart" in result.recommend().sentence
 
 
+def test_a_gradient_without_variance_is_said_to_have_none():
+    result, names = measured([[0.0], [2.1]], bounds=["ELBO"] * 2, particles=[4])
+    assert f"{names[0]} (K = 4), whose gradient of 'guide' has no" in result.recommend().sentence
+    assert len(result.recommend().plot().lines) > 0
+
+
 def test_nothing_is_recommended_where_no_bias_was_measured():
     unknown = [[["no reference"]], [["biased"]]]
     result, _ = measured([[2.0], [1.0]], bounds=["ELBO"] * 2, particles=[4], verdicts=unknown)
