@@ -145,7 +145,7 @@ import sys, torch
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-import programs
+import programs_of_a_user as programs
 from pyro_vae import load_run, log_evidence
 run = load_run(sys.argv[1], model=programs.model, guide=programs.guide)
 x = torch.linspace(-2, 2, 15).reshape(5, 3)
@@ -155,9 +155,9 @@ print(found.log_evidence.values.tobytes().hex())
 
 
 def test_a_new_process_finds_the_same_evidence_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "programs.py").write_text(PROGRAMS)
+    (tmp_path / "programs_of_a_user.py").write_text(PROGRAMS)
     monkeypatch.syspath_prepend(tmp_path)
-    programs = importlib.import_module("programs")
+    programs = importlib.import_module("programs_of_a_user")
     x = torch.linspace(-2, 2, 15).reshape(5, 3)
     options = {"learning_rate": 0.1, "epochs": 3, "progress": False}
     fitted = fit(programs.model, programs.guide, x, checkpoint=tmp_path / "run", **options)
