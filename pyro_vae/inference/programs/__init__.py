@@ -20,7 +20,7 @@ from pyro_vae.inference.programs.arguments import (
     tensors_of,
 )
 from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
-from pyro_vae.inference.programs.inspection import inspect_programs
+from pyro_vae.inference.programs.inspection import Pair, inspect_programs
 from pyro_vae.inference.programs.refusals import (
     check_module_names,
     check_parameters,
@@ -32,6 +32,7 @@ from pyro_vae.inference.programs.refusals import (
 from pyro_vae.inference.programs.scope import (
     FilledGaps,
     FittedProgram,
+    UnfittedWarning,
     all_data,
     common_owner,
     describe_programs,
@@ -41,7 +42,9 @@ from pyro_vae.inference.programs.scope import (
     modules_of,
     program_scope,
     pyro_parameters,
+    remember_fitted,
     unwrap_programs,
+    warn_of_unfitted,
 )
 from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
 from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
@@ -70,11 +73,6 @@ from pyro_vae.inference.programs.unconstrained import (
     latent_potential,
     support_of,
 )
-from pyro_vae.inference.programs.unfitted import (
-    UnfittedWarning,
-    remember_fitted,
-    warn_of_unfitted,
-)
 
 __all__ = [
     "Arguments",
@@ -85,6 +83,7 @@ __all__ = [
     "JointOnlyError",
     "LabelledSites",
     "NoParametersError",
+    "Pair",
     "PointMassError",
     "Potential",
     "Program",

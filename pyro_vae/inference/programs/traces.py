@@ -4,7 +4,8 @@ r"""How the tools run a user's Pyro programs, and leave the caller's world as it
 keeps the caller's parameters, random state and settings; `FittedProgram` carries fitted ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -26,6 +27,7 @@ __all__ = [
     "enumerating",
     "fixed_draws",
     "in_particle_plate",
+    "measured",
     "rerun_traces",
     "run_programs",
     "site_log_prob",
@@ -38,12 +40,6 @@ __all__ = [
     "trace_programs",
     "weighted_sites",
 ]
-
-
-# --- scope ----------------------------------------------------------------------------------------
-
-
-# --- running --------------------------------------------------------------------------------------
 
 
 def run_programs(
@@ -186,23 +182,35 @@ def fixed_draws(guide_trace: Trace, model_trace: Trace) -> Trace:
     return given
 
 
-def bytes_of_run(model: Program, guide: Program, arguments: Arguments) -> int:
-    """Bytes that one particle draws and that modules put out: a measure of a run's memory."""
-    total = 0
+@contextmanager
+def measured() -> Iterator[Callable[[tuple[Trace, Trace]], int]]:
+    """Yields a measure of the memory that the run inside takes, from its traces.
+
+    It is the bytes of what one particle draws and what modules put out.
+    """
+    outputs = 0
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal total
+        nonlocal outputs
         if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
+            outputs += output.numel() * output.element_size()
+
+    def size(traces: tuple[Trace, Trace]) -> int:
+        values = [site["value"] for trace in traces for site in weighted_sites(trace).values()]
+        return outputs + sum(value.numel() * value.element_size() for value in values)
 
     handle = nn.modules.module.register_module_forward_hook(hook)
     try:
-        with torch.no_grad(), keep_random_state():
-            traces = trace_programs(model, guide, arguments)
+        yield size
     finally:
         handle.remove()
-    values = [site["value"] for trace in traces for site in weighted_sites(trace).values()]
-    return total + sum(value.numel() * value.element_size() for value in values)
+
+
+def bytes_of_run(model: Program, guide: Program, arguments: Arguments) -> int:
+    """Bytes that one particle draws and that modules put out: a measure of a run's memory."""
+    with torch.no_grad(), keep_random_state(), measured() as size:
+        traces = trace_programs(model, guide, arguments)
+    return size(traces)
 
 
 def in_particle_plate(program: Program, num_particles: int, dim: int) -> Program:
@@ -313,6 +321,3 @@ def subsamples(*traces: Trace) -> Trace:
             if site["type"] == "sample" and site_is_subsample(site) and name not in kept:
                 kept.add_node(name, **{k: v for k, v in site.items() if k != "name"})
     return kept
-
-
-# --- programs and their modules -------------------------------------------------------------------
