@@ -14,12 +14,9 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.log_weights import effective_sample_size
 from pyro_vae.inference.programs import (
     LabelledSites,
+    Pair,
     Program,
     ProgramStructure,
-    as_arguments,
-    bytes_of_run,
-    draw_traces,
-    inspect_programs,
     label_sites,
     program_scope,
     site_log_probs,
@@ -32,6 +29,7 @@ from pyro_vae.results import ArvizGroups, shapes_text
 __all__ = [
     "PosteriorDraws",
     "draw_posterior",
+    "draws_of",
     "flat_latents",
     "labelled_draws",
     "latent_names",
@@ -202,16 +200,20 @@ def draw_posterior(
         raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
     if not max_memory > 0:
         raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
-    arguments = as_arguments(x)
+    with program_scope(seed):
+        pair = Pair.inspect(model, guide, x, joint=joint, num_particles=min(num_draws, 2))
+    return draws_of(pair, num_draws=num_draws, seed=seed, max_memory=max_memory)
+
+
+def draws_of(pair: Pair, *, num_draws: int, seed: int | None, max_memory: float) -> PosteriorDraws:
+    """What `draw_posterior` does, of a pair that was inspected."""
+    structure = pair.structure
     with torch.no_grad(), program_scope(seed):
-        structure = inspect_programs(
-            model, guide, arguments, joint=joint, num_particles=min(num_draws, 2)
-        )
-        room = max_memory * 2**30 / max(bytes_of_run(model, guide, arguments), 64)
+        room = max_memory * 2**30 / max(pair.bytes_of_particle, 64)
         most = max(1, int(min(num_draws, room)))
         full, rest = divmod(num_draws, most)
         parts = [
-            _read(draw_traces(model, guide, arguments, structure, count), structure, seed)
+            _read(pair.draws(count), structure, seed)
             for count in [most] * full + [rest] * (rest > 0)
         ]
     return PosteriorDraws(

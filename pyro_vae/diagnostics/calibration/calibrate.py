@@ -33,6 +33,7 @@ from pyro_vae.diagnostics.calibration.simulations import (
 )
 from pyro_vae.diagnostics.evidence import ChunkPlan, plan_chunks
 from pyro_vae.inference.programs import (
+    Pair,
     Program,
     ProgramError,
     SubsampleError,
@@ -133,19 +134,14 @@ def calibrate(
     _check(num_simulations, num_draws, levels, joint, refit)
     with torch.no_grad(), program_scope(seed):
         plan = plan_chunks(
-            model,
-            guide,
-            x,
-            joint=joint,
+            Pair.inspect(model, guide, x, joint=joint, num_particles=num_draws),
             num_particles=num_draws,
             max_memory=max_memory,
             max_data=num_simulations,
         )
-        _check_plan(plan, model)
+        _check_plan(plan)
         pyro.set_rng_seed(seed)  # whatever inspection took
-        ranks, names, blind = _run(
-            model, guide, plan, num_simulations, num_draws, refit, seed, progress
-        )
+        ranks, names, blind = _run(plan, num_simulations, num_draws, refit, seed, progress)
     errors = ranks.pop("errors")
     return _result(ranks, errors, names, blind, x, num_draws, tuple(levels), joint, seed)
 
@@ -172,7 +168,7 @@ def _check(
         raise ValueError("refit is for joint=True; without it one guide serves all data")
 
 
-def _check_plan(plan: ChunkPlan, model: Program) -> None:
+def _check_plan(plan: ChunkPlan) -> None:
     structure = plan.structure
     if structure.scale != 1.0:
         raise SubsampleError(
@@ -183,8 +179,6 @@ def _check_plan(plan: ChunkPlan, model: Program) -> None:
 
 
 def _run(
-    model: Program,
-    guide: Program,
     plan: ChunkPlan,
     num_simulations: int,
     num_draws: int,
@@ -193,7 +187,8 @@ def _run(
     progress: bool,
 ) -> tuple[_Ranks, list[str], bool]:
     """Ranks by what is ranked, with the guide's `errors`; names; whether it ignores its data."""
-    pairs = simulate_pairs(model, plan)
+    model, guide = plan.pair.model, plan.pair.guide
+    pairs = simulate_pairs(plan)
     first = next(pairs)
     if not first.simulation.replaced:
         raise ProgramError(
@@ -212,9 +207,7 @@ def _run(
             points = references.points(drawn.data, rng)
             found.append(_rank(drawn, draws, points, references.axes, rng))
             shown.update(min(len(drawn.latents), num_simulations - shown.n))
-    blind = refit is None and _ignores_data(
-        first, next(simulate_pairs(model, plan)), guide, plan, seed
-    )
+    blind = refit is None and _ignores_data(first, next(simulate_pairs(plan)), guide, plan, seed)
     ranks = {
         name: np.concatenate([part[name] for part in found])[:num_simulations] for name in found[0]
     }

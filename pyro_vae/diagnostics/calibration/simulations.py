@@ -68,11 +68,11 @@ class Pairs:
         return kwargs if kwargs and not args else args
 
 
-def simulate_pairs(model: Program, plan: ChunkPlan) -> Iterator[Pairs]:
+def simulate_pairs(plan: ChunkPlan) -> Iterator[Pairs]:
     """Draws pairs in the shapes of the plan's chunks, round after round without end."""
     for _ in itertools.count():
         for _, part in plan.parts():
-            yield _pairs(simulate(model, part), plan.structure)
+            yield _pairs(simulate(part.model, part.x), plan.structure)
 
 
 def _pairs(drawn: Simulation, structure: ProgramStructure) -> Pairs:

@@ -7,16 +7,15 @@ with Meng & Wong's optimal bridge h, which needs the answer and is therefore ite
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.inference.mcmc import PosteriorSample, bulk_ess, sample_posterior
-from pyro_vae.inference.programs import Potential, Program
+from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, run_chains
+from pyro_vae.inference.programs import Potential
 
 __all__ = ["Bridging", "bridge_columns", "bridge_evidence"]
 
@@ -50,29 +49,12 @@ class Bridging:
 
 
 def bridge_columns(
-    model: Program,
-    guide: Program | None,
-    x: Any,
-    settings: Bridging,
-    *,
-    joint: bool,
-    seed: int,
+    potential: Potential, settings: Bridging, *, seed: int
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Log evidence of each datum by bridge sampling, with errors and the chains' diagnostics."""
-    found = sample_posterior(
-        model,
-        x,
-        guide=guide,
-        num_chains=settings.num_chains,
-        num_warmup=settings.num_warmup,
-        num_samples=settings.num_samples,
-        num_leapfrog=settings.num_leapfrog,
-        target_accept=settings.target_accept,
-        joint=joint,
-        seed=seed,
-        progress=False,
-    )
-    potential, half = found.potential, settings.num_samples // 2
+    chains = {name: value for name, value in asdict(settings).items() if name != "proposal"}
+    found = run_chains(potential, Chains(**chains), seed=seed, progress=False)
+    half = settings.num_samples // 2
     if settings.proposal == "guide":
         potential.check_guide_density()
         posterior = _guide_ratio(potential, found.unconstrained)

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.programs import (
-    Axes,
+    Pair,
     Program,
     ProgramStructure,
-    as_arguments,
-    batch_axes,
-    bytes_of_run,
-    inspect_programs,
-    map_batch,
     modules_of,
-    take,
+    tensors_of,
 )
 from pyro_vae.inference.svi import CheckpointError, load_tensors, save_tensors
 from pyro_vae.progress import progress_bar
@@ -35,21 +30,27 @@ Columns = dict[str, Tensor]
 class ChunkPlan:
     """How data and particles are cut so that a chunk fits in memory."""
 
-    x: Any
-    structure: ProgramStructure
-    num_data: int
+    pair: Pair
     data_chunk: int
     particle_chunk: int
-    axes: Axes = ()
 
-    def parts(self) -> Iterator[tuple[int, Any]]:
-        """Chunks of the data, each with the number of its first datum."""
+    @property
+    def num_data(self) -> int:
+        """Number of data; 1 if joint."""
+        return self.pair.num_data
+
+    @property
+    def structure(self) -> ProgramStructure:
+        """Of the pair with all data."""
+        return self.pair.structure
+
+    def parts(self) -> Iterator[tuple[int, Pair]]:
+        """The pair with chunks of the data, each with the number of its first datum."""
         if self.data_chunk == self.num_data:
-            yield 0, self.x
+            yield 0, self.pair
             return
         for start in range(0, self.num_data, self.data_chunk):
-            part = slice(start, start + self.data_chunk)
-            yield start, map_batch(self.x, take(part), self.axes)
+            yield start, self.pair.rows(slice(start, start + self.data_chunk))
 
     def particles(self, num_particles: int) -> list[int]:
         """Chunks of the particles."""
@@ -58,57 +59,26 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    model: Program,
-    guide: Program,
-    x: Any,
-    *,
-    joint: bool,
-    num_particles: int,
-    max_memory: float,
-    max_data: int | None = None,
+    pair: Pair, *, num_particles: int, max_memory: float, max_data: int | None = None
 ) -> ChunkPlan:
-    """Inspects a pair and cuts its data; see `inspect_programs` for what is refused.
+    """Cuts the data of a pair; with joint weights they make one chunk.
 
     Args:
-        model: The generative program.
-        guide: The program of the approximate posterior.
-        x: The data.
-        joint: All data make one chunk.
+        pair: Of model and guide.
         num_particles: Draws that one datum takes at once.
         max_memory: Of one chunk, in GiB.
         max_data: The longest chunk, so that a stop loses little.
     """
-    arguments = as_arguments(x)
-    structure = inspect_programs(
-        model, guide, arguments, joint=joint, num_particles=min(num_particles, 2)
-    )
-    num_data = 1 if joint else structure.batch_size
-    per_particle = max(bytes_of_run(model, guide, arguments) / num_data, 64.0)
+    num_data = pair.num_data
+    per_particle = max(pair.bytes_of_particle / num_data, 64.0)
     room = max_memory * 2**30 / per_particle  # particles times data
     particles = int(min(num_particles, max(room, 1)))
     data = int(min(num_data, max(room // particles, 1), max_data or num_data))
-    if data < num_data and (axes := _axes_to_slice(model, guide, x, structure, data)) is not None:
-        return ChunkPlan(x, structure, num_data, data, particles, axes)
+    if data < num_data and (cut := pair.sliceable(data)) is not None:
+        return ChunkPlan(cut, data, particles)
     if data < num_data:
         particles = int(min(num_particles, max(room / num_data, 1)))
-    return ChunkPlan(x, structure, num_data, num_data, particles)
-
-
-def _axes_to_slice(
-    model: Program, guide: Program, x: Any, structure: ProgramStructure, length: int
-) -> Axes | None:
-    """The axes along which the programs take a part of the data as they take all of them."""
-    if structure.scale != 1.0 or structure.batch_dim is None:
-        return None
-    for axes in batch_axes(x, structure.batch_size):
-        part = as_arguments(map_batch(x, take(slice(length)), axes))
-        try:
-            found = inspect_programs(model, guide, part, num_particles=1)
-        except (RuntimeError, ValueError, IndexError):  # plates or parameters of a fixed size
-            continue
-        if found.batch_size == length:
-            return axes
-    return None
+    return ChunkPlan(pair, num_data, particles)
 
 
 def identity_of(
@@ -118,8 +88,7 @@ def identity_of(
     modules = [m for program in (model, guide) for m in modules_of(program)]
     values = [p.detach() for m in modules for p in (*m.parameters(), *m.buffers())]
     values += [value.detach() for _, value in sorted(pyro.get_param_store().items())]
-    args, kwargs = as_arguments(x)
-    data = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    data = tensors_of(x)
     return {
         "config": dict(config),
         "seed": seed,
@@ -130,7 +99,7 @@ def identity_of(
 
 def run_chunks(
     plan: ChunkPlan,
-    work: Callable[[Any], Columns],
+    work: Callable[[Pair], Columns],
     *,
     seed: int,
     identity: Mapping[str, Any],

@@ -1,7 +1,6 @@
 """Importance sampling: log evidence, ELBO and gap from the same draws of the guide."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from pyro_vae.inference.log_weights import (
     mean_error,
     pareto_tail,
 )
-from pyro_vae.inference.programs import Program, ProgramStructure, as_arguments, run_programs
+from pyro_vae.inference.programs import Pair
 
 __all__ = ["Importance", "importance_columns", "importance_notes"]
 
@@ -38,21 +37,10 @@ class Importance:
             raise ValueError(f"num_particles must be a positive integer, not {value!r}")
 
 
-def importance_columns(
-    model: Program, guide: Program, x: Any, plan: ChunkPlan, num_particles: int
-) -> Columns:
+def importance_columns(pair: Pair, plan: ChunkPlan, num_particles: int) -> Columns:
     """Every column of a chunk of data, its particles drawn in parts."""
-    weights = torch.cat(
-        [_log_weights(model, guide, x, plan.structure, k) for k in plan.particles(num_particles)]
-    )
+    weights = torch.cat([pair.log_weights(count) for count in plan.particles(num_particles)])
     return _reduce(weights.double())
-
-
-def _log_weights(
-    model: Program, guide: Program, x: Any, structure: ProgramStructure, num_particles: int
-) -> Float[Tensor, "particles batch"]:
-    log_p, log_q, _ = run_programs(model, guide, as_arguments(x), structure, num_particles)
-    return log_p - log_q
 
 
 def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Tensor]:

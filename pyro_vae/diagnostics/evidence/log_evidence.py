@@ -32,14 +32,16 @@ from pyro_vae.diagnostics.evidence.importance import (
 from pyro_vae.diagnostics.evidence.proper import check_proper
 from pyro_vae.diagnostics.evidence.quadrature import Quadrature, is_exact, quadrature_columns
 from pyro_vae.inference.programs import (
+    Pair,
+    Potential,
     Program,
     ProgramError,
     ProgramStructure,
-    as_arguments,
     inspected_guide,
     latent_potential,
     program_scope,
     simulate,
+    tensors_of,
     tool,
 )
 from pyro_vae.results import Result, label, make_result, sha256_of
@@ -153,19 +155,17 @@ def log_evidence(
     shown = inspected_guide(model, guide)
     config = {"method": method, **asdict(own), "joint": joint}
     with torch.no_grad(), program_scope(seed):
+        pair = Pair.inspect(model, shown, x, joint=joint)
+        check_proper(pair)  # a point mass has its own sentence, first
         plan = plan_chunks(
-            model,
-            shown,
-            x,
-            joint=joint,
+            pair,
             num_particles=chosen.at_once(own),
             max_memory=max_memory,
             max_data=None if method == "importance" else _CHUNK,
         )
-        check_proper(model, shown, as_arguments(x))  # a point mass has its own sentence, first
         found = run_chunks(
             plan,
-            lambda part: chosen.columns(_Task(model, guide, part, joint, seed, plan), own),
+            lambda part: chosen.columns(_Task(part, guide is not None, plan), own),
             seed=seed,
             identity=identity_of(model, shown, x, config, seed) if checkpoint is not None else {},
             checkpoint=checkpoint,
@@ -194,12 +194,13 @@ def _settings_of(kind: type, method: str, given: Mapping[str, Any]) -> Any:
 class _Task:
     """One chunk of data and what is needed to work on it."""
 
-    model: Program
-    guide: Program | None
-    x: Any
-    joint: bool
-    seed: int
+    pair: Pair
+    has_guide: bool
     plan: ChunkPlan
+
+    def potential(self) -> Potential:
+        """The log joint over unconstrained latents."""
+        return Potential(self.pair, has_guide=self.has_guide)
 
 
 @dataclass(frozen=True)
@@ -214,28 +215,27 @@ class _Method:
 
 
 def _importance_columns(task: _Task, settings: Importance) -> Columns:
-    assert task.guide is not None
-    return importance_columns(task.model, task.guide, task.x, task.plan, settings.num_particles)
+    return importance_columns(task.pair, task.plan, settings.num_particles)
 
 
 def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
-    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
-    found = annealed_weights(potential, settings)
+    found = annealed_weights(task.potential(), settings)
     return {**reduce_forward(found["forward"]), "acceptance": found["acceptance"].double()}
 
 
 def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     columns = _annealed_columns(task, settings)
-    drawn = simulate(task.model, task.x)
+    pair = task.pair
+    drawn = simulate(pair.model, pair.x)
     if settings.start == "guide" and not drawn.replaced:
         raise ProgramError(
             "the model's observed data are not among its arguments as they are, so the guide "
             "cannot be run on simulated data; use start='prior'"
         )
     args, kwargs = drawn.arguments
-    potential = latent_potential(
-        drawn.model, task.guide, kwargs if kwargs and not args else args, joint=task.joint
-    )
+    data = kwargs if kwargs and not args else args
+    guide = pair.guide if task.has_guide else None
+    potential = latent_potential(drawn.model, guide, data, joint=pair.joint)
     found = annealed_weights(potential, settings, potential.unconstrain(drawn.latents))
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     columns["simulated_lower"] = lower["log_evidence"]
@@ -248,13 +248,11 @@ def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
 
 
 def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
-    seed = int(torch.randint(2**31, ()))
-    return bridge_columns(task.model, task.guide, task.x, settings, joint=task.joint, seed=seed)
+    return bridge_columns(task.potential(), settings, seed=int(torch.randint(2**31, ())))
 
 
 def _quadrature_columns(task: _Task, settings: Quadrature) -> Columns:
-    potential = latent_potential(task.model, task.guide, task.x, joint=task.joint)
-    return quadrature_columns(potential, settings)
+    return quadrature_columns(task.potential(), settings)
 
 
 def _exact(model: Program, x: Any) -> Result:
@@ -425,13 +423,12 @@ def _result(
         variables[name] = (dims, values if dims else values[0], attrs)
     if "simulated_upper" in found:
         variables |= _error_bound(found, joint, num_particles)
-    args, kwargs = as_arguments(x)
     return make_result(
         variables,
         function="log_evidence",
         config=config,
         seed=seed,
-        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        data_sha256=sha256_of(*tensors_of(x)),
         notes=notes,
     )
 

@@ -6,13 +6,10 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.inference.programs import (
-    Arguments,
-    Program,
+    Pair,
     ProgramError,
     Site,
-    keep_random_state,
     support_of,
-    trace_programs,
     weighted_sites,
 )
 
@@ -21,7 +18,7 @@ __all__ = ["check_proper"]
 _STEPS = (-1000.0, -10.0, 10.0, 1000.0)  # moves after which no proper density is the same
 
 
-def check_proper(model: Program, guide: Program, arguments: Arguments) -> None:
+def check_proper(pair: Pair) -> None:
     """Refuses models with an improper prior, for their p(x) is infinite or means nothing.
 
     Found are `ImproperUniform`, sites whose density is masked out altogether, and densities that
@@ -30,9 +27,7 @@ def check_proper(model: Program, guide: Program, arguments: Arguments) -> None:
     Raises:
         ProgramError: If a prior is improper; names the site.
     """
-    with torch.no_grad(), keep_random_state():
-        sites = weighted_sites(trace_programs(model, guide, arguments)[1])
-    for name, site in sites.items():
+    for name, site in weighted_sites(pair.first_run()[1]).items():
         if not site["is_observed"] and _is_improper(site):
             raise ProgramError(
                 f"the prior of the model's latent site '{name}' is improper, so its evidence log "

@@ -30,8 +30,8 @@ from pyro_vae.inference.log_weights import (
 from pyro_vae.inference.programs import (
     Program,
     ProgramStructure,
-    as_arguments,
     program_scope,
+    tensors_of,
     tool,
 )
 from pyro_vae.inference.refit import (
@@ -134,18 +134,14 @@ def elbo_gap(
         raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
     if not max_memory > 0:
         raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
-    arguments = as_arguments(x)
     known = _evidence(model, guide, x, evidence, seed, progress)
     with program_scope(seed):
-        structure = inspect_refittable(model, guide, arguments)
+        pair = inspect_refittable(model, guide, x)
         if known is not None:
-            _check_evidence(known, x, structure)
+            _check_evidence(known, x, pair.structure)
         fitted = list(
             refits(
-                model,
-                guide,
-                arguments,
-                structure,
+                pair,
                 families,
                 max_steps=max_steps,
                 step_size=step_size,
@@ -153,16 +149,14 @@ def elbo_gap(
                 progress=progress,
             )
         )
-        weights = paired_log_weights(
-            model, [guide, *fitted], arguments, structure, num_particles, max_memory
-        )
+        weights = paired_log_weights(pair, [guide, *fitted], num_particles, max_memory)
     columns = _ledger(weights, fitted, known)
     columns["converged"] = torch.stack([f.converged for f in fitted]).all(0)
     return _result(
         columns,
         fitted,
         known,
-        structure,
+        pair.structure,
         x,
         num_particles,
         seed,
@@ -236,8 +230,7 @@ def _check_evidence(known: Result, x: Any, structure: ProgramStructure) -> None:
 
 def data_hash(x: Any) -> str:
     """Of the data, as results carry it."""
-    args, kwargs = as_arguments(x)
-    return sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+    return sha256_of(*tensors_of(x))
 
 
 def _ledger(

@@ -16,10 +16,10 @@ from pyro_vae.diagnostics.posterior.reference import (
 )
 from pyro_vae.diagnostics.posterior.settings import CHECKS_OF_REFERENCE, QualityOptions, is_hmc
 from pyro_vae.diagnostics.posterior.stein import kernel_stein_discrepancy
-from pyro_vae.inference.draws import draw_posterior, flat_latents, latent_names
+from pyro_vae.inference.draws import draws_of, flat_latents, latent_names
 from pyro_vae.inference.log_weights import weighted_columns
 from pyro_vae.inference.mcmc import Tempered
-from pyro_vae.inference.programs import Program, ProgramError, latent_potential, tensors_of
+from pyro_vae.inference.programs import Pair, Potential, ProgramError, tensors_of
 from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 
@@ -39,8 +39,6 @@ class Measured:
 class QualityWork:
     """Everything that is measured datum by datum, chunk by chunk."""
 
-    model: Program
-    guide: Program
     plan: ChunkPlan
     options: QualityOptions
     reference: Any
@@ -60,15 +58,12 @@ class QualityWork:
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Measured(joined, names, list(dict.fromkeys(notes)))
 
-    def _measure(self, start: int, part: Any) -> tuple[Columns, list[str], list[str]]:
+    def _measure(self, start: int, part: Pair) -> tuple[Columns, list[str], list[str]]:
         """Columns of a chunk, the names of the latents, and what must be said."""
         options = self.options
-        drawn = draw_posterior(
-            self.model,
-            self.guide,
+        drawn = draws_of(
             part,
             num_draws=options.num_particles,
-            joint=options.joint,
             seed=_drawn_seed(),
             max_memory=options.max_memory,
         )
@@ -85,19 +80,16 @@ class QualityWork:
         return columns, latent_names(drawn.latents, joint=options.joint), notes
 
     def _reference(
-        self, start: int, part: Any, sites: list[str], draws: Tensor
+        self, start: int, part: Pair, sites: list[str], draws: Tensor
     ) -> Reference | None:
         joint = self.options.joint
         if self.reference is None:
             return None
         if is_hmc(self.reference):
             return hmc_reference(
-                self.model,
-                self.guide,
                 part,
                 sites,
                 self.options.hmc,
-                joint=joint,
                 seed=_drawn_seed(),
                 progress=self.options.progress,
             )
@@ -106,7 +98,7 @@ class QualityWork:
             sites,
             (self.plan.num_data, draws.shape[2]),
             joint=joint,
-            data_sha256=sha256_of(*tensors_of(self.plan.x)),
+            data_sha256=sha256_of(*tensors_of(self.plan.pair.x)),
         )
         return whole.part(start, draws.shape[1])
 
@@ -130,11 +122,11 @@ class QualityWork:
         options = self.options
         return None if options.joint else options.limits.level / self.plan.num_data
 
-    def _stein(self, part: Any) -> tuple[Columns, list[str]]:
+    def _stein(self, part: Pair) -> tuple[Columns, list[str]]:
         """The kernel Stein discrepancy, or why there is none."""
         options, asked = self.options, self.options.checks is not None
         try:
-            potential = latent_potential(self.model, self.guide, part, joint=options.joint)
+            potential = Potential(part)
         except ProgramError as error:
             if asked:
                 raise

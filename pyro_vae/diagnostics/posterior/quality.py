@@ -21,7 +21,14 @@ from pyro_vae.diagnostics.posterior.settings import (
 from pyro_vae.diagnostics.posterior.summary import blind_spots, verdict_notes, worst_data
 from pyro_vae.diagnostics.predictive_check import predictive_check
 from pyro_vae.inference.log_weights import khat_threshold, pareto_khat
-from pyro_vae.inference.programs import Program, ProgramError, program_scope, tensors_of, tool
+from pyro_vae.inference.programs import (
+    Pair,
+    Program,
+    ProgramError,
+    program_scope,
+    tensors_of,
+    tool,
+)
 from pyro_vae.results import Result, make_result, sha256_of
 
 __all__ = ["CHECKS", "khat_threshold", "pareto_khat", "posterior_quality", "worst_data"]
@@ -143,17 +150,14 @@ def posterior_quality(
     )
     with torch.no_grad(), program_scope(seed):
         plan = plan_chunks(
-            model,
-            guide,
-            x,
-            joint=joint,
+            Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles),
             num_particles=num_particles,
             max_memory=max_memory,
             max_data=_CHUNK,
         )
         if not plan.structure.latents:
             raise ProgramError("the model has no latent site, so there is no posterior to judge")
-        found = QualityWork(model, guide, plan, options, reference).run()
+        found = QualityWork(plan, options, reference).run()
     beside = _beside(model, guide, x, options, num_simulations, seed)
     return _result(found, beside, options, x, reference, num_simulations, seed)
 

@@ -19,8 +19,8 @@ from pyro_vae.diagnostics.posterior.two_sample import (
     wasserstein,
 )
 from pyro_vae.inference.draws import flat_latents
-from pyro_vae.inference.mcmc import PosteriorSample, bulk_ess, sample_posterior
-from pyro_vae.inference.programs import Program
+from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, run_chains
+from pyro_vae.inference.programs import Pair, Potential, latent_potential
 from pyro_vae.results import ShortRepr
 
 __all__ = ["HmcReference", "Reference", "given_reference", "hmc_reference", "reference_columns"]
@@ -98,29 +98,17 @@ class Reference(ShortRepr):
 
 
 def hmc_reference(
-    model: Program,
-    guide: Program,
-    x: Any,
-    names: Sequence[str],
-    settings: HmcReference,
-    *,
-    joint: bool,
-    seed: int,
-    progress: bool,
+    pair: Pair, names: Sequence[str], settings: HmcReference, *, seed: int, progress: bool
 ) -> Reference:
     """Runs Hamiltonian Monte Carlo for each datum; see `sample_posterior` for what it refuses."""
     options = asdict(settings)
-    start = options.pop("start")
-    sample = sample_posterior(
-        model,
-        x,
-        guide=guide if start == "guide" else None,
-        joint=joint,
-        seed=seed,
-        progress=progress,
-        **options,
-    )
-    return _of_chains(sample, names, joint=joint)
+    chains = Chains(**{name: value for name, value in options.items() if name != "start"})
+    if settings.start == "guide":
+        potential = Potential(pair)
+    else:
+        potential = latent_potential(pair.model, None, pair.x, joint=pair.joint)
+    found = run_chains(potential, chains, seed=seed, progress=progress)
+    return _of_chains(found, names, joint=pair.joint)
 
 
 def given_reference(

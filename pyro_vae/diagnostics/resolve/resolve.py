@@ -18,16 +18,13 @@ from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, Climb
 from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
     LabelledSites,
+    Pair,
+    Potential,
     Program,
-    ProgramError,
     ProgramStructure,
-    as_arguments,
-    batch_axes,
     label_sites,
-    latent_potential,
-    map_batch,
     program_scope,
-    take,
+    tensors_of,
     tool,
 )
 from pyro_vae.inference.refit import WeightedDraws
@@ -176,16 +173,15 @@ def resolve(
     seconds = np.zeros(len(RUNGS))
     with program_scope(seed):
         # Chains keep several runs of the model in memory, with gradients.
-        plan = plan_chunks(
-            model, guide, x, joint=joint, num_particles=num_draws, max_memory=max_memory / 3
-        )
+        pair = Pair.inspect(model, guide, x, joint=joint)
+        plan = plan_chunks(pair, num_particles=num_draws, max_memory=max_memory / 3)
         deadline = None if budget is None else time.monotonic() + budget
         parts = []
         shown = progress_bar(plan.num_data, "datum", show=progress)
         with shown:
             for first, part in plan.parts():
                 pyro.set_rng_seed((seed + 7919 * first) % 2**31)
-                work = _Part(model, guide, part, num_draws, limits or Limits(), joint)
+                work = _Part(part, num_draws, limits or Limits())
                 parts.append(work.climb(seconds, deadline))
                 shown.update(len(parts[-1].rung))
     latents = {
@@ -226,15 +222,12 @@ class _Part:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
-        x: Any,
+        pair: Pair,
         num_draws: int,
         limits: Limits,
-        joint: bool,
     ) -> None:
-        self.model, self.guide, self.x, self.joint = model, guide, x, joint
-        self.potential = latent_potential(model, guide, x, joint=joint)
+        self.pair = pair
+        self.potential = Potential(pair)
         with torch.no_grad():
             u = self.potential.draw(num_draws, "guide")
             found = self.potential.log_densities(u, "guide")
@@ -279,15 +272,9 @@ class _Part:
             self.open = self.open[rest]
             return
         left = torch.nonzero(rest)[:, 0]
-        axes = batch_axes(self.x, self.potential.num_data)
-        try:
-            part = map_batch(self.x, take(self.open[left]), axes[0])
-            potential = latent_potential(self.model, self.guide, part, joint=self.joint)
-            same = potential.num_data == len(left) and not self.joint
-        except (ProgramError, RuntimeError, IndexError):  # programs that take all data or none
-            same = False
-        if same:
-            self.state = self.state.of(left, potential)
+        pair = self.pair if self.pair.axes else self.pair.sliceable(len(left))
+        if pair is not None:  # else the programs take all data or none
+            self.state = self.state.of(left, Potential(pair.rows(self.open[left])))
             self.open = self.open[left]
 
 
@@ -323,7 +310,6 @@ def _result(
         )
         variables[name] = (dims, of(columns[name]), attrs)
     variables["log_evidence_se"] = (dims, of(columns["log_evidence_se"]), {})
-    args, kwargs = as_arguments(x)
     left = torch.nonzero(rung < 0)[:, 0].tolist()
     count, total = len(rung) - len(left), len(rung)
     verdict = [f"usable draws for {count} of {total} data"]
@@ -335,7 +321,7 @@ def _result(
         function="resolve",
         config=config,
         seed=seed,
-        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        data_sha256=sha256_of(*tensors_of(x)),
         coords={"rung_name": names},
         notes=[
             "a mode that neither guide nor fitted normal distribution visits is seen by no rung"

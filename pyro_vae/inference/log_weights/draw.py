@@ -16,11 +16,9 @@ from torch import Tensor
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
+    Pair,
     Program,
-    as_arguments,
-    inspect_programs,
     program_scope,
-    run_programs,
     tool,
 )
 
@@ -80,13 +78,9 @@ def log_weights(
     seed = as_seed(seed)
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
-    arguments = as_arguments(x)
     with program_scope(seed):
-        structure = inspect_programs(
-            model, guide, arguments, joint=joint, num_particles=num_particles
-        )
-        log_p, log_q, _ = run_programs(model, guide, arguments, structure, num_particles)
-    return log_p - log_q
+        pair = Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles)
+        return pair.log_weights(num_particles)
 
 
 def elbo(log_weights: Float[Tensor, "particles batch"]) -> Float[Tensor, " batch"]:

@@ -6,7 +6,7 @@ and moves the chains of annealed importance sampling.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from pyro_vae.inference.programs import (
     Potential,
     Program,
     ProgramError,
-    as_arguments,
     label_sites,
     latent_potential,
     program_scope,
@@ -31,16 +30,43 @@ from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 
 __all__ = [
+    "Chains",
     "DualAveraging",
     "PosteriorSample",
     "Transition",
     "hmc_step",
     "jittered",
+    "run_chains",
     "sample_posterior",
 ]
 
 _DIVERGED = 1000.0  # nats of energy error beyond which a trajectory is given up, as in Stan
 _STARTS = 20  # draws tried for a chain that starts where the density is zero
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Settings of Hamiltonian Monte Carlo; see `sample_posterior`."""
+
+    num_chains: int = 4
+    num_warmup: int = 300
+    num_samples: int = 300
+    num_leapfrog: int = 10
+    target_accept: float = 0.8
+    step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        least = {"num_chains": 1, "num_warmup": 0, "num_samples": 4, "num_leapfrog": 1}
+        for name, fewest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
+                raise ValueError(f"{name} must be a whole number from {fewest}, not {value!r}")
+        if not 0 < self.target_accept < 1:
+            raise ValueError(
+                f"target_accept is a probability between 0 and 1, not {self.target_accept!r}"
+            )
+        if not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be positive, not {self.step_size!r}")
 
 
 @dataclass(frozen=True)
@@ -222,94 +248,72 @@ def sample_posterior(
         >>> found.draws["z"].shape
         torch.Size([4, 300, 5, 2])
     """
+    settings = Chains(num_chains, num_warmup, num_samples, num_leapfrog, target_accept, step_size)
     seed = as_seed(seed)
-    _check_settings(num_chains, num_warmup, num_samples, num_leapfrog, target_accept, step_size)
-    with torch.no_grad(), program_scope(seed):
+    with program_scope(seed):
         potential = latent_potential(model, guide, x, joint=joint)
-        target = Tempered(potential, capture=(num_warmup + num_samples) * num_leapfrog > 300)
-        point = _starting_points(potential, target, num_chains)
-        shown = progress_bar(num_warmup + num_samples, "step", show=progress, what="HMC")
+    return run_chains(potential, settings, seed=seed, progress=progress)
+
+
+def run_chains(
+    potential: Potential, settings: Chains, *, seed: int, progress: bool
+) -> PosteriorSample:
+    """What `sample_posterior` does, of a log joint that is at hand; starts from its guide."""
+    with torch.no_grad(), program_scope(seed):
+        steps = settings.num_warmup + settings.num_samples
+        target = Tempered(potential, capture=steps * settings.num_leapfrog > 300)
+        point = _starting_points(potential, target, settings.num_chains)
+        shown = progress_bar(steps, "step", show=progress, what="HMC")
         with shown:
-            point, step, mass = _warm_up(
-                potential,
-                target,
-                point,
-                num_warmup,
-                num_leapfrog,
-                target_accept,
-                step_size,
-                shown.update,
-            )
-            kept, joints, accepted, divergences = [], [], [], []
-            for _ in range(num_samples):
-                moved = hmc_step(
-                    target,
-                    point,
-                    jittered(step, point),
-                    num_leapfrog=_random_length(num_leapfrog),
-                    inverse_mass=mass,
-                    active=potential.active,
-                )
-                point = moved.point
-                kept.append(point.u)
-                joints.append(point.joint)
-                accepted.append(moved.acceptance)
-                divergences.append(moved.diverged)
+            point, step, mass = _warm_up(potential, target, point, settings, shown.update)
+            moves = []
+            for _ in range(settings.num_samples):
+                moves.append(_move(potential, target, point, step, mass, settings))
+                point = moves[-1].point
                 shown.update()
-        draws = torch.stack(kept, 1)
+        draws = torch.stack([move.point.u for move in moves], 1)
         constrained = potential.constrain(draws.flatten(0, 1))
         ((trace, count),) = potential.traces(draws[:1, 0])
         sites = label_sites(trace, potential.structure, count)
     shape = draws.shape[:2]
     rhat, ess = split_rhat(draws), bulk_ess(draws)
-    args, kwargs = as_arguments(x)
     return PosteriorSample(
         draws={name: value.unflatten(0, shape) for name, value in constrained.items()},
         unconstrained=draws,
-        log_joint=torch.stack(joints, 1),
-        acceptance=torch.stack(accepted).mean(0),
+        log_joint=torch.stack([move.point.joint for move in moves], 1),
+        acceptance=torch.stack([move.acceptance for move in moves]).mean(0),
         step_size=step,
-        divergences=torch.stack(divergences).sum(0),
+        divergences=torch.stack([move.diverged for move in moves]).sum(0),
         rhat=torch.where(potential.active, rhat, 1.0).amax(-1),
         ess=torch.where(potential.active, ess, math.inf).amin(-1),
         potential=potential,
         config={
-            "num_chains": num_chains,
-            "num_warmup": num_warmup,
-            "num_samples": num_samples,
-            "num_leapfrog": num_leapfrog,
-            "target_accept": target_accept,
-            "step_size": step_size,
-            "start": "prior" if guide is None else "guide",
-            "joint": joint,
+            **asdict(settings),
+            "start": "guide" if potential.has_guide else "prior",
+            "joint": potential.structure.batch_dim is None,
             "seed": seed,
         },
-        data_sha256=sha256_of(*[a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]),
+        data_sha256=sha256_of(*potential.data),
         sites=sites,
     )
 
 
-def _check_settings(
-    num_chains: int,
-    num_warmup: int,
-    num_samples: int,
-    num_leapfrog: int,
-    target_accept: float,
-    step_size: float,
-) -> None:
-    counts = {
-        "num_chains": (num_chains, 1),
-        "num_warmup": (num_warmup, 0),
-        "num_samples": (num_samples, 4),
-        "num_leapfrog": (num_leapfrog, 1),
-    }
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
-    if not 0 < target_accept < 1:
-        raise ValueError(f"target_accept is a probability between 0 and 1, not {target_accept!r}")
-    if not 0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive, not {step_size!r}")
+def _move(
+    potential: Potential,
+    target: Tempered,
+    point: Point,
+    step_size: Tensor,
+    mass: Tensor,
+    settings: Chains,
+) -> Transition:
+    return hmc_step(
+        target,
+        point,
+        jittered(step_size, point),
+        num_leapfrog=_random_length(settings.num_leapfrog),
+        inverse_mass=mass,
+        active=potential.active,
+    )
 
 
 def _starting_points(potential: Potential, target: Tempered, num_chains: int) -> Point:
@@ -335,27 +339,18 @@ def _warm_up(
     potential: Potential,
     target: Tempered,
     point: Point,
-    num_warmup: int,
-    num_leapfrog: int,
-    target_accept: float,
-    step_size: float,
+    settings: Chains,
     advance: Callable[[], Any],
 ) -> tuple[Point, Float[Tensor, " batch"], Float[Tensor, "batch dim"]]:
     """Adapts step sizes, then twice the masses and the step sizes to them."""
-    steps = DualAveraging(torch.full_like(point.log_density[0], step_size), target_accept)
-    mass = torch.ones_like(point.u[0])
+    first = torch.full_like(point.log_density[0], settings.step_size)
+    steps = DualAveraging(first, settings.target_accept)
+    mass, num_warmup = torch.ones_like(point.u[0]), settings.num_warmup
     # Shares of the warm-up; the masses are set from the draws of the second and the third part.
     ends = [round(num_warmup * share) for share in (0.15, 0.35, 0.65, 1.0)]
     window: list[Tensor] = []
     for count in range(1, num_warmup + 1):
-        moved = hmc_step(
-            target,
-            point,
-            jittered(steps.step_size, point),
-            num_leapfrog=_random_length(num_leapfrog),
-            inverse_mass=mass,
-            active=potential.active,
-        )
+        moved = _move(potential, target, point, steps.step_size, mass, settings)
         point = moved.point
         steps.update(moved.acceptance)
         window.append(point.u)

@@ -108,6 +108,13 @@ class Pair:
         """Data with weights of their own: 1 if joint."""
         return 1 if self.joint else self.structure.batch_size
 
+    def first_run(self) -> tuple[Trace, Trace]:
+        """Traces of guide and model with one particle; those of `inspect`, if of these data."""
+        if self.traces is not None:
+            return self.traces
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return trace_programs(self.model, self.guide, self.arguments)
+
     def draws(self, num_particles: int) -> list[tuple[Trace, Trace, int]]:
         """Traces of guide and model with the number of particles in each; see `draw_traces`."""
         return draw_traces(self.model, self.guide, self.arguments, self.structure, num_particles)

@@ -430,6 +430,8 @@ def takes_part(
 def _rows_of(given: Trace, structure: ProgramStructure, rows: Tensor) -> Trace:
     """The draws of some rows, to replay where these rows are all the data."""
     assert structure.batch_dim is not None
+    for plate in subsamples(given).nodes:  # of as many data as there were
+        del given.nodes[plate]
     for name, site in weighted_sites(given).items():
         value = site["value"]
         dim = value.dim() - len(site["fn"].event_shape) + structure.batch_dim

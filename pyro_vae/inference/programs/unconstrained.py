@@ -23,14 +23,12 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.inference.programs.arguments import (
-    Arguments,
     Program,
     ProgramError,
     ProgramStructure,
     Site,
-    as_arguments,
 )
-from pyro_vae.inference.programs.inspection import inspect_programs
+from pyro_vae.inference.programs.inspection import Pair
 from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.traces import (
     draw_traces,
@@ -40,7 +38,6 @@ from pyro_vae.inference.programs.traces import (
     subsamples,
     sum_dims,
     sum_sites,
-    trace_programs,
     weighted_sites,
 )
 
@@ -90,20 +87,20 @@ class Potential:
         like: A zero of the latents' dtype and device.
     """
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        arguments: Arguments,
-        structure: ProgramStructure,
-        *,
-        has_guide: bool,
-    ) -> None:
+    def __init__(self, pair: Pair, *, has_guide: bool = True) -> None:
+        """Of a pair; `has_guide` is False where its guide stands in for a missing one.
+
+        Raises:
+            ProgramError: If a latent is discrete or has no transform onto its support, or there is
+                none.
+        """
+        model, guide, arguments, structure = pair.model, pair.guide, pair.arguments, pair.structure
+        if not structure.latents:
+            raise ProgramError("the model has no latent site to sample; its log joint is a number")
         self._guide, self._arguments = guide, arguments
         self._model = enumerating(model, structure)
         self.structure, self.has_guide = structure, has_guide
-        with torch.no_grad(), pyro.validation_enabled(False):
-            guide_trace, model_trace = trace_programs(model, guide, arguments)
+        guide_trace, model_trace = pair.first_run()
         self._fixed = subsamples(guide_trace, model_trace)
         self._plain_model = poutine.replay(model, trace=self._fixed)
         sites = weighted_sites(model_trace)
@@ -119,6 +116,12 @@ class Potential:
         self.like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
         self.active = self._active()
         self._cannot_evaluate_guide = _why_no_density(guide_trace, structure)
+
+    @property
+    def data(self) -> list[Tensor]:
+        """The tensors among the programs' arguments."""
+        args, kwargs = self._arguments
+        return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
 
     # --- values -----------------------------------------------------------------------------------
 
@@ -314,12 +317,8 @@ def latent_potential(
 
     Note: run it, and its result's methods, inside `programs.program_scope`.
     """
-    arguments = as_arguments(x)
-    shown = inspected_guide(model, guide)
-    structure = inspect_programs(model, shown, arguments, joint=joint, num_particles=2)
-    if not structure.latents:
-        raise ProgramError("the model has no latent site to sample; its log joint is a number")
-    return Potential(model, shown, arguments, structure, has_guide=guide is not None)
+    pair = Pair.inspect(model, inspected_guide(model, guide), x, joint=joint)
+    return Potential(pair, has_guide=guide is not None)
 
 
 def inspected_guide(model: Program, guide: Program | None) -> Program:

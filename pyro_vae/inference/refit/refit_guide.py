@@ -37,16 +37,14 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Arguments,
     JointOnlyError,
+    Pair,
     Program,
     ProgramError,
     ProgramStructure,
     SubsampleError,
-    as_arguments,
     bytes_of_run,
-    inspect_programs,
     is_delta,
     program_scope,
-    run_programs,
     tool,
     weighted_sites,
 )
@@ -691,14 +689,9 @@ def refit_guide(
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}, but must be one of {', '.join(FAMILIES)}")
     chain = FAMILIES[: FAMILIES.index(family) + 1]
-    arguments = as_arguments(x)
     with program_scope(seed):
-        structure = inspect_refittable(model, guide, arguments)
         found = refits(
-            model,
-            guide,
-            arguments,
-            structure,
+            inspect_refittable(model, guide, x),
             chain,
             max_steps=max_steps,
             step_size=step_size,
@@ -708,29 +701,26 @@ def refit_guide(
         return list(found)[-1]
 
 
-def inspect_refittable(model: Program, guide: Program, arguments: Arguments) -> ProgramStructure:
-    """`inspect_programs`, and the refusals of guides that have no parameters per datum."""
+def inspect_refittable(model: Program, guide: Program, x: Any) -> Pair:
+    """`Pair.inspect`, and the refusals of guides that have no parameters per datum."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ProgramError(
             "the guide is a messenger that runs the model itself, so its distributions cannot be "
             "replaced; write it as a program of its own"
         )
     try:
-        structure = inspect_programs(model, guide, arguments)
+        pair = Pair.inspect(model, guide, x)
     except JointOnlyError as error:
         raise ProgramError(
             f"{error.reason}; parameters per datum and a gap per datum need latents per datum"
         ) from error
-    if structure.scale != 1.0:
+    if pair.structure.scale != 1.0:
         raise SubsampleError("the programs subsample their data, so every run would refit others")
-    return structure
+    return pair
 
 
 def refits(
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
-    structure: ProgramStructure,
+    pair: Pair,
     families: tuple[str, ...],
     *,
     max_steps: int,
@@ -746,7 +736,7 @@ def refits(
         raise ValueError(f"max_steps must be a positive integer, not {max_steps!r}")
     if not step_size > 0:
         raise ValueError(f"step_size must be positive, not {step_size!r}")
-    layout = _lay_out(guide, arguments, structure)
+    layout = _lay_out(pair.guide, pair.arguments, pair.structure)
     if len(families) > 1:
         _check_noise(layout)
     none = torch.zeros(layout.num_data)
@@ -760,7 +750,7 @@ def refits(
         for site, freed in layout.sites.items()
         for name, free in freed.parameters.items()
     }
-    now = RefittedGuide(guide, "same", layout, values, none.long(), none.bool(), none)
+    now = RefittedGuide(pair.guide, "same", layout, values, none.long(), none.bool(), none)
     for family in families:
         if family != "same":
             # The sites' own parameters stay where they are: the noise moves in their place.
@@ -776,10 +766,8 @@ def refits(
                 values={**now.values, **{name: free.start for name, free in started.items()}},
             )
         now = _refit(
-            model,
+            pair,
             now,
-            arguments,
-            structure,
             axes,
             max_steps=max_steps,
             step_size=step_size,
@@ -799,10 +787,8 @@ def _check_noise(layout: _Layout) -> None:
 
 
 def _refit(
-    model: Program,
+    pair: Pair,
     guide: RefittedGuide,
-    arguments: Arguments,
-    structure: ProgramStructure,
     axes: Mapping[str, int],
     *,
     max_steps: int,
@@ -812,8 +798,7 @@ def _refit(
 ) -> RefittedGuide:
     def value(moved: dict[str, Tensor]) -> Float[Tensor, " batch"]:
         trial = replace(guide, values={**guide.values, **moved}, path_only=True)
-        log_p, log_q, _ = run_programs(model, trial, arguments, structure, _DRAWS)
-        return (log_p - log_q).mean(0)
+        return pair.with_guide(trial).log_weights(_DRAWS).mean(0)
 
     start = {name: guide.values[name] for name in axes}
     what = f"refitting ({guide.family})"
@@ -823,9 +808,7 @@ def _refit(
             value, start, axes, max_steps=max_steps, step_size=step_size, advance=shown.update
         )
         candidates = (start, climb.last, climb.mean)
-        chosen, log_weight = _choose(
-            model, guide, arguments, structure, axes, candidates, max_memory
-        )
+        chosen, log_weight = _choose(pair, guide, axes, candidates, max_memory)
     values = {**guide.values, **chosen}
     return replace(
         guide,
@@ -837,17 +820,15 @@ def _refit(
 
 
 def _choose(
-    model: Program,
+    pair: Pair,
     guide: RefittedGuide,
-    arguments: Arguments,
-    structure: ProgramStructure,
     axes: Mapping[str, int],
     candidates: Sequence[dict[str, Tensor]],
     max_memory: float,
 ) -> tuple[dict[str, Tensor], Float[Tensor, " batch"]]:
     """The best candidate for each datum, by its ELBO on draws in common."""
     trials = [replace(guide, values={**guide.values, **values}) for values in candidates]
-    weights = paired_log_weights(model, trials, arguments, structure, _SELECTION_DRAWS, max_memory)
+    weights = paired_log_weights(pair, trials, _SELECTION_DRAWS, max_memory)
     means = torch.stack([w.mean(0).nan_to_num(-math.inf, math.inf, -math.inf) for w in weights])
     best = means.max(0)
     chosen = {}
@@ -860,10 +841,8 @@ def _choose(
 
 @torch.no_grad()
 def paired_log_weights(
-    model: Program,
+    pair: Pair,
     guides: Sequence[Program],
-    arguments: Arguments,
-    structure: ProgramStructure,
     num_particles: int,
     max_memory: float,
 ) -> list[Float[Tensor, "particles batch"]]:
@@ -871,7 +850,7 @@ def paired_log_weights(
 
     Runs in the caller's `program_scope`.
     """
-    size = max(bytes_of_run(model, guide, arguments) for guide in guides)
+    size = max(bytes_of_run(pair.model, guide, pair.arguments) for guide in guides)
     chunk = int(min(num_particles, max(max_memory * 2**30 // max(size, 64), 1)))
     parts: list[list[Tensor]] = [[] for _ in guides]
     for done in range(0, num_particles, chunk):
@@ -879,6 +858,5 @@ def paired_log_weights(
         for guide, part in zip(guides, parts, strict=True):
             pyro.set_rng_seed(seed)
             count = min(chunk, num_particles - done)
-            log_p, log_q, _ = run_programs(model, guide, arguments, structure, count)
-            part.append((log_p - log_q).double().cpu())
+            part.append(pair.with_guide(guide).log_weights(count).double().cpu())
     return [torch.cat(part) for part in parts]
