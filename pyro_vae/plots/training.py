@@ -259,7 +259,7 @@ def plot_rates(surgeries: Mapping[str, Result], ax: Axes | None = None, *, data:
         )
         reconstruction = -float(result["distortion"].values.mean())
         first = place == 0
-        bars = {"height": 0.55, "zorder": 2}
+        bars: dict[str, Any] = {"height": 0.55, "zorder": 2}
         for left, width, colour, hatch, text in (
             (0.0, information, _BLUE, "", "information of z about the datum"),
             (max(information, 0.0), marginal, _ORANGE, "//", "KL(q(z) || p(z))"),
@@ -281,6 +281,8 @@ def plot_rates(surgeries: Mapping[str, Result], ax: Axes | None = None, *, data:
             textcoords="offset points",
             va="center",
             fontsize="small",
+            bbox={"facecolor": "white", "lw": 0, "pad": 1.5},
+            zorder=4,
         )
     ax.axvline(most, color=_GREY, ls="--", lw=1.2, label=f"log N = {most:.2f}")
     ax.set_yticks(range(len(surgeries)), list(surgeries))
