@@ -133,6 +133,7 @@ def plot_code_activity(
         ax.legend(fontsize="small", loc="upper right")
     left.set_title("mean activation", fontsize="medium")
     middle.set_title(f"active: $|h|$ above {float(found['threshold']):.2g}", fontsize="medium")
+    middle.set_yticks([0, 0.25, 0.5, 0.75, 1])
     middle.yaxis.set_major_formatter(PercentFormatter(1.0))
     _histogram(right, codes.detach().double().cpu().numpy().ravel(), rate)
     sparseness = float(np.nanmean(found["hoyer"].values))
