@@ -25,8 +25,8 @@ __all__ = ["app", "main"]
 _DATA = "digits, iris, mnist, fashion_mnist, binarized_mnist, omniglot, frey_face, faithful"
 _BOUNDS = (
     "PathwiseELBO, AnalyticELBO, StickingTheLanding, ScoreFunction, LeaveOneOut, "
-    "ImportanceWeighted, DReG, VIMCO, Renyi, RenyiDReG, ReweightedWakeSleep, WakeDReG, PIWAE, "
-    "MIWAE, CIWAE"
+    "ImportanceWeighted, DReG, VIMCO, Renyi, RenyiDReG, ReweightedWakeSleep, WakeDReG, WakeSleep, "
+    "PIWAE, MIWAE, CIWAE"
 )
 _OBJECTIVES = "BetaELBO, FreeBits, InfoVAE"
 _EXIT_INTERRUPTED = 130

@@ -1,5 +1,6 @@
 """Figures: every function takes what it shows and, if wanted, the `Axes` to draw on."""
 
+from pyro_vae.plots.autoencoders import plot_code_activity, plot_denoising, plot_sensitivity
 from pyro_vae.plots.figures import (
     plot_bound,
     plot_estimator_cost,
@@ -41,25 +42,35 @@ from pyro_vae.plots.posterior import (
     plot_worst,
 )
 from pyro_vae.plots.samples import plot_power, plot_sample_rows, plot_sharpness
+from pyro_vae.plots.training import (
+    plot_gradient_draws,
+    plot_learning_curves,
+    plot_rates,
+    plot_sample_grids,
+)
 
 __all__ = [
     "plot_attribute_effects",
     "plot_bound",
     "plot_calibration",
     "plot_climb",
+    "plot_code_activity",
     "plot_compression",
     "plot_coverage",
     "plot_decoder",
+    "plot_denoising",
     "plot_estimator_cost",
     "plot_evidence",
     "plot_evidence_by_estimator",
     "plot_evidence_parts",
     "plot_feature_quality",
+    "plot_gradient_draws",
     "plot_half_steps",
     "plot_khat",
     "plot_khat_by_class",
     "plot_khat_plane",
     "plot_latent",
+    "plot_learning_curves",
     "plot_ledger",
     "plot_manifold",
     "plot_mixture",
@@ -68,10 +79,13 @@ __all__ = [
     "plot_picture_rows",
     "plot_posterior",
     "plot_power",
+    "plot_rates",
     "plot_reconstructions",
     "plot_restarts",
+    "plot_sample_grids",
     "plot_sample_rows",
     "plot_samples",
+    "plot_sensitivity",
     "plot_sharpness",
     "plot_signal_to_noise",
     "plot_trust",

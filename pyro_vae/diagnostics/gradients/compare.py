@@ -18,6 +18,7 @@ efficiency  variance x passes: the noise that is left after averaging over one r
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from pyro_vae.diagnostics.gradients.candidates import candidates_of
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
 from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
 from pyro_vae.diagnostics.gradients.references import Reference
-from pyro_vae.diagnostics.gradients.sampler import Bench, own_parameters
+from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, own_parameters
 from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
 from pyro_vae.inference.programs import (
     FilledGaps,
@@ -38,9 +39,9 @@ from pyro_vae.inference.programs import (
     tool,
     unwrap_programs,
 )
-from pyro_vae.results import label, make_result, processor_name, sha256_of
+from pyro_vae.results import Result, label, make_result, processor_name, sha256_of
 
-__all__ = ["compare_estimators"]
+__all__ = ["compare_estimators", "gradient_draws"]
 
 _MOST_REPEATS, _LEAST_REPEATS = 200, 16
 _RUNS_ONE_BY_ONE = 1280  # of the programs, where particles cannot run together
@@ -160,6 +161,115 @@ def compare_estimators(
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),
     )
+
+
+@tool
+def gradient_draws(
+    model: Program,
+    guide: Program,
+    x: Any,
+    estimators: Sequence[Any] | Mapping[str, Any] = ("PathwiseELBO", "ScoreFunction"),
+    num_particles: Sequence[int] = (1, 4, 16, 64),
+    *,
+    parameter: str,
+    entry: int = 0,
+    num_draws: int = 1000,
+    joint: bool = False,
+    seed: Seed = 0,
+) -> Result:
+    r"""Draws the gradient with respect to one number again and again, under each estimator.
+
+    What `compare_estimators` sums up over a group of parameters, draw by draw: for a picture of
+    the distribution, and for a check against a gradient in closed form.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        x: The data; a tuple for several arguments, a dict for keywords.
+        estimators: As for `compare_estimators`.
+        num_particles: The numbers of particles, K.
+        parameter: The name of the parameter as Pyro has it, with "." below modules.
+        entry: Which entry of it, counted flat; of the unconstrained value.
+        num_draws: Independent gradients of each, at least 8.
+        joint: True for models with global latents: numbers are then totals over the data.
+        seed: Every estimator starts from it; the caller's random state is left alone.
+
+    Returns:
+        Over `estimator`, `num_particles` and `draw`: `gradient`, of the bound (higher is better),
+        the mean over data in nats. Over the first two `mean` and `variance` of the draws with
+        their standard errors `*_se`. An estimator that does not take a K has nan there.
+
+    Raises:
+        ProgramError: If an estimator refuses the pair.
+        ValueError: If no parameter, or more than one, is meant by the name, or an argument is out
+            of its range.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes, section 2.2, on the two gradients;
+        Mohamed, Rosca, Figurnov & Mnih (2020), Monte Carlo gradient estimation in machine learning.
+    """
+    seed = as_seed(seed)
+    particles = _check_particles(num_particles)
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 8:
+        raise ValueError(f"num_draws must be a whole number from 8, not {num_draws!r}")
+    candidates = candidates_of(estimators, joint)
+    start, model, guide = unwrap_programs(model, guide)
+    drawn = np.full((len(candidates), len(particles), num_draws), math.nan)
+    with program_scope(seed), FilledGaps(), torch.enable_grad():
+        own_parameters(start)
+        bench = Bench.of(model, guide, x, [parameter], joint, seed, candidates)
+        _check_entry(bench, parameter, entry)
+        with bench.keep_gradients():
+            for column, count in enumerate(particles):
+                made = {}
+                for row, candidate in enumerate(candidates):
+                    with suppress(CannotMakeError):
+                        made[row] = bench.make(candidate, count)
+                found = bench.draw(list(made.values()), num_draws, seed, lambda _: None)
+                for place, draws in found:
+                    row = list(made)[place]
+                    drawn[row, column] = draws.gradients[parameter][:, entry].numpy()
+    return make_result(
+        _columns_of_draws(drawn, joint),
+        function="gradient_draws",
+        config={"parameter": parameter, "entry": entry, "num_draws": num_draws, "joint": joint},
+        seed=seed,
+        data_sha256=sha256_of(*tensors_of(x)),
+        coords={"estimator": [c.name for c in candidates], "num_particles": np.array(particles)},
+    )
+
+
+def _check_entry(bench: Bench, parameter: str, entry: int) -> None:
+    names = bench.groups[parameter]
+    if len(names) > 1:
+        raise ValueError(f"{parameter!r} names {len(names)} parameters; give the name of one")
+    size = bench.leaves[names[0]].numel()
+    if not 0 <= entry < size:
+        raise ValueError(f"entry must lie between 0 and {size - 1}, not at {entry!r}")
+
+
+def _columns_of_draws(drawn: np.ndarray, joint: bool) -> dict[str, Any]:
+    """The draws [estimators, num_particles, draws], their means, variances and errors."""
+    size = drawn.shape[-1]
+    variance = drawn.var(-1, ddof=1)
+    squares = (drawn - drawn.mean(-1, keepdims=True)) ** 2
+    reduction = "total" if joint else "per datum"
+    over = ("estimator", "num_particles")
+
+    def named(unit: str, description: str) -> dict[str, Any]:
+        return label(unit=unit, reduction=reduction, bound="none", description=description)
+
+    return {
+        "gradient": ((*over, "draw"), drawn, named("nats", "one gradient of the bound")),
+        "mean": (over, drawn.mean(-1), named("nats", "mean over draws")),
+        "mean_se": (over, np.sqrt(variance / size), named("nats", "of the mean")),
+        "variance": (over, variance, named("nats squared", "variance over draws")),
+        "variance_se": (
+            over,
+            squares.std(-1, ddof=1) / math.sqrt(size),
+            named("nats squared", "of the variance"),
+        ),
+    }
 
 
 def _repeats_of(bench: Bench, particles: tuple[int, ...]) -> int:

@@ -1,13 +1,17 @@
-"""What training with each estimator reaches in equal steps, and in equal runs of the programs."""
+"""What training with each estimator reaches: in equal steps or runs, and along the way."""
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.data import Seed, as_seed
@@ -18,7 +22,7 @@ from pyro_vae.inference.programs import as_arguments, program_scope
 from pyro_vae.inference.svi import fit
 from pyro_vae.results import Result, label, make_result, processor_name, sha256_of
 
-__all__ = ["train_at_equal_cost", "training_rows"]
+__all__ = ["learning_curves", "train_at_equal_cost", "training_rows"]
 
 _LEVEL = 0.05  # of all differences that are called real together
 _COLUMNS = ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "epochs", "seconds")
@@ -129,6 +133,119 @@ def train_at_equal_cost(
             f"Seconds are those of one thread of {processor_name()}.",
         ],
     )
+
+
+def learning_curves(
+    make: Mapping[str, Callable[[int], Any]],
+    x: Float[Tensor, "batch features"],
+    test: Float[Tensor, "tests features"],
+    algorithms: Mapping[str, ELBO],
+    *,
+    epochs: Sequence[int],
+    evidence: Mapping[str, Any] | None = None,
+    batch_size: int | None = 100,
+    learning_rate: float = 1e-3,
+    max_train: int = 1000,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> Result:
+    """Measures bound and evidence of training and test data along the training of each algorithm.
+
+    Args:
+        make: By the model's name (such as its number of latents), what makes it at a seed; a model
+            has `model(x)` and `guide(x)`.
+        x: Training data.
+        test: Held-out data.
+        algorithms: By name what is trained with, such as `PathwiseELBO()` (AEVB), `WakeSleep()`,
+            `MonteCarloEM()`; each training gets a copy.
+        epochs: When to measure, rising.
+        evidence: `method` and settings for `log_evidence`; None for importance sampling with 100
+            particles. With another method no guide is used, so that algorithms with and without
+            one compare.
+        batch_size: As for `fit`.
+        learning_rate: Of Adam.
+        max_train: Training data that are measured: the first so many.
+        seed: Of starts, orders and draws.
+        progress: Shows bars on stderr where that is a terminal.
+
+    Returns:
+        Over `model`, `algorithm`, `split` ("train", "test") and `samples` (training data gone
+        through): `log_evidence` and, with importance sampling, `elbo`, means in nats per datum,
+        with the standard errors of their draws in `*_se`.
+
+    Raises:
+        ValueError: If `epochs` are not rising whole numbers from 1.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114, figures 2 and 3.
+    """
+    seed = as_seed(seed)
+    if not epochs or list(epochs) != sorted(set(epochs)) or min(epochs) < 1:
+        raise ValueError(f"epochs must be rising whole numbers from 1, not {list(epochs)!r}")
+    settings = dict(evidence or {"method": "importance", "num_particles": 100})
+    parts = {"train": x[:max_train], "test": test}
+    names = ("log_evidence", "elbo")
+    shape = (len(make), len(algorithms), len(parts), len(epochs))
+    columns = {f"{name}{se}": np.full(shape, math.nan) for name in names for se in ("", "_se")}
+    measure = None
+    for i, create in enumerate(make.values()):
+        for j, loss in enumerate(algorithms.values()):
+            module, trained = create(seed), copy.deepcopy(loss)
+            options = {"loss": trained, "batch_size": batch_size, "learning_rate": learning_rate}
+            reached = _stops(module, x, epochs, seed=seed, progress=progress, **options)
+            for k, _ in enumerate(reached):
+                for s, data in enumerate(parts.values()):
+                    guide = module.guide if settings.get("method") == "importance" else None
+                    found = log_evidence(
+                        module.model, guide, data, seed=seed, progress=progress, **settings
+                    )
+                    measure = found.quantity("log_evidence").measure
+                    for name in names:
+                        if name in found:
+                            quantity = found.quantity(name)
+                            columns[name][i, j, s, k] = quantity.value
+                            columns[f"{name}_se"][i, j, s, k] = quantity.standard_error or math.nan
+    attrs = label(bound="lower", measure=measure, description="mean over data")
+    return make_result(
+        {
+            name: (("model", "algorithm", "split", "samples"), column, attrs)
+            for name, column in columns.items()
+            if np.isfinite(columns[name.removesuffix("_se")]).any()
+        },
+        function="learning_curves",
+        config={
+            "epochs": list(epochs),
+            "evidence": settings,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "num_train": len(x),
+        },
+        seed=seed,
+        data_sha256=sha256_of(x, test),
+        coords={
+            "model": list(make),
+            "algorithm": list(algorithms),
+            "split": list(parts),
+            "samples": np.array(epochs) * len(x),
+        },
+    )
+
+
+def _stops(module: Any, x: Tensor, epochs: Sequence[int], **options: Any) -> Iterator[int]:
+    """Trains, and stops after so many epochs each: one training, resumed in between."""
+    with TemporaryDirectory() as folder:
+        for n in epochs:
+            fit(
+                module.model,
+                module.guide,
+                x,
+                epochs=n,
+                evaluate_every=epochs[-1],
+                checkpoint=Path(folder) / "run",
+                resume=n > epochs[0],
+                **options,
+            ).require_finished()
+            yield n
 
 
 @dataclass(frozen=True)

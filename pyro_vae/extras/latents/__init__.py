@@ -1,5 +1,10 @@
-"""Reading the latent space: shortest paths, attribute vectors, units, probes."""
+"""Reading the latent space: shortest paths, attribute vectors, units, codes, probes."""
 
+from pyro_vae.extras.latents.codes import (
+    code_activity,
+    directional_sensitivity,
+    local_tangents,
+)
 from pyro_vae.extras.latents.latent_space import (
     attribute_effect,
     attribute_vector,
@@ -17,9 +22,12 @@ __all__ = [
     "FeatureSets",
     "attribute_effect",
     "attribute_vector",
+    "code_activity",
     "compression",
+    "directional_sensitivity",
     "feature_quality",
     "kl_from_standard_normal",
+    "local_tangents",
     "magnification",
     "relative_error",
     "shortest_path",

@@ -1,8 +1,10 @@
 """`fit_em`: EM and its relatives, each half step on the same bound."""
 
 from pyro_vae.inference.em.fit_em import EMFit, fit_em
+from pyro_vae.inference.em.sampled import MonteCarloEM
 
 __all__ = [
     "EMFit",
+    "MonteCarloEM",
     "fit_em",
 ]

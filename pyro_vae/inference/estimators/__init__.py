@@ -52,6 +52,7 @@ from pyro_vae.inference.estimators.table import (
     StickingTheLanding,
     StraightThrough,
     WakeDReG,
+    WakeSleep,
     estimator_names,
     make_estimator,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "StraightThrough",
     "Terms",
     "WakeDReG",
+    "WakeSleep",
     "bounds_nothing",
     "can_share",
     "estimator_names",

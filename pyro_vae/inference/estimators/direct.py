@@ -35,7 +35,7 @@ from pyro_vae.inference.programs import (
     weighted_sites,
 )
 
-__all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough"]
+__all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough", "WakeSleep"]
 
 
 class _BesideTheTable(Estimator):
@@ -219,32 +219,83 @@ class SleepPhi(_BesideTheTable):
         self, model: Program, guide: Program, arguments: Arguments
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
         structure = self.structure_of(model, guide, arguments)
-        self.check_replayable(structure)
-        dreams = [
-            self._log_q_of_dream(model, guide, arguments, structure)
-            for _ in range(self.num_particles)
-        ]
-        value = torch.cat([log_q for log_q, _ in dreams]).mean(0)
-        return value, value.sum(), dreams[0][1]
+        value, scale = _sleep(self, model, guide, arguments, structure)
+        return value, value.sum(), scale
 
-    def _log_q_of_dream(
-        self, model: Program, guide: Program, arguments: Arguments, structure: ProgramStructure
-    ) -> tuple[Weights, float]:
-        """Log q at the latents of one dream, and the factor N/B."""
-        args, kwargs = arguments
-        with torch.no_grad():
-            dream = poutine.trace(_Dreamt()(model)).get_trace(*args, **kwargs)
-        x = dream.nodes[structure.observed[0]]["value"]
-        if len(structure.observed) != 1 or len(args) != 1 or kwargs or args[0].shape != x.shape:
-            raise ProgramError(
-                "SleepPhi puts what the model dreams at its one observed site in place of x, so "
-                "the programs must take x "
-                f"alone and observe it at one site, not at {structure.observed}"
-            )
-        dreamt = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(x.to(args[0].dtype))
-        if any(s["infer"].get("is_auxiliary") for s in weighted_sites(dreamt).values()):
-            raise ProgramError(
-                "SleepPhi needs log q at latents of the model's choice, which a guide with "
-                "auxiliary sites cannot give"
-            )
-        return sum_sites(dreamt, structure, 1), scale_of([(dreamt, dream, 1)], self.joint)
+
+@final
+class WakeSleep(Estimator):
+    r"""The wake-sleep algorithm: awake the model learns, asleep the guide.
+
+    Awake, the model climbs :math:`\mathbb E_q \log p(x, z)` at latents that the guide drew, which
+    is its gradient of the ELBO. Asleep, the guide climbs
+    :math:`\mathbb E_{p(x, z)} \log q(z \mid x)` on as many dreams of the model (`SleepPhi`): it
+    descends KL(p || q) over dreamt data, so both together are the gradient of no function. Both
+    moves are made at the same parameters. Latents need not be reparameterised. The value is the
+    ELBO of the wake phase.
+
+    Note: parameters that both programs use are moved by both phases. A dream has as many data as x.
+
+    References:
+        Hinton, Dayan, Frey & Neal (1995), The wake-sleep algorithm for unsupervised neural
+        networks, Science 268, 1158-1161; Dayan, Hinton, Neal & Zemel (1995), The Helmholtz machine.
+    """
+
+    value_name = "ELBO"
+    unbiased = False
+
+    def coefficients(self, log_weights: Weights) -> Coefficients:
+        """The wake phase, a row of the table without a term of the guide."""
+        each = torch.full_like(log_weights, 1 / len(log_weights))
+        return Coefficients(elbo(log_weights), each, None, torch.zeros_like(log_weights), None)
+
+    def _surrogate(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
+        value, wake, scale = super()._surrogate(model, guide, arguments)
+        structure = self.structure_of(model, guide, arguments)
+        asleep, dreamt_scale = _sleep(self, model, guide, arguments, structure)
+        return value, wake + dreamt_scale / scale * asleep.sum(), scale
+
+
+def _sleep(
+    estimator: Estimator,
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+) -> tuple[Float[Tensor, " batch"], float]:
+    """Mean over dreams of log q(z | x), attached to the guide, and the factor N/B."""
+    estimator.check_replayable(structure)
+    dreams = [
+        _log_q_of_dream(estimator, model, guide, arguments, structure)
+        for _ in range(estimator.num_particles)
+    ]
+    return torch.cat([log_q for log_q, _ in dreams]).mean(0), dreams[0][1]
+
+
+def _log_q_of_dream(
+    estimator: Estimator,
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+) -> tuple[Weights, float]:
+    """Log q at the latents of one dream, and the factor N/B."""
+    args, kwargs = arguments
+    name = type(estimator).__name__
+    with torch.no_grad():
+        dream = poutine.trace(_Dreamt()(model)).get_trace(*args, **kwargs)
+    x = dream.nodes[structure.observed[0]]["value"]
+    if len(structure.observed) != 1 or len(args) != 1 or kwargs or args[0].shape != x.shape:
+        raise ProgramError(
+            f"{name} puts what the model dreams at its one observed site in place of x, so the "
+            f"programs must take x alone and observe it at one site, not at {structure.observed}"
+        )
+    dreamt = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(x.to(args[0].dtype))
+    if any(s["infer"].get("is_auxiliary") for s in weighted_sites(dreamt).values()):
+        raise ProgramError(
+            f"{name} needs log q at latents of the model's choice, which a guide with auxiliary "
+            "sites cannot give"
+        )
+    return sum_sites(dreamt, structure, 1), scale_of([(dreamt, dream, 1)], estimator.joint)

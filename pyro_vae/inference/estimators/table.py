@@ -31,10 +31,10 @@ MIWAE               mean of M bounds    v               v                    -v
 CIWAE               b ELBO + (1-b) IWAE b/K + (1 - b) w the same             minus the same
 =================== =================== =============== ==================== ==================
 
-`AnalyticELBO`, `StraightThrough` and `SleepPhi` stand beside the table (`beside_the_table.py`). In
-a guide that mixes both kinds of latents, those that cannot be reparameterised add the score weight
-of `LeaveOneOut` or `VIMCO`, as the value has it. The factor N/B of a mini-batch stands outside the
-reduction, so a subsampled bound stays a bound.
+`AnalyticELBO`, `StraightThrough`, `SleepPhi` and `WakeSleep` stand beside the table (`direct.py`).
+In a guide that mixes both kinds of latents, those that cannot be reparameterised add the score
+weight of `LeaveOneOut` or `VIMCO`, as the value has it. The factor N/B of a mini-batch stands
+outside the reduction, so a subsampled bound stays a bound.
 """
 
 import math
@@ -46,7 +46,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_vae.inference.estimators.base import Coefficients, Estimator, Weights, is_number
-from pyro_vae.inference.estimators.direct import AnalyticELBO, SleepPhi, StraightThrough
+from pyro_vae.inference.estimators.direct import (
+    AnalyticELBO,
+    SleepPhi,
+    StraightThrough,
+    WakeSleep,
+)
 from pyro_vae.inference.log_weights import elbo, importance_bound
 
 __all__ = [
@@ -69,6 +74,7 @@ __all__ = [
     "StickingTheLanding",
     "StraightThrough",
     "WakeDReG",
+    "WakeSleep",
     "estimator_names",
     "make_estimator",
 ]
@@ -406,6 +412,7 @@ _BY_NAME: dict[str, type[Estimator]] = {
         RenyiDReG,
         ReweightedWakeSleep,
         WakeDReG,
+        WakeSleep,
         SleepPhi,
         PIWAE,
         MIWAE,

@@ -1476,7 +1476,7 @@ def test_vimco_needs_no_memory_of_particles_squared():
 
 # --- refusals -------------------------------------------------------------------------------------
 
-ANY_LATENT = ("ScoreFunction", "LeaveOneOut", "VIMCO", "ReweightedWakeSleep")
+ANY_LATENT = ("ScoreFunction", "LeaveOneOut", "VIMCO", "ReweightedWakeSleep", "WakeSleep")
 
 
 @pytest.mark.parametrize(
