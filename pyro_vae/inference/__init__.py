@@ -3,6 +3,7 @@
 ==================  ===============================================================================
 room                what is in it
 ==================  ===============================================================================
+`supports`          the support of a distribution, and the transform onto it
 `programs`          running and inspecting a pair of Pyro programs; every refusal
 `log_weights`       the one idea, and what is read off the weights' tail
 `estimators`        the table of estimators, and objectives beside it

@@ -133,7 +133,7 @@ def annealed_weights(
         the reliability of MCMC inference with bidirectional Monte Carlo.
     """
     if settings.start == "guide":
-        potential.check_guide_density()
+        potential.check_guide_density("start from the prior (start='prior')")
     target = Tempered(potential, settings.start)
     path = _learn_path(potential, target, settings)
     forward, acceptance = _anneal(path, potential.draw(settings.num_chains, settings.start))

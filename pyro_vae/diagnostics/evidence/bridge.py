@@ -56,7 +56,7 @@ def bridge_columns(
     found = run_chains(potential, Chains(**chains), seed=seed, progress=False)
     half = settings.num_samples // 2
     if settings.proposal == "guide":
-        potential.check_guide_density()
+        potential.check_guide_density("fit a normal to the draws (proposal='normal')")
         posterior = _guide_ratio(potential, found.unconstrained)
         drawn = potential.draw(posterior.shape[0] * posterior.shape[1], "guide")
         proposed = _guide_ratio(potential, drawn[None])[0]

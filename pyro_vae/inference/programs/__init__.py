@@ -71,7 +71,6 @@ from pyro_vae.inference.programs.unconstrained import (
     Potential,
     inspected_guide,
     latent_potential,
-    support_of,
 )
 
 __all__ = [
@@ -139,7 +138,6 @@ __all__ = [
     "sum_dims",
     "sum_sites",
     "sum_traces",
-    "support_of",
     "take",
     "tensors_of",
     "tool",

@@ -52,6 +52,7 @@ from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
     measured,
+    naming_the_site,
     rerun_traces,
     run_programs,
     site_log_prob,
@@ -244,11 +245,12 @@ Shapes = dict[tuple[str, str], torch.Size]
 
 def _shapes_of(traces: tuple[Trace, Trace]) -> Shapes:
     """Of the log-probabilities of each site of the guide and of the model."""
-    return {
-        (role, name): _log_prob_of(name, site).shape
-        for role, trace in zip(("guide", "model"), traces, strict=True)
-        for name, site in weighted_sites(trace).items()
-    }
+    with naming_the_site():
+        return {
+            (role, name): _log_prob_of(name, site).shape
+            for role, trace in zip(("guide", "model"), traces, strict=True)
+            for name, site in weighted_sites(trace).items()
+        }
 
 
 def _read(

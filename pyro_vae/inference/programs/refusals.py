@@ -27,6 +27,7 @@ from pyro_vae.inference.programs.scope import (
     shown_value,
 )
 from pyro_vae.inference.programs.traces import (
+    naming_the_site,
     site_log_prob,
     subsamples,
     trace_programs,
@@ -90,7 +91,8 @@ def trace_same_latents(
         summed: The kinds of enumeration whose latents the guide may leave out.
     """
     try:
-        guide_trace, model_trace = trace_programs(model, guide, arguments)
+        with naming_the_site():
+            guide_trace, model_trace = trace_programs(model, guide, arguments)
     except RuntimeError:  # how Pyro answers a latent that the guide observes
         args, kwargs = arguments
         alone = poutine.trace(guide).get_trace(*args, **kwargs)

@@ -5,6 +5,7 @@ the checks one by one say which.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pyro_vae.inference.programs.scope import keep_random_state
 from pyro_vae.inference.programs.traces import (
     fixed_draws,
     in_particle_plate,
+    map_draw,
     site_log_prob,
     subsamples,
     sum_dims,
@@ -156,10 +158,23 @@ def _run_together(
         nesting = structure.max_plate_nesting + len(site["fn"].event_shape)
         values = [trace.nodes[name]["value"] for trace in given]
         padding = (1,) * (nesting - values[0].dim())
-        stacked = torch.stack([value.reshape(padding + value.shape) for value in values])
+        shape = (len(values), *padding, *values[0].shape)
+        stacked = map_draw(partial(_stacked, shape=shape), *values)
         together.nodes[name] = {**site, "value": stacked}
     particles = in_particle_plate(model, len(given), -1 - structure.max_plate_nesting)
     return _run_model(particles, arguments, together)
+
+
+def _stacked(*values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(values).reshape(shape)
+
+
+def _chosen(rows: Tensor, value: Tensor, rest: Tensor) -> Tensor:
+    return torch.where(rows, value, rest.detach())
+
+
+def _selected(value: Tensor, *, dim: int, index: int, shape: torch.Size) -> Tensor:
+    return value.select(dim, index).reshape(shape)
 
 
 def _rerun(
@@ -260,10 +275,9 @@ def _latents_of_both(given: Trace, other: Trace, structure: ProgramStructure, ow
         site = given.nodes[name]
         after = -structure.batch_dim - 1 + len(site["fn"].event_shape)  # type: ignore[operator]
         rows = own.to(site["value"].device).reshape(-1, *[1] * after)
-        given.nodes[name] = {
-            **site,
-            "value": torch.where(rows, site["value"], drawn[name]["value"].detach()),
-        }
+        value, rest = site["value"], drawn[name]["value"]
+        mixed = map_draw(partial(_chosen, rows), value, rest)
+        given.nodes[name] = {**site, "value": mixed}
     return given
 
 
@@ -377,7 +391,8 @@ def _particle(
         dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
         if dim < 0 or value.shape[dim] != 2 or value.select(dim, index).numel() != shape.numel():
             return None
-        given.nodes[name] = {**site, "value": value.select(dim, index).reshape(shape)}
+        one = map_draw(partial(_selected, dim=dim, index=index, shape=shape), value)
+        given.nodes[name] = {**site, "value": one}
     return given
 
 
@@ -436,5 +451,8 @@ def _rows_of(given: Trace, structure: ProgramStructure, rows: Tensor) -> Trace:
         value = site["value"]
         dim = value.dim() - len(site["fn"].event_shape) + structure.batch_dim
         if not site["is_observed"] and dim >= 0 and value.shape[dim] == structure.batch_size:
-            given.nodes[name] = {**site, "value": value.index_select(dim, rows.to(value.device))}
+            taken = map_draw(
+                partial(torch.index_select, dim=dim, index=rows.to(value.device)), value
+            )
+            given.nodes[name] = {**site, "value": taken}
     return given

@@ -4,6 +4,8 @@ r"""How the tools run a user's Pyro programs, and leave the caller's world as it
 keeps the caller's parameters, random state and settings; `FittedProgram` carries fitted ones.
 """
 
+import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +20,15 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.inference.programs.arguments import Arguments, Program, ProgramStructure, Site
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    Site,
+)
 from pyro_vae.inference.programs.scope import keep_random_state, shown_value
+from pyro_vae.inference.supports import family_of, support_of
 
 __all__ = [
     "bytes_of_run",
@@ -27,7 +36,9 @@ __all__ = [
     "enumerating",
     "fixed_draws",
     "in_particle_plate",
+    "map_draw",
     "measured",
+    "naming_the_site",
     "rerun_traces",
     "run_programs",
     "site_log_prob",
@@ -177,9 +188,22 @@ def fixed_draws(guide_trace: Trace, model_trace: Trace) -> Trace:
             given.add_node(name, **{k: v for k, v in site.items() if k != "name"})
     for name, site in weighted_sites(given).items():
         # A clone, so that a transform computes its inverse instead of remembering it.
-        given.nodes[name] = {**site, "value": site["value"].detach().clone()}
+        given.nodes[name] = {**site, "value": map_draw(_detached, site["value"])}
         given.nodes[name].pop("masked_log_prob", None)
     return given
+
+
+def map_draw(change: Callable[..., Tensor], *draws: Tensor) -> Tensor:
+    """Makes a draw of draws, and with it what straight-through draws were rounded from."""
+    changed = change(*draws)
+    soft = [getattr(draw, "_unquantize", None) for draw in draws]
+    if all(one is not None for one in soft):
+        changed._unquantize = change(*soft)  # type: ignore[attr-defined]
+    return changed
+
+
+def _detached(value: Tensor) -> Tensor:
+    return value.detach().clone()
 
 
 @contextmanager
@@ -237,9 +261,54 @@ def weighted_sites(trace: Trace) -> dict[str, dict[str, Any]]:
 def site_log_prob(site: Site) -> Tensor:
     """A site's log-probability in nats, with its mask and without its scale; computed once."""
     if "masked_log_prob" not in site:
-        log_prob = site["fn"].log_prob(shown_value(site), *site["args"], **site["kwargs"])
+        value = shown_value(site)
+        try:
+            log_prob = site["fn"].log_prob(value, *site["args"], **site["kwargs"])
+        except ValueError as error:
+            _check_drawn_within_support(site, error)
+            raise
         site["masked_log_prob"] = scale_and_mask(log_prob, 1.0, site["mask"])
     return site["masked_log_prob"]
+
+
+def _check_drawn_within_support(site: Site, error: ValueError) -> None:
+    """Says of a value that torch refuses that the guide must not draw it."""
+    fn = site["fn"]
+    try:
+        outside = not site["is_observed"] and not bool(support_of(fn).check(site["value"]).all())
+    except (AttributeError, NotImplementedError):
+        return
+    if outside:
+        raise ProgramError(
+            f"the value of the latent site '{site['name']}' lies outside the support of its "
+            f"{family_of(fn)} ({support_of(fn)}); give the guide a distribution on that support"
+        ) from error
+
+
+@contextmanager
+def naming_the_site() -> Iterator[None]:
+    """Names the site when it is its distribution that cannot do what a program asks of it."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, ProgramError):
+            raise
+        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+            here = frame.f_locals
+            if frame.f_code is pyro.sample.__code__ and not isinstance(error, ValueError):
+                name, fn, lacks = here["name"], here["fn"], "cannot be drawn in its plates"
+            elif frame.f_code is inspect.unwrap(site_log_prob).__code__:
+                name, fn = here["site"]["name"], here["site"]["fn"]
+                lacks = "has no density that can be computed"
+            else:
+                continue
+            said = str(error).splitlines() or [""]
+            raise ProgramError(
+                f"the site '{name}' ({family_of(fn)}) {lacks} "
+                f"({': '.join(filter(None, [type(error).__name__, said[0]]))}); use another "
+                "distribution there"
+            ) from error
+        raise
 
 
 def site_values(trace: Trace, name: str, structure: ProgramStructure) -> Tensor:

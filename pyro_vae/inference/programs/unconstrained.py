@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
 from pyro import poutine
-from pyro.distributions import ImproperUniform, TransformedDistribution, Uniform
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
 from pyro_vae.inference.programs.arguments import (
     Program,
@@ -40,6 +39,7 @@ from pyro_vae.inference.programs.traces import (
     sum_sites,
     weighted_sites,
 )
+from pyro_vae.inference.supports import family_of, support_of, transform_of
 
 __all__ = [
     "LogDensities",
@@ -47,8 +47,12 @@ __all__ = [
     "inspected_guide",
     "latent_potential",
     "prior_guide",
-    "support_of",
 ]
+
+_STRAIGHT_THROUGH = (
+    dist.RelaxedBernoulliStraightThrough,
+    dist.RelaxedOneHotCategoricalStraightThrough,
+)
 
 
 class LogDensities(NamedTuple):
@@ -143,12 +147,19 @@ class Potential:
         """Log p(x, z) with the Jacobian of the transforms, in nats."""
         return self.log_densities(u).joint
 
-    def check_guide_density(self) -> None:
-        """Refuses a guide whose density cannot be evaluated at latents that it did not draw."""
+    def check_guide_density(self, instead: str | None = None) -> None:
+        """Refuses a guide whose density cannot be evaluated at latents that it did not draw.
+
+        Args:
+            instead: What the caller's caller can do without that density, if there is a way.
+        """
+        ways = [] if instead is None else [instead]
         if not self.has_guide:
-            raise ProgramError("this needs the density of a guide; pass one")
+            reason = "this needs the density of a guide"
+            raise ProgramError(f"{reason}; {', or '.join(['pass one', *ways])}")
         if self._cannot_evaluate_guide:
-            raise ProgramError(self._cannot_evaluate_guide)
+            reason, remedy = self._cannot_evaluate_guide
+            raise ProgramError(f"{reason}; {', or '.join([*ways, remedy])}")
 
     def constrain(self, u: Float[Tensor, "chains batch dim"]) -> dict[str, Tensor]:
         """The latents by site, `[chains, batch, inner plates, event]`; without batch if joint."""
@@ -273,7 +284,7 @@ class Potential:
         columns = []
         for layout in self._layouts:
             site = trace.nodes[layout.name]
-            free = _finite(biject_to(support_of(site["fn"])).inv(site["value"]))
+            free = _finite(transform_of(site["fn"]).inv(site["value"]))
             shape = (*layout.plates, *layout.free_event)
             if chains > 1:
                 padding = (1,) * (self.structure.max_plate_nesting - len(layout.plates))
@@ -348,13 +359,13 @@ class _DrawImproper(Messenger):
     """Draws sites that have no distribution to draw from."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and isinstance(_innermost(msg["fn"]), ImproperUniform):
+        if msg["value"] is None and isinstance(_layers(msg["fn"])[-1], dist.ImproperUniform):
             fn = msg["fn"]
-            transform = biject_to(fn.support)
+            transform = transform_of(fn)
             free = transform.inverse_shape(fn.shape())
-            near_zero = Uniform(-2.0, 2.0).expand(free)
+            near_zero = dist.Uniform(-2.0, 2.0).expand(free)
             near_zero = near_zero.to_event(len(free) - len(fn.batch_shape))
-            msg["fn"] = TransformedDistribution(near_zero, [transform])
+            msg["fn"] = dist.TransformedDistribution(near_zero, [transform])
 
 
 class _FirstOfSupport(Messenger):
@@ -379,7 +390,7 @@ class _AtUnconstrained(Messenger):
         if msg["name"] not in self.values:
             return
         free = self.values[msg["name"]]
-        transform = biject_to(support_of(msg["fn"]))
+        transform = transform_of(msg["fn"])
         value = transform(free)
         log_jacobian = transform.log_abs_det_jacobian(free, value)
         extra = log_jacobian.dim() - value.dim() + len(msg["fn"].event_shape)
@@ -387,24 +398,12 @@ class _AtUnconstrained(Messenger):
         msg["value"], msg["done"] = value, True
 
 
-def support_of(fn: Any) -> Any:
-    """A distribution's support; of a mixture it is that of its components."""
-
-    def unwrapped(support: Any) -> Any:
-        if isinstance(support, constraints.independent):
-            base = unwrapped(support.base_constraint)
-            return constraints.independent(base, support.reinterpreted_batch_ndims)
-        if isinstance(support, constraints.MixtureSameFamilyConstraint):
-            return unwrapped(support.base_constraint)
-        return support
-
-    return unwrapped(fn.support)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+def _layers(fn: Any) -> list[Any]:
+    """A distribution, and what it wraps, down to the innermost."""
+    layers = [fn]
+    while hasattr(layers[-1], "base_dist"):
+        layers.append(layers[-1].base_dist)
+    return layers
 
 
 def _is_latent(_name: str, site: Site) -> bool:
@@ -434,35 +433,43 @@ def _transform_of(name: str, fn: Any) -> Any:
             f"the model's latent site '{name}' is a Delta, which has no density to follow; write "
             "pyro.deterministic, or condition the model on it"
         )
-    try:
-        support = support_of(fn)
-        if support.is_discrete:
-            raise ProgramError(
-                f"the model's latent site '{name}' is discrete ({type(fn).__name__}), so its log "
-                "joint has no gradient; mark it infer={'enumerate': 'parallel'} and leave it out "
-                "of the guide, or use method='importance'"
-            )
-        return biject_to(support)
-    except NotImplementedError as error:
+    if any(isinstance(layer, _STRAIGHT_THROUGH) for layer in _layers(fn)):
         raise ProgramError(
-            f"the model's latent site '{name}' ({type(fn).__name__}) has no transform onto its "
-            "support; register one with torch.distributions.biject_to.register"
+            f"the model's latent site '{name}' ({family_of(fn)}) hands on a rounded draw, so its "
+            "log joint has no gradient; use the relaxed distribution without rounding, or "
+            "importance weights, which need none"
+        )
+    try:
+        if support_of(fn).is_discrete:
+            raise ProgramError(
+                f"the model's latent site '{name}' is discrete ({family_of(fn)}), so its log "
+                "joint has no gradient; mark it infer={'enumerate': 'parallel'} and leave it out "
+                "of the guide, or use importance weights (log_evidence's method='importance', "
+                "draw_posterior), which need none"
+            )
+        return transform_of(fn)
+    except (AttributeError, NotImplementedError) as error:
+        raise ProgramError(
+            f"the model's latent site '{name}' ({family_of(fn)}) has no transform onto its "
+            "support; register one with torch.distributions.biject_to.register, or use importance "
+            "weights, which need none"
         ) from error
 
 
-def _why_no_density(guide_trace: Trace, structure: ProgramStructure) -> str | None:
-    """Why the guide's density cannot be had at latents that another program drew."""
+def _why_no_density(guide_trace: Trace, structure: ProgramStructure) -> tuple[str, str] | None:
+    """Why the guide's density cannot be had at latents that another program drew, and a remedy."""
     for name, site in weighted_sites(guide_trace).items():
         if site["infer"].get("is_auxiliary") or is_delta(site["fn"]):
             return (
                 f"the guide draws its latents through the auxiliary site '{name}', so its density "
-                "at given latents is unknown; start from the prior (start='prior'), or write the "
-                "guide's distributions at the model's own sites"
+                "at given latents is unknown",
+                "write the guide's distributions at the model's own sites",
             )
     if not structure.replayable:
         return (
             "the guide's density cannot be evaluated at latents that it did not draw (a flow "
-            "without an inverse); start from the prior (start='prior'), or use an invertible flow"
+            "without an inverse)",
+            "use an invertible flow",
         )
     return None
 
