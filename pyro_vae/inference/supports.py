@@ -57,7 +57,8 @@ def support_of(fn: Any) -> Any:
         return _of_all(support_of(fn.component_distribution))
     if type(fn) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
         return _moved(fn)
-    return _simplest(fn.support)
+    # Asked of no other: a look at the bounds' values would keep samplers from capturing a graph.
+    return _simplest(fn.support) if isinstance(fn, dist.GeneralizedPareto) else fn.support
 
 
 def _of_all(support: Any) -> Any:
@@ -77,17 +78,17 @@ def _moved(fn: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     for part in parts:
-        bounds = _bounds(support)
+        bounds = None if support is constraints.real else _bounds(support)
         try:
             rises = part.sign > 0
         except NotImplementedError:
             bounds = None
-        if bounds is None or part.codomain.event_dim or all(b.isinf().all() for b in bounds):
+        if bounds is None or part.codomain.event_dim:
             support = part.codomain
         else:
-            ends = [part(bound) for bound in bounds]
-            rises = torch.as_tensor(rises)
-            support = _between(torch.where(rises, *ends), torch.where(rises, *ends[::-1]))
+            low, high = part(bounds[0]), part(bounds[1])
+            up = torch.as_tensor(rises)
+            support = _between(torch.where(up, low, high), torch.where(up, high, low))
     return _independent(support, len(fn.event_shape) - support.event_dim)
 
 

@@ -6,7 +6,8 @@ r"""Annealed importance sampling between a start (prior or guide) and the poster
 along :math:`f_\beta = f_0^{1-\beta} \, p(x, z)^\beta`, with Hamiltonian transitions. Forward, from
 draws of the start, the mean of w is p(x): its logarithm is a lower bound in expectation. In
 reverse, from an exact posterior draw (known where the data are simulated), the mean of 1/w is
-1/p(x): an upper bound. Their distance bounds the error of both (bidirectional Monte Carlo).
+1/p(x): an upper bound. Their distance bounds the error of both (bidirectional Monte Carlo:
+Grosse, Ghahramani & Adams 2015, arXiv:1511.02543).
 
 Step sizes are learnt along the path by pilot chains and held fixed afterwards, for transitions
 that adapt themselves would bias the weights and could not be reversed.
@@ -129,8 +130,9 @@ def annealed_weights(
         ProgramError: If the start is the guide and its density cannot be evaluated.
 
     References:
-        Neal (2001), Annealed importance sampling; Grosse, Ancha & Roy (2016), Measuring
-        the reliability of MCMC inference with bidirectional Monte Carlo.
+        Neal (2001), Annealed importance sampling; Grosse, Ghahramani & Adams (2015), Sandwiching
+        the marginal likelihood using bidirectional Monte Carlo, arXiv:1511.02543; Grosse, Ancha &
+        Roy (2016), Measuring the reliability of MCMC inference with bidirectional Monte Carlo.
     """
     if settings.start == "guide":
         potential.check_guide_density("start from the prior (start='prior')")

@@ -124,7 +124,9 @@ def log_evidence(
     References:
         Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders; Wu, Burda,
         Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based generative
-        models; Meng & Wong (1996), Simulating ratios of normalizing constants.
+        models; Grosse, Ghahramani & Adams (2015), Sandwiching the marginal likelihood using
+        bidirectional Monte Carlo, arXiv:1511.02543; Meng & Wong (1996), Simulating ratios of
+        normalizing constants.
 
     Example:
         >>> import torch

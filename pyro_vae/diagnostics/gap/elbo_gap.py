@@ -134,9 +134,9 @@ def elbo_gap(
         raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
     if not max_memory > 0:
         raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
-    known = _evidence(model, guide, x, evidence, seed, progress)
     with program_scope(seed):
         pair = inspect_refittable(model, guide, x)
+        known = _evidence(model, guide, x, evidence, seed, progress)
         if known is not None:
             _check_evidence(known, x, pair.structure)
         fitted = list(

@@ -18,6 +18,7 @@ from pyro_vae.inference.log_weights import (
 )
 from pyro_vae.inference.programs import (
     Arguments,
+    JointOnlyError,
     Program,
     ProgramError,
     ProgramStructure,
@@ -92,7 +93,10 @@ def elbo_surgery(
         raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
     arguments = as_arguments(x)
     with torch.no_grad(), program_scope(seed):
-        structure = inspect_programs(model, guide, arguments, num_particles=num_particles)
+        try:
+            structure = inspect_programs(model, guide, arguments, num_particles=num_particles)
+        except JointOnlyError as error:
+            raise ProgramError(f"{error.reason}; each datum needs latents of its own") from error
         _check_surgery(guide, arguments, structure)
         traces = draw_traces(model, guide, arguments, structure, num_particles)
         own = sum_traces([(g, k) for g, _, k in traces], structure)

@@ -1,0 +1,140 @@
+"""What a message tells the user to pass, type or call exists."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal
+
+import pyro_vae
+from pyro_vae import elbo_gap, log_evidence
+from pyro_vae.diagnostics.evidence.log_evidence import METHODS
+from pyro_vae.diagnostics.gap import elbo_surgery
+from pyro_vae.inference.programs import ProgramError
+
+ROOT = Path(pyro_vae.__file__).parent
+# Arguments of Python, torch and Pyro that messages name, and words before an equals sign that
+# stand for no argument.
+ELSEWHERE = {"infer", "lr", "obs", "requires_grad", "track_running_stats", "z"}
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def text_of(node: ast.AST) -> str:
+    """The fixed words of a message, however it is put together."""
+    words = [
+        part.value
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    return " ".join(words)
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """Texts of everything raised or warned of in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            yield text_of(node.exc)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("warnings.warn"):
+            yield text_of(node)
+
+
+def parameters(of: Path | None = None) -> set[str]:
+    """Names of all parameters of functions, and of all fields, in the package or in one file."""
+    names = set()
+    for path, tree in sources():
+        if of not in (None, path):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.arg):
+                names.add(node.arg)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+    return names
+
+
+def unreal(text: str, known: set[str], flags: set[str], targets: set[str]) -> list[str]:
+    """What a message names that is no argument, method, flag or target."""
+    found = [f"{n}=" for n in re.findall(r"\b([a-z_]+)=(?!=)", text) if n not in known]
+    found += [
+        f"method={m}" for m in re.findall(r"\bmethod='(\w+)'", text) if m not in KNOWN_METHODS
+    ]
+    found += [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text) if flag not in flags]
+    found += [f"make {t}" for t in re.findall(r"`make (\w+)`", text) if t not in targets]
+    return found
+
+
+KNOWN_METHODS = {*METHODS, "exact", "generalized", "em"}
+
+
+def test_what_a_message_names_exists() -> None:
+    known = parameters() | ELSEWHERE
+    of_cli = parameters(ROOT / "app" / "cli.py")  # typer makes an option of each
+    flags = {f"--{name.replace('_', '-')}" for name in of_cli}
+    makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z_-]+):", makefile, re.MULTILINE))
+    found = [
+        f"{path.relative_to(ROOT)}: {name} in {text!r}"
+        for path, tree in sources()
+        for text in messages(tree)
+        for name in unreal(text, known, flags, targets)
+    ]
+    assert found == []
+    told = "pass nonesuch=3, method='magic' or --magic, or `make magic`"
+    assert len(unreal(told, known, flags, targets)) == 4
+
+
+# --- remedies that are followed -------------------------------------------------------------------
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.tensor([-1.0, 0.3, 1.2])
+
+
+def test_a_guide_without_a_density_is_told_of_an_argument_of_the_method(x: torch.Tensor) -> None:
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoMultivariateNormal(model)
+    guide(x)
+    fast = {"num_warmup": 2, "num_samples": 16, "num_leapfrog": 1, "num_chains": 2}
+    slow = {"num_temperatures": 1, "num_chains": 2}
+    options = {"joint": True, "progress": False}
+    with pytest.raises(ProgramError, match=r"\(proposal='normal'\)") as told:
+        log_evidence(model, guide, x, method="bridge", **fast, **options)
+    assert "start=" not in str(told.value)
+    log_evidence(model, guide, x, method="bridge", proposal="normal", **fast, **options)
+    with pytest.raises(ProgramError, match=r"\(start='prior'\)") as told:
+        log_evidence(model, guide, x, method="annealed", start="guide", **slow, **options)
+    assert "proposal=" not in str(told.value)
+    log_evidence(model, guide, x, method="annealed", start="prior", **slow, **options)
+
+
+def test_tools_without_an_argument_joint_name_none(x: torch.Tensor) -> None:
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.sum() / 4, 0.5))
+
+    for refused in (
+        lambda: elbo_gap(model, guide, x, progress=False),
+        lambda: elbo_gap(model, guide, x, evidence="annealed", progress=False),
+        lambda: elbo_surgery(model, guide, x),
+    ):
+        with pytest.raises(ProgramError, match="outside the batch plate") as told:
+            refused()
+        assert "joint" not in str(told.value)
