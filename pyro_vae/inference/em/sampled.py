@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vae.inference.estimators import Coefficients, Estimator
 from pyro_vae.inference.mcmc import Tempered, hmc_step
-from pyro_vae.inference.programs import Arguments, Potential, Program
+from pyro_vae.inference.programs import Arguments, Pair, Potential, Program
 
 __all__ = ["MonteCarloEM"]
 
@@ -85,7 +85,9 @@ class MonteCarloEM(Estimator):
         self, model: Program, guide: Program, arguments: Arguments
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
         structure = self.structure_of(model, guide, arguments)
-        potential = Potential(model, guide, arguments, structure, has_guide=False)
+        args, kwargs = arguments
+        pair = Pair(model, guide, kwargs if kwargs and not args else args, structure)
+        potential = Potential(pair, has_guide=False)
         u = self._e_step(potential)
         value = potential.log_joint(u).mean(0)
         return value, value.sum(), structure.scale

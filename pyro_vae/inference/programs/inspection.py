@@ -83,7 +83,7 @@ class Pair:
     guide: Program
     x: Any
     structure: ProgramStructure
-    bytes_of_particle: float
+    bytes_of_particle: float = 0.0
     traces: tuple[Trace, Trace] | None = None
     axes: Axes = ()
 
