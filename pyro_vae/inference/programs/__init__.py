@@ -22,10 +22,11 @@ from pyro_vae.inference.programs.arguments import (
 from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
 from pyro_vae.inference.programs.inspection import Pair, inspect_programs
 from pyro_vae.inference.programs.refusals import (
+    FirstRun,
     check_module_names,
     check_parameters,
     common_scale,
-    count_data,
+    first_run,
     is_delta,
     leaves,
 )
@@ -47,7 +48,13 @@ from pyro_vae.inference.programs.scope import (
     warn_of_unfitted,
 )
 from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
-from pyro_vae.inference.programs.sites import LabelledSites, as_run, is_factor, label_sites
+from pyro_vae.inference.programs.sites import (
+    LabelledSites,
+    as_run,
+    count_data,
+    is_factor,
+    label_sites,
+)
 from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
 from pyro_vae.inference.programs.traces import (
     bytes_of_run,
@@ -78,6 +85,7 @@ __all__ = [
     "Axes",
     "EnumeratedProgram",
     "FilledGaps",
+    "FirstRun",
     "FittedProgram",
     "JointOnlyError",
     "LabelledSites",
@@ -109,6 +117,7 @@ __all__ = [
     "draw_traces",
     "enumerating",
     "evaluation_mode",
+    "first_run",
     "fixed_draws",
     "ieee_precision",
     "in_particle_plate",

@@ -16,10 +16,10 @@ from pyro_vae.inference.programs.arguments import Program, ProgramError, as_argu
 from pyro_vae.inference.programs.refusals import (
     check_module_names,
     check_parameters,
-    count_data,
     is_enumerable,
 )
 from pyro_vae.inference.programs.scope import keep_random_state
+from pyro_vae.inference.programs.sites import count_data
 from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
 
 __all__ = ["EnumeratedProgram", "climb", "measure_of", "no_guide"]

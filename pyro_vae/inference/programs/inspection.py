@@ -28,16 +28,17 @@ from pyro_vae.inference.programs.arguments import (
     take,
 )
 from pyro_vae.inference.programs.refusals import (
+    FirstRun,
     check_enumerable,
     check_enumerated,
     check_module_names,
     check_observed,
     check_point_mass,
+    check_same_latents,
     check_unchanged,
     common_scale,
-    find_batch,
+    first_run,
     max_plate_nesting,
-    trace_same_latents,
     versions,
 )
 from pyro_vae.inference.programs.reruns import (
@@ -48,10 +49,10 @@ from pyro_vae.inference.programs.reruns import (
     takes_part,
 )
 from pyro_vae.inference.programs.scope import ieee_precision, keep_random_state, warn_of_unfitted
+from pyro_vae.inference.programs.sites import find_batch
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
-    measured,
     naming_the_site,
     rerun_traces,
     run_programs,
@@ -89,10 +90,26 @@ class Pair:
 
     @classmethod
     def inspect(
-        cls, model: Program, guide: Program, x: Any, *, joint: bool = False, num_particles: int = 2
+        cls,
+        model: Program,
+        guide: Program,
+        x: Any,
+        *,
+        joint: bool = False,
+        num_particles: int = 2,
+        run: FirstRun | None = None,
     ) -> "Pair":
-        """Looks a pair over; see `inspect_programs`, whose refusals these are."""
-        return _look(model, guide, x, joint, num_particles)
+        """Looks a pair over; see `inspect_programs`, whose refusals these are.
+
+        Args:
+            model: The generative program.
+            guide: The program of the approximate posterior.
+            x: The data.
+            joint: One weight per particle on all data.
+            num_particles: With 1, programs that cannot run particles together are not found out.
+            run: A run of theirs on these data, where there was one.
+        """
+        return _look(model, guide, x, joint, num_particles, run=run)
 
     @property
     def arguments(self) -> Arguments:
@@ -214,6 +231,7 @@ def _look(
     joint: bool,
     num_particles: int,
     arguments: Arguments | None = None,
+    run: FirstRun | None = None,
 ) -> Pair:
     arguments = as_arguments(x) if arguments is None else arguments
     check_module_names(model, guide)
@@ -222,8 +240,9 @@ def _look(
         # A stream of its own: parameters that are first drawn here owe nothing to later draws.
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
         before = versions(arguments)
-        with measured() as size:
-            traces = trace_same_latents(model, guide, arguments, {"parallel"})
+        run = run or first_run(model, guide, arguments)
+        traces = run.traces
+        check_same_latents(traces, {"parallel"})
         check_unchanged(arguments, before)
         measure = check_observed(weighted_sites(traces[1]))
         shapes = _shapes_of(traces)  # before the guide runs again, for a flow may know one draw
@@ -237,7 +256,7 @@ def _look(
             seen = trace_programs(running, guide, arguments)
             check_enumerated(weighted_sites(seen[1]), structure)
         structure = _run_again(running, guide, arguments, structure, seen, num_particles > 1)
-    return Pair(model, guide, x, structure, size(traces), traces)
+    return Pair(model, guide, x, structure, run.size, traces)
 
 
 Shapes = dict[tuple[str, str], torch.Size]

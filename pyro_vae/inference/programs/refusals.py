@@ -1,6 +1,6 @@
 """What is refused of a pair's sites: each check names the site and says what to do."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyro_vae.inference.programs.arguments import (
     Arguments,
-    JointOnlyError,
     NoParametersError,
     PointMassError,
     Program,
@@ -27,7 +26,7 @@ from pyro_vae.inference.programs.scope import (
     shown_value,
 )
 from pyro_vae.inference.programs.traces import (
-    naming_the_site,
+    measured,
     site_log_prob,
     subsamples,
     trace_programs,
@@ -35,6 +34,7 @@ from pyro_vae.inference.programs.traces import (
 )
 
 __all__ = [
+    "FirstRun",
     "check_enumerable",
     "check_enumerated",
     "check_guide_draws",
@@ -43,15 +43,14 @@ __all__ = [
     "check_observed",
     "check_parameters",
     "check_point_mass",
+    "check_same_latents",
     "check_unchanged",
     "common_scale",
-    "count_data",
-    "find_batch",
+    "first_run",
     "is_delta",
     "is_enumerable",
     "leaves",
     "max_plate_nesting",
-    "trace_same_latents",
     "versions",
 ]
 
@@ -79,20 +78,37 @@ def check_unchanged(arguments: Arguments, before: dict[str | int, int]) -> None:
             )
 
 
-def trace_same_latents(
-    model: Program, guide: Program, arguments: Arguments, summed: set[str]
-) -> tuple[Trace, Trace]:
-    """Traces guide and model; refuses a pair that does not sample the same latents.
+class FirstRun(NamedTuple):
+    """One run of a pair.
 
-    Args:
-        model: The generative program.
-        guide: The program of the approximate posterior.
-        arguments: Of both.
-        summed: The kinds of enumeration whose latents the guide may leave out.
+    Attributes:
+        traces: Of guide and model.
+        parameters: Their parameters, unconstrained.
+        size: A measure of the run's memory, in bytes.
     """
+
+    traces: tuple[Trace, Trace]
+    parameters: dict[str, Tensor]
+    size: int
+
+
+def first_run(model: Program, guide: Program, arguments: Arguments) -> FirstRun:
+    """Runs guide and model; a failure of theirs is said as a fault of the pair where it is one."""
+    with measured() as size, poutine.trace(param_only=True) as seen:
+        traces = _trace(model, guide, arguments)
+    # Now: a value forgets what it was made from when the store is put back.
+    parameters = {n: _unconstrained(site["value"]) for n, site in seen.trace.nodes.items()}
+    return FirstRun(traces, parameters, size(traces))
+
+
+def _unconstrained(value: Tensor) -> Tensor:
+    """The tensor behind a parameter; one under a handler that substitutes it has none."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value  # type: ignore[attr-defined]
+
+
+def _trace(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
     try:
-        with naming_the_site():
-            guide_trace, model_trace = trace_programs(model, guide, arguments)
+        return trace_programs(model, guide, arguments)
     except RuntimeError:  # how Pyro answers a latent that the guide observes
         args, kwargs = arguments
         alone = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -105,10 +121,18 @@ def trace_same_latents(
                 "dim is one of a datum, add .to_event(1) to the site's distribution"
             ) from error
         raise
-    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+
+
+def check_same_latents(traces: tuple[Trace, Trace], summed: set[str]) -> None:
+    """Refuses a pair that does not sample the same latents.
+
+    Args:
+        traces: Of guide and model.
+        summed: The kinds of enumeration whose latents the guide may leave out.
+    """
+    guide_sites, model_sites = map(weighted_sites, traces)
     check_guide_draws(guide_sites, model_sites)
     check_latents(guide_sites, model_sites, summed)
-    return guide_trace, model_trace
 
 
 def check_guide_draws(guide_sites: dict[str, dict], model_sites: dict[str, dict]) -> None:
@@ -326,121 +350,6 @@ def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
     )
 
 
-def find_batch(
-    guide_trace: Trace, model_trace: Trace, shapes: dict[tuple[str, str], torch.Size]
-) -> tuple[int, int]:
-    """The outermost plate around every site, and its size as the log-probabilities have it."""
-    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
-    plate = _common_plate(model_sites, "model")
-    guide_plate = _common_plate(guide_sites, "guide", plate.dim) if guide_sites else plate
-    sized = -1 not in (guide_plate.size, plate.size)
-    if sized and (guide_plate.dim, guide_plate.size) != (plate.dim, plate.size):
-        raise ProgramError(
-            f"the model's batch plate '{plate.name}' (dim {plate.dim}, size {plate.size}) and the "
-            f"guide's '{guide_plate.name}' (dim {guide_plate.dim}, size {guide_plate.size}) "
-            "differ; use the same plate in both"
-        )
-    _check_declared(guide_sites, model_sites, shapes)
-    sizes = {
-        key: shape[plate.dim] if len(shape) >= -plate.dim else 1 for key, shape in shapes.items()
-    }
-    batch_size = max(sizes.values())
-    for (role, name), size in sizes.items():
-        if size != batch_size:
-            raise JointOnlyError(
-                f"the {role}'s site '{name}' has one value for the whole batch of {batch_size}, "
-                f"not one per datum; give the plate '{plate.name}' its size"
-            )
-    _check_subsamples(guide_trace, model_trace, plate, guide_plate)
-    return plate.dim, batch_size
-
-
-def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
-    """The outermost vectorised plate (at `dim`, if given) that every site is in."""
-    stacks = {
-        name: [f for f in site["cond_indep_stack"] if f.vectorized and dim in (None, f.dim)]
-        for name, site in sites.items()
-    }
-    deepest = max(stacks.values(), key=len, default=[])
-    for frame in deepest:
-        if not _outside(frame, stacks):
-            return frame
-    if not deepest:
-        frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
-        if dim is not None and any(frame.vectorized for frame in frames):
-            raise ProgramError(
-                f"the model's batch plate is at dim {dim}, where the {role} has no plate; use the "
-                "same plate in both"
-            )
-        loop = " (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else ""
-        raise JointOnlyError(
-            f"no site of the {role} is in a vectorised pyro.plate{loop}, so it does not say which "
-            "data are independent; write `with pyro.plate('data', len(x)):` around site "
-            f"'{next(iter(sites), 'x')}'"
-        )
-    name = _outside(deepest[0], stacks)[0]
-    kind = "observed" if sites[name]["is_observed"] else "latent"
-    raise JointOnlyError(
-        f"the {role}'s {kind} site '{name}' is outside the batch plate '{deepest[0].name}'; put it "
-        "there, make a global latent a parameter"
-    )
-
-
-def _outside(plate: Any, stacks: dict[str, list]) -> list[str]:
-    """The sites that are not in a plate."""
-    where = (plate.name, plate.dim)
-    return [n for n, stack in stacks.items() if where not in [(f.name, f.dim) for f in stack]]
-
-
-def count_data(model_trace: Trace) -> list[tuple[int, int]]:
-    """How many data a run of the model says there are, and how many of them it saw.
-
-    That is the size of the outermost plate around every site; with global latents, of each plate
-    around everything observed, of which more than one may hold data; empty if there is none.
-    """
-    sites = list(weighted_sites(model_trace).values())
-    for some in (sites, [site for site in sites if site["is_observed"]]):
-        stacks = [{f.name: f for f in site["cond_indep_stack"]} for site in some]
-        common = [f for n, f in stacks[0].items() if all(n in s for s in stacks)] if stacks else []
-        if common:
-            counts = [_count_in(plate, some) for plate in common]
-            return counts[:1] if some is sites else counts
-    return []
-
-
-def _count_in(plate: Any, sites: list[dict[str, Any]]) -> tuple[int, int]:
-    if plate.size != -1:
-        return plate.full_size or plate.size, plate.size
-    shapes = [site_log_prob(site).shape for site in sites]
-    size = max(shape[plate.dim] if len(shape) >= -plate.dim else 1 for shape in shapes)
-    return size, size
-
-
-def _check_declared(
-    guide_sites: dict, model_sites: dict, shapes: dict[tuple[str, str], torch.Size]
-) -> None:
-    """Refuses batch dims that no plate declares: a forgotten `to_event` sums the wrong dim."""
-    for (role, name), shape in shapes.items():
-        site = (guide_sites if role == "guide" else model_sites)[name]
-        declared = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
-        for dim in range(-len(shape), 0):
-            if shape[dim] > 1 and dim not in declared:
-                raise ProgramError(
-                    f"the {role}'s site '{name}' has log-probabilities of shape {tuple(shape)}, "
-                    f"whose dim {dim} is in no plate; add .to_event(1) to its distribution, or "
-                    "declare the dim with a pyro.plate"
-                )
-
-
-def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_plate: Any) -> None:
-    full = plate.full_size if plate.full_size is not None else plate.size
-    if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
-        raise ProgramError(
-            f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
-            "so they see different data; use one name in both"
-        )
-
-
 def check_module_names(model: Program, guide: Program) -> None:
     """Refuses two PyroModules that would share parameters because they share names."""
     seen: dict[str, Tensor] = {}
@@ -454,26 +363,28 @@ def check_module_names(model: Program, guide: Program) -> None:
 
 
 def check_parameters(
-    model: Program, guide: Program, arguments: Arguments, enumerates: bool
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    enumerates: bool,
+    run: FirstRun | None = None,
 ) -> list[str]:
     """Refuses pairs that SVI would train in part or not at all; returns the parameters' names."""
-    with keep_random_state(), torch.enable_grad():
-        summed = {"parallel", "sequential"} if enumerates else set()
-        with poutine.trace(param_only=True) as params:
-            guide_trace, model_trace = trace_same_latents(model, guide, arguments, summed)
-        guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
-        registered = [site["value"].unconstrained() for site in params.trace.nodes.values()]
-        if not registered:
-            raise NoParametersError(
-                "neither model nor guide has a parameter; register modules with "
-                "pyro.module('name', module)"
-            )
-        total = sum(
-            site_log_prob(site).sum() for site in (*guide_sites.values(), *model_sites.values())
+    if run is None:
+        with keep_random_state(), torch.enable_grad():
+            run = first_run(model, guide, arguments)
+    check_same_latents(run.traces, {"parallel", "sequential"} if enumerates else set())
+    if not run.parameters:
+        raise NoParametersError(
+            "neither model nor guide has a parameter; register modules with "
+            "pyro.module('name', module)"
         )
-        given = [a for a in (*arguments[0], *arguments[1].values()) if isinstance(a, Tensor)]
-        known = {id(tensor) for tensor in (*registered, *given)}
-        missing = [leaf for leaf in leaves(total) if id(leaf) not in known]
+    with torch.enable_grad():
+        sites = [site for trace in run.traces for site in weighted_sites(trace).values()]
+        total = sum(site_log_prob(site).sum() for site in sites)
+    given = [a for a in (*arguments[0], *arguments[1].values()) if isinstance(a, Tensor)]
+    known = {id(tensor) for tensor in (*run.parameters.values(), *given)}
+    missing = [leaf for leaf in leaves(total) if id(leaf) not in known]
     if missing:
         names = {
             id(p): n
@@ -489,7 +400,7 @@ def check_parameters(
             f"SVI would not train them: {found}; call pyro.module('name', module) in the program "
             "that uses them, or freeze them with requires_grad_(False)"
         )
-    return list(params.trace.nodes)
+    return list(run.parameters)
 
 
 def leaves(total: Any) -> list[Tensor]:

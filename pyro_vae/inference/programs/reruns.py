@@ -20,8 +20,9 @@ from pyro_vae.inference.programs.arguments import (
     ProgramError,
     ProgramStructure,
 )
-from pyro_vae.inference.programs.refusals import find_batch, is_delta
+from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.scope import keep_random_state
+from pyro_vae.inference.programs.sites import find_batch
 from pyro_vae.inference.programs.traces import (
     fixed_draws,
     in_particle_plate,

@@ -1,21 +1,28 @@
-"""What a run shows of its sites beside their values: names of dims, observed values, masks."""
+"""What a run shows of plates and sites: where the batch lies, names of dims, observed values."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae.inference.programs.arguments import ProgramStructure, Site
+from pyro_vae.inference.programs.arguments import (
+    JointOnlyError,
+    ProgramError,
+    ProgramStructure,
+    Site,
+)
 from pyro_vae.inference.programs.traces import (
     site_log_prob,
     site_log_probs,
     site_values,
     subsamples,
+    weighted_sites,
 )
 from pyro_vae.results import ShortRepr
 
-__all__ = ["LabelledSites", "as_run", "is_factor", "label_sites"]
+__all__ = ["LabelledSites", "as_run", "count_data", "find_batch", "is_factor", "label_sites"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,3 +152,121 @@ def _mask(
     masked.nodes[name] = {**site, "masked_log_prob": whole}
     mask = site_log_probs(masked, name, structure, num_particles)
     return mask[0].detach() if bool((mask == mask[:1]).all()) else None
+
+
+# --- plates of the data ---------------------------------------------------------------------------
+
+
+def find_batch(
+    guide_trace: Trace, model_trace: Trace, shapes: dict[tuple[str, str], torch.Size]
+) -> tuple[int, int]:
+    """The outermost plate around every site, and its size as the log-probabilities have it."""
+    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+    plate = _common_plate(model_sites, "model")
+    guide_plate = _common_plate(guide_sites, "guide", plate.dim) if guide_sites else plate
+    sized = -1 not in (guide_plate.size, plate.size)
+    if sized and (guide_plate.dim, guide_plate.size) != (plate.dim, plate.size):
+        raise ProgramError(
+            f"the model's batch plate '{plate.name}' (dim {plate.dim}, size {plate.size}) and the "
+            f"guide's '{guide_plate.name}' (dim {guide_plate.dim}, size {guide_plate.size}) "
+            "differ; use the same plate in both"
+        )
+    _check_declared(guide_sites, model_sites, shapes)
+    sizes = {
+        key: shape[plate.dim] if len(shape) >= -plate.dim else 1 for key, shape in shapes.items()
+    }
+    batch_size = max(sizes.values())
+    for (role, name), size in sizes.items():
+        if size != batch_size:
+            raise JointOnlyError(
+                f"the {role}'s site '{name}' has one value for the whole batch of {batch_size}, "
+                f"not one per datum; give the plate '{plate.name}' its size"
+            )
+    _check_subsamples(guide_trace, model_trace, plate, guide_plate)
+    return plate.dim, batch_size
+
+
+def _common_plate(sites: dict, role: str, dim: int | None = None) -> Any:
+    """The outermost vectorised plate (at `dim`, if given) that every site is in."""
+    stacks = {
+        name: [f for f in site["cond_indep_stack"] if f.vectorized and dim in (None, f.dim)]
+        for name, site in sites.items()
+    }
+    deepest = max(stacks.values(), key=len, default=[])
+    for frame in deepest:
+        if not _outside(frame, stacks):
+            return frame
+    if not deepest:
+        frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+        if dim is not None and any(frame.vectorized for frame in frames):
+            raise ProgramError(
+                f"the model's batch plate is at dim {dim}, where the {role} has no plate; use the "
+                "same plate in both"
+            )
+        loop = " (a sequential 'for i in pyro.plate' cannot hold a batch)" if frames else ""
+        raise JointOnlyError(
+            f"no site of the {role} is in a vectorised pyro.plate{loop}, so it does not say which "
+            "data are independent; write `with pyro.plate('data', len(x)):` around site "
+            f"'{next(iter(sites), 'x')}'"
+        )
+    name = _outside(deepest[0], stacks)[0]
+    kind = "observed" if sites[name]["is_observed"] else "latent"
+    raise JointOnlyError(
+        f"the {role}'s {kind} site '{name}' is outside the batch plate '{deepest[0].name}'; put it "
+        "there, make a global latent a parameter"
+    )
+
+
+def _outside(plate: Any, stacks: dict[str, list]) -> list[str]:
+    """The sites that are not in a plate."""
+    where = (plate.name, plate.dim)
+    return [n for n, stack in stacks.items() if where not in [(f.name, f.dim) for f in stack]]
+
+
+def count_data(model_trace: Trace) -> list[tuple[int, int]]:
+    """How many data a run of the model says there are, and how many of them it saw.
+
+    That is the size of the outermost plate around every site; with global latents, of each plate
+    around everything observed, of which more than one may hold data; empty if there is none.
+    """
+    sites = list(weighted_sites(model_trace).values())
+    for some in (sites, [site for site in sites if site["is_observed"]]):
+        stacks = [{f.name: f for f in site["cond_indep_stack"]} for site in some]
+        common = [f for n, f in stacks[0].items() if all(n in s for s in stacks)] if stacks else []
+        if common:
+            counts = [_count_in(plate, some) for plate in common]
+            return counts[:1] if some is sites else counts
+    return []
+
+
+def _count_in(plate: Any, sites: list[dict[str, Any]]) -> tuple[int, int]:
+    if plate.size != -1:
+        return plate.full_size or plate.size, plate.size
+    shapes = [site_log_prob(site).shape for site in sites]
+    size = max(shape[plate.dim] if len(shape) >= -plate.dim else 1 for shape in shapes)
+    return size, size
+
+
+def _check_declared(
+    guide_sites: dict, model_sites: dict, shapes: dict[tuple[str, str], torch.Size]
+) -> None:
+    """Refuses batch dims that no plate declares: a forgotten `to_event` sums the wrong dim."""
+    for (role, name), shape in shapes.items():
+        site = (guide_sites if role == "guide" else model_sites)[name]
+        declared = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        for dim in range(-len(shape), 0):
+            if shape[dim] > 1 and dim not in declared:
+                raise ProgramError(
+                    f"the {role}'s site '{name}' has log-probabilities of shape {tuple(shape)}, "
+                    f"whose dim {dim} is in no plate; add .to_event(1) to its distribution, or "
+                    "declare the dim with a pyro.plate"
+                )
+
+
+def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_plate: Any) -> None:
+    full = plate.full_size if plate.full_size is not None else plate.size
+    if full != plate.size and plate.name != guide_plate.name and guide_plate.size != -1:
+        raise ProgramError(
+            f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
+            "so they see different data; use one name in both"
+        )

@@ -1,5 +1,6 @@
 """`fit`: Pyro's SVI without its silent traps, with history, checkpoints and exact resume."""
 
+from pyro_vae.inference.svi.batches import TrainingData
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -17,7 +18,6 @@ from pyro_vae.inference.svi.fit import fit
 from pyro_vae.inference.svi.history import history_result
 from pyro_vae.inference.svi.loop import Fit
 from pyro_vae.inference.svi.optimizer import TrainingError
-from pyro_vae.inference.svi.preparation import TrainingData
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
 
 __all__ = [

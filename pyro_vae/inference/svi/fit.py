@@ -27,9 +27,9 @@ from pyro_vae.inference.programs import (
     tool,
     unwrap_programs,
 )
+from pyro_vae.inference.svi.batches import TrainingData, move_data
 from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
 from pyro_vae.inference.svi.loop import Fit, TrainingRun
-from pyro_vae.inference.svi.preparation import TrainingData, move_data
 from pyro_vae.inference.svi.settings import FitSettings
 from pyro_vae.progress import say
 

@@ -26,6 +26,7 @@ from pyro_vae.inference.programs import (
     run_programs,
     trace_programs,
 )
+from pyro_vae.inference.svi.batches import TrainingData
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -36,7 +37,7 @@ from pyro_vae.inference.svi.checkpoint import (
 )
 from pyro_vae.inference.svi.history import best_row, history_result
 from pyro_vae.inference.svi.optimizer import make_optimizer
-from pyro_vae.inference.svi.preparation import TrainingData, check_held_out, prepare
+from pyro_vae.inference.svi.preparation import check_held_out, prepare
 from pyro_vae.inference.svi.settings import FitSettings
 from pyro_vae.inference.svi.step import (
     Interruptible,

@@ -1,29 +1,29 @@
 """What `fit` must know of data and programs before the first step, found by running them.
 
 `prepare` tells latents and parameters of each datum from global ones, and chooses the mini-batch
-accordingly; `TrainingData` cuts the mini-batches.
+accordingly.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_vae.inference.programs import (
     Arguments,
     Axes,
+    FirstRun,
     JointOnlyError,
     NoParametersError,
+    Pair,
     Program,
     ProgramError,
     ProgramStructure,
@@ -33,112 +33,24 @@ from pyro_vae.inference.programs import (
     batch_length,
     check_parameters,
     count_data,
-    inspect_programs,
+    first_run,
+    ieee_precision,
     keep_random_state,
     map_batch,
+    site_log_prob,
     take,
     tensors_of,
-    trace_programs,
     weighted_sites,
 )
-from pyro_vae.results import sha256_of
+from pyro_vae.inference.svi.batches import TrainingData
 
 __all__ = [
     "Preparation",
-    "TrainingData",
     "check_held_out",
-    "move_data",
     "prepare",
 ]
 
 _DEFAULT_BATCH = 128
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-class TrainingData:
-    """Data held in memory, shuffled by a generator of its own.
-
-    Args:
-        x: The data, in one of the forms of `as_arguments`.
-        transform: As for `fit`.
-        seed: Seeds shuffling, the draws of `transform` and the streams of `generator`.
-
-    Attributes:
-        axes: The axes that data lie along, as `batch_axes` has them: the first one until the
-            programs have said otherwise; None throughout where no part can be taken.
-        length: Number of data.
-
-    Raises:
-        ValueError: If there are no data.
-    """
-
-    def __init__(
-        self, x: Any, transform: Callable[[Tensor, torch.Generator], Tensor] | None, seed: int
-    ) -> None:
-        self.x, self.transform = x, transform
-        self.axes: Axes = next(iter(batch_axes(x)), ())
-        self.length = batch_length(x, self.axes)
-        if self.length == 0:
-            raise ValueError("there are no data to fit: the first tensor of x has length 0")
-        self.seed = seed
-        self.shuffler = torch.Generator().manual_seed(_stream_seed(seed, 0))
-        self.noise = self.generator(1)
-
-    def sha256(self) -> str:
-        """The hash of the data; that of an empty tensor where programs bring their own."""
-        return sha256_of(*tensors_of(self.x) or [torch.empty(0)])
-
-    def generator(self, stream: int) -> torch.Generator:
-        """A source of randomness where the data lie, independent of the others of this run."""
-        tensors = tensors_of(self.x)
-        device = tensors[0].device if tensors else "cpu"
-        return torch.Generator(device=device).manual_seed(_stream_seed(self.seed, stream))
-
-    def random_states(self) -> dict[str, Tensor]:
-        """The states of shuffler and noise, and of the device where the data lie, by name."""
-        states = {"shuffler": self.shuffler.get_state(), "noise": self.noise.get_state()}
-        if self.noise.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.noise.device)
-        return states
-
-    def set_random_states(self, states: Mapping[str, Tensor]) -> None:
-        """Puts back what `random_states` gave, as far as it is of the same kind of device."""
-        self.shuffler.set_state(states["shuffler"])
-        on_cuda = self.noise.device.type == "cuda"
-        if on_cuda and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.noise.device)
-        if on_cuda == ("cuda" in states):
-            self.noise.set_state(states["noise"])
-
-    def first(self, rows: int, stream: int) -> Any:
-        """The first rows, with draws of their own that are the same each time."""
-        index = torch.arange(rows) if rows < self.length else None
-        return self.batch(index, self.generator(stream))
-
-    def batch(self, index: Tensor | None, noise: torch.Generator | None = None) -> Any:
-        """The data at `index` (all if None), in the form of `x`, transformed."""
-        x = self.x if index is None else map_batch(self.x, take(index), self.axes)
-        if self.transform is None:
-            return x
-        todo = [self.transform]  # for the first tensor alone
-        return map_batch(
-            x, lambda a, _: todo.pop()(a, noise or self.noise) if todo else a, self.axes
-        )
-
-
-def _stream_seed(seed: int, stream: int) -> int:
-    return int(np.random.SeedSequence((seed, stream)).generate_state(1)[0])
-
-
-def move_data(x: Any, device: str | torch.device) -> Any:
-    """The data with all their tensors on a device; what is no tensor is passed on."""
-    if isinstance(x, tuple):
-        return tuple(move_data(a, device) for a in x)
-    if isinstance(x, Mapping):
-        return {name: move_data(a, device) for name, a in x.items()}
-    return x.to(device) if isinstance(x, Tensor) else x
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -231,23 +143,16 @@ def prepare(
     """
     foreign = frozenset(pyro.get_param_store().keys())
     with _running_modules() as modules:  # training mode would move what evaluation may not
-        _locate_data(model, data, batch_size)
-        rows, per_datum, fixed = _rows_to_inspect(model, guide, data, batch_size)
-        probe = as_arguments(data.first(rows, stream=2))
-        try:
-            used = check_parameters(model, guide, probe, isinstance(loss, TraceEnum_ELBO))
-        except NoParametersError as error:  # often the least of the pair's faults
-            _, _, refusal = _inspect(model, guide, probe)
-            if refusal is None:
-                raise
-            fault = refusal.reason if isinstance(refusal, JointOnlyError) else refusal
-            raise NoParametersError(f"{fault}; besides, {error}") from error
-        structure, joint, _ = _inspect(model, guide, probe)
-        plates = _look_at_plates(model, guide, data, batch_size)
+        runs = _Runs(model, guide, data)
+        _locate_data(runs, batch_size)
+        rows, per_datum, fixed = _rows_to_inspect(runs, batch_size)
+        used = _check_parameters(runs, rows, isinstance(loss, TraceEnum_ELBO))
+        structure, joint, _ = runs.inspect(rows)
+        plates = _look_at_plates(runs, batch_size)
         if plates.subsampled and rows < data.length and batch_size in (None, data.length):
             # N/B is that of all the data, which such a program cuts itself
-            structure, joint, _ = _inspect(model, guide, as_arguments(data.first(data.length, 2)))
-            plates = _look_at_plates(model, guide, data, data.length)
+            structure, joint, _ = runs.inspect(data.length)
+            plates = _look_at_plates(runs, data.length)
         if _is_automatic(guide):
             own = [name for name in plates.latents if name not in plates.global_latents]
             per_datum = own[0] if own else per_datum
@@ -309,54 +214,145 @@ def _few(data: TrainingData, batch_size: int | None) -> int:
     return min(batch_size or _DEFAULT_BATCH, data.length)
 
 
-def _locate_data(model: Program, data: TrainingData, batch_size: int | None) -> None:
+class _Runs:
+    """Runs of the programs on the first rows of the data, each of which is made once.
+
+    They leave no parameters behind: what a run adds to the store is put there by `keep`.
+    """
+
+    def __init__(self, model: Program, guide: Program, data: TrainingData) -> None:
+        self.model, self.guide, self.data = model, guide, data
+        self._seen: dict[int, tuple[FirstRun, dict[str, Any]] | None] = {}
+        self._first: dict[int, Any] = {}
+
+    def forget(self) -> None:
+        """Drops what was seen: the data are cut along other axes now."""
+        self._seen.clear()
+        self._first.clear()
+
+    def first(self, rows: int) -> Any:
+        """The first rows, the same tensors each time: inspection knows them by where they lie."""
+        if rows not in self._first:
+            self._first[rows] = self.data.first(rows, stream=2)
+        return self._first[rows]
+
+    def arguments(self, rows: int) -> Arguments:
+        """The first rows, as the programs take them."""
+        return as_arguments(self.first(rows))
+
+    def at(self, rows: int) -> FirstRun | None:
+        """A run with gradients; None where the programs take another number of data."""
+        if rows not in self._seen:
+            store = pyro.get_param_store()
+            with store.scope(store.get_state()), keep_random_state(), ieee_precision():
+                try:
+                    with torch.enable_grad():
+                        run = first_run(self.model, self.guide, self.arguments(rows))
+                        for trace in run.traces:
+                            for site in weighted_sites(trace).values():
+                                site_log_prob(site)
+                    self._seen[rows] = run, store.get_state()
+                except Exception:  # a fault of another kind shows again where it can be said
+                    self._seen[rows] = None
+        found = self._seen[rows]
+        return None if found is None else found[0]
+
+    def keep(self, rows: int) -> FirstRun | None:
+        """The same, and its parameters are from now on in the store."""
+        run = self.at(rows)
+        found = self._seen[rows]
+        if found is not None:
+            pyro.get_param_store().set_state(found[1])
+        return run
+
+    def counts(self, rows: int) -> list[tuple[int, int]]:
+        """What `count_data` says of the first rows; nothing where the model fails on them.
+
+        Automatic guides are not run for it: they take the size of what they first see.
+        """
+        if not _is_automatic(self.guide) and (run := self.at(rows)) is not None:
+            return count_data(run.traces[1])
+        args, kwargs = self.arguments(rows)
+        store = pyro.get_param_store()
+        with store.scope(store.get_state()), torch.no_grad(), keep_random_state():
+            try:
+                return count_data(poutine.trace(self.model).get_trace(*args, **kwargs))
+            except Exception:  # a fault of another kind shows again on all data
+                return []
+
+    def inspect(self, rows: int) -> tuple[ProgramStructure | None, bool, ProgramError | None]:
+        """How log weights can be had: per datum, jointly (global latents), or not at all.
+
+        Returns:
+            The structure, if there is one; whether it is a joint one; why there are no weights per
+            datum.
+        """
+        refusal: ProgramError | None = None
+        x, run = self.first(rows), self.at(rows)
+        for joint in (False, True):
+            try:
+                found = Pair.inspect(
+                    self.model, self.guide, x, joint=joint, num_particles=1, run=run
+                )
+                return found.structure, joint, refusal
+            except SupportError:
+                raise
+            except ProgramError as error:
+                refusal = refusal or error
+        return None, False, refusal
+
+
+def _check_parameters(runs: _Runs, rows: int, enumerates: bool) -> list[str]:
+    """The names of the parameters that will be trained, which are then in the store."""
+    arguments, run = runs.arguments(rows), runs.keep(rows)
+    try:
+        return check_parameters(runs.model, runs.guide, arguments, enumerates, run)
+    except NoParametersError as error:  # often the least of the pair's faults
+        _, _, refusal = runs.inspect(rows)
+        if refusal is None:
+            raise
+        fault = refusal.reason if isinstance(refusal, JointOnlyError) else refusal
+        raise NoParametersError(f"{fault}; besides, {error}") from error
+
+
+def _locate_data(runs: _Runs, batch_size: int | None) -> None:
     """Finds how many data there are, and their axes, from the size of the model's batch plate.
 
     A run on a few along the first axis tells nearly always: its plate has their number.
     """
+    data = runs.data
     others = {size for tensor in tensors_of(data.x) for size in tensor.shape[1:]}
     few = _few(data, batch_size)
     while few in others and few > 1:  # a plate of that size may be one of another axis
         few -= 1
-    if _sees(model, data, few):
+    if _sees(runs, few):
         return
-    counts = [size for size, _ in _count(model, data, data.length)]
+    counts = [size for size, _ in runs.counts(data.length)]
     if not counts:  # no plate says it, or the fault shows in a moment
         return
     size = data.length if data.length in counts else counts[0]
     uncut: Axes = (None,) * len(data.axes)
     for axes in (*batch_axes(data.x, size), uncut):
         data.axes, data.length = axes, size
+        runs.forget()
         part = min(_few(data, batch_size), size - 1)
-        if part > 0 and axes != uncut and _sees(model, data, part):
+        if part > 0 and axes != uncut and _sees(runs, part):
             return
 
 
-def _sees(model: Program, data: TrainingData, rows: int) -> bool:
+def _sees(runs: _Runs, rows: int) -> bool:
     """Whether the model's plate has the size of the part of the data that it is given."""
-    return any(rows in counts for counts in _count(model, data, rows))
+    return any(rows in counts for counts in runs.counts(rows))
 
 
-def _count(model: Program, data: TrainingData, rows: int) -> list[tuple[int, int]]:
-    """What `count_data` says of the first rows; nothing where the model fails on them."""
-    args, kwargs = as_arguments(data.first(rows, stream=2))
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()), torch.no_grad(), keep_random_state():
-        try:
-            return count_data(poutine.trace(model).get_trace(*args, **kwargs))
-        except Exception:  # a fault of another kind shows again on all data
-            return []
-
-
-def _rows_to_inspect(
-    model: Program, guide: Program, data: TrainingData, batch_size: int | None
-) -> tuple[int, str, bool]:
+def _rows_to_inspect(runs: _Runs, batch_size: int | None) -> tuple[int, str, bool]:
     """How many data to look at: a mini-batch, or all where programs depend on how many there are.
 
     Returns:
         The number; the name of a parameter with a value for each datum, or ""; whether the
         programs take all data and no fewer.
     """
+    data = runs.data
     if not any(axis is not None for axis in data.axes):
         if batch_size is not None and batch_size < data.length:
             raise ProgramError(
@@ -365,75 +361,40 @@ def _rows_to_inspect(
                 "give the plate the size of its data"
             )
         return data.length, "", True
-    if _is_automatic(guide):  # makes its parameters when it first runs
+    if _is_automatic(runs.guide):  # makes its parameters when it first runs
         return data.length, "", False
     if data.length == 1:
         return 1, "", False
     few = _few(data, batch_size)
-    shapes, others = (_parameter_shapes(model, guide, data, rows) for rows in (few, few - 1 or 2))
-    if shapes is None or (few == data.length and others is None):
+    run = runs.at(few)
+    if run is None:
         fixed = batch_size in (None, data.length)
         return (data.length if fixed else few), "", fixed
-    for name, shape in shapes.items():
-        if others is not None and others.get(name, shape) != shape:
-            return data.length, name, False
+    shapes = _shapes(run)
+    if any(_may_count(size, few) for shape in shapes.values() for size in shape):
+        other = runs.at(few - 1 or 2)
+        others = shapes if other is None else _shapes(other)
+        for name, shape in shapes.items():
+            if others.get(name, shape) != shape:
+                return data.length, name, False
+        return few, "", few == data.length and other is None
     return few, "", False
 
 
-def _parameter_shapes(
-    model: Program, guide: Program, data: TrainingData, rows: int
-) -> dict[str, torch.Size] | None:
-    """Shapes of the parameters where programs see so many data; None where they cannot."""
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()), poutine.trace(param_only=True) as params:
-        if _traces(model, guide, data, rows) is None:
-            return None
-    return {name: site["value"].shape for name, site in params.trace.nodes.items()}
+def _shapes(run: FirstRun) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in run.parameters.items()}
 
 
-def _traces(
-    model: Program, guide: Program, data: TrainingData, rows: int
-) -> tuple[Trace, Trace] | None:
-    """The programs' traces on the first rows; None where they take another number of them."""
-    arguments = as_arguments(data.first(rows, stream=2))
-    with torch.no_grad(), keep_random_state():
-        try:
-            traces = trace_programs(model, guide, arguments)
-            for trace in traces:
-                trace.compute_log_prob()
-        except Exception:  # a fault of another kind shows again on all data
-            return None
-    return traces
+def _may_count(size: int, rows: int) -> bool:
+    """Whether a dim of this size may be there for the number of data."""
+    return size % rows == 0 or abs(size - rows) == 1
 
 
-def _inspect(
-    model: Program, guide: Program, probe: Arguments
-) -> tuple[ProgramStructure | None, bool, ProgramError | None]:
-    """How log weights can be had: per datum, jointly (global latents), or not at all.
-
-    Returns:
-        The structure, if there is one; whether it is a joint one; why there are no weights per
-        datum.
-    """
-    refusal: ProgramError | None = None
-    for joint in (False, True):
-        try:
-            found = inspect_programs(model, guide, probe, joint=joint, num_particles=1)
-            return found, joint, refusal
-        except SupportError:
-            raise
-        except ProgramError as error:
-            refusal = refusal or error
-    return None, False, refusal
-
-
-def _look_at_plates(
-    model: Program, guide: Program, data: TrainingData, batch_size: int | None
-) -> _Plates:
-    traces = _traces(model, guide, data, _few(data, batch_size))
-    traces = traces or _traces(model, guide, data, data.length)
-    assert traces is not None  # they ran a moment ago
-    guide_sites, sites = (weighted_sites(trace) for trace in traces)
+def _look_at_plates(runs: _Runs, batch_size: int | None) -> _Plates:
+    data = runs.data
+    run = runs.at(_few(data, batch_size)) or runs.at(data.length)
+    assert run is not None  # they ran a moment ago
+    guide_sites, sites = map(weighted_sites, run.traces)
     both = guide_sites | sites
     frames = {
         name: {f.name: f for f in site["cond_indep_stack"] if f.vectorized}

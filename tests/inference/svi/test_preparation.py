@@ -8,8 +8,8 @@ from pyro.infer import Trace_ELBO
 
 from pyro_vae import LinearGaussian, fit
 from pyro_vae.inference.programs import ProgramError
-from pyro_vae.inference.svi import TrainingData
-from pyro_vae.inference.svi.preparation import check_held_out, move_data, prepare
+from pyro_vae.inference.svi.batches import TrainingData, move_data
+from pyro_vae.inference.svi.preparation import check_held_out, prepare
 
 NUM_DATA, DATA_DIM = 200, 3
 
