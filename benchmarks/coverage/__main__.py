@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no group or study is called {options.only!r}; groups are {list(GROUPS)}")
     start, lines, wrong = time.process_time(), [_HEAD], []
-    with progress_bar(len(chosen), "study", what="coverage") as bar:
+    with progress_bar(len(chosen), "study", show=True, what="coverage") as bar:
         for study in chosen:
             bar.set_description(study.name)
             found = measure(study, options.replications, options.seed)

@@ -1,6 +1,7 @@
 """Evidence by every method, its bounds and its gap, beside closed forms."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _khat(shape: float, count: int, seed: int) -> Found:
     return {"khat_se": interval(tail.khat, tail.khat_se, shape)}
 
 
-_FAST = {"num_temperatures": 20, "num_leapfrog": 2, "num_chains": 16}
+_FAST: dict[str, Any] = {"num_temperatures": 20, "num_leapfrog": 2, "num_chains": 16}
 
 
 def _annealed(pair: Pair, temperatures: int, count: int, seed: int) -> Found:
@@ -285,7 +286,7 @@ STUDIES = [
         "importance, true k-hat 0.6",
         "log_evidence",
         partial(_importance, NormalNormal(0.4**0.5, 0.0), 1000),
-        (_broken("log_evidence_se", 0.0, "infinite variance of the weights"),),
+        (_broken("log_evidence_se", 0.3, "infinite variance of the weights"),),
     ),
     Study(
         "importance, true k-hat 0.9",
@@ -439,12 +440,14 @@ STUDIES = [
             Row("difference.standard_error", breaks="the same draws", guard="never too small"),
             Row("paired.data_standard_error", most=0.09, breaks="few data", guard="`num_data`"),
         ),
+        quick=60,
     ),
     Study(
         "means over 8 data",
         "Result.quantity",
         partial(_quantities, 8),
         (_broken("data_standard_error", 0.0, "few data", "none: `num_data` stands beside it"),),
+        quick=0,
     ),
     Study(
         "resolve",

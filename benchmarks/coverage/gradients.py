@@ -134,7 +134,7 @@ STUDIES = [
             Row("value_se", most=0.07, breaks="few repeats", guard="at least 8 are asked for"),
             Row("slope_se", breaks="an SNR that is noise", guard="such points are left out"),
         ),
-        quick=25,
+        quick=16,
         longest=1000,
     ),
     Study(
