@@ -53,6 +53,9 @@ _INSIDE = {
 SILENT: dict[str, str] = {
     "evidence_table": _COPIED,
     "train_at_equal_cost": "quantities of log_evidence, one training each; the table says so",
+    "learning_curves": "quantities of each training, as train_at_equal_cost",
+    "gradient_draws": "holds the draws themselves; compare_estimators states their errors",
+    "directional_sensitivity": "derivatives, without sampling; it states no error",
     "sample_posterior": "states R-hat and effective draws; their errors are in posterior_quality",
     "fit_em": "bounds are sums without sampling, or labelled objectives; it states no error",
 }

@@ -15,6 +15,7 @@ from benchmarks.coverage.planted import tensor
 from pyro_vae.extras.f_divergence import fit_divergence
 from pyro_vae.extras.latents import (
     attribute_effect,
+    code_activity,
     compression,
     feature_quality,
     shortest_path,
@@ -245,6 +246,17 @@ def _effects(count: int, seed: int) -> Found:
     return _found(numbers)
 
 
+def _activity(count: int, seed: int) -> Found:
+    """Laplace codes of rate 1, a unit a replication: sizes are exponential."""
+    codes = tensor(np.random.default_rng(seed).laplace(size=(150, max(count, 2))))
+    found = watched(code_activity(codes, threshold=1.0))
+    truths = {"mean_activation": 1.0, "active_share": np.exp(-1.0)}
+    return {
+        f"{name}_se": interval(found[name], found[f"{name}_se"], truth)
+        for name, truth in truths.items()
+    }
+
+
 def _circle(z: Tensor) -> Tensor:
     """A line bent into a spiral of unit speed along the first code."""
     return torch.stack([z[..., 0].cos(), z[..., 0].sin(), 0.5 * z[..., 1]], -1)
@@ -363,6 +375,15 @@ STUDIES = [
         ),
         quick=30,
         longest=1000,
+    ),
+    Study(
+        "Laplace codes",
+        "code_activity",
+        _activity,
+        (
+            Row("mean_activation_se", most=0.08, breaks="few data", guard="none"),
+            Row("active_share_se", most=0.08, breaks="no datum active: 0 +- 0", guard="none"),
+        ),
     ),
     Study(
         "lengths on a cylinder",
