@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks gauntlet mutants lock dist clean
+.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks gauntlet coverage mutants lock dist clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -124,6 +124,9 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 
 gauntlet: $(STAMP) ## Compare a thousand random programs with their truth (ARGS="--programs 100" for fewer)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.random_programs $(ARGS)
+
+coverage: $(STAMP) ## Ask how often every stated error holds (ARGS="--replications 200 --only evidence" for fewer)
+	$(BIN)/python -m benchmarks.coverage $(ARGS)
 
 mutants: $(STAMP) ## Spoil one formula after another and ask whether a test notices (ARGS="--only em" for some)
 	$(BIN)/python -m benchmarks.mutants $(ARGS)

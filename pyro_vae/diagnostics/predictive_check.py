@@ -106,8 +106,10 @@ def predictive_check(
         of the data - mean of the replicates) / their sd; over `kind`, `statistic` and `draw`:
         `replicated`. Over `kind` and `datum`: `likelihood_p_value`, the share of replicates of a
         datum that are no more likely, given the same latents, than it is: small for a datum that
-        the model does not reproduce. It is left out where latents are summed out. Notes name the
-        statistics that are not reproduced.
+        the model does not reproduce. It is left out where latents are summed out. That of the prior
+        predictive has no level: latents that owe nothing to the datum make it small wherever data
+        tell much of them, in the right model too. The verdict names the statistics that are not
+        reproduced, and counts rare data of the posterior predictive alone.
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), or the model cannot be
@@ -346,6 +348,8 @@ def _words(
             )
     if len(shares) == len(p) and 1 / (1 + num_draws) <= _LEVEL:
         for kind, share in zip(p, shares, strict=True):
+            if kind == "prior":
+                continue  # its share has no level: see `predictive_check`
             rare = int((share <= _LEVEL).sum())
             said = "the one datum is" if len(share) == 1 else f"{rare} of {len(share)} data are"
             if len(share) > 1 or rare:

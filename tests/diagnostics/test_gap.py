@@ -319,6 +319,27 @@ def test_information_against_quadrature() -> None:
     assert list(found["unit"].values) == ["z"]
 
 
+def test_surgery_takes_a_latent_that_is_one_number() -> None:
+    x = torch.linspace(-2.0, 2.0, 5)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = elbo_surgery(model, guide, x, num_particles=4000)
+    rate = (x.square() + 0.25 - 1) / 2 - math.log(0.5)
+    away = torch.tensor(found["rate"].values) - rate
+    assert (away.abs() < ERRORS * torch.tensor(found["rate_se"].values)).all()
+    noise = (4 * 2.5 / 4 / 4000 * 0.25) ** 0.5  # of the variance of x, 2.5, seen through the draws
+    assert abs(float(found["activity"][0]) - 2.5) < ERRORS * noise
+    assert list(found["unit"].values) == ["z"]
+
+
 def test_a_collapsed_posterior_tells_nothing(pair: LinearGaussian) -> None:
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

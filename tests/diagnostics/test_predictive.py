@@ -137,6 +137,21 @@ def test_the_likelihood_p_value_is_the_closed_form_one():
         assert ((p - exact).abs() < STANDARD_ERRORS * error).all()
 
 
+def test_data_of_the_right_model_are_not_called_rare_for_lying_far_from_the_prior_s_latents():
+    """Data that tell their latents closely are unlikely at latents drawn without them."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.02), obs=x)
+
+    x = torch.randn(N)
+    found = predictive_check(model, None, x, kind="prior")
+    assert (found.likelihood_p_value <= 0.05).mean() > 0.5  # it has no level, so nothing is said
+    assert "less likely" not in notes_of(found)
+    assert "prior predictive reproduces all" in notes_of(found)
+
+
 def test_discrete_data_that_tie_are_as_likely():
     def model(x):
         with pyro.plate("data", len(x)):

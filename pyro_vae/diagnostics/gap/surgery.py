@@ -193,7 +193,8 @@ def _activity(
             value, event = site["value"].double(), site["fn"].event_dim
             value = value[(None,) * (nesting + 1 + event - value.dim())]
             value = value.movedim((-1 - nesting - event, structure.batch_dim - event), (0, 1))
-            draws.append(value.expand(count, *value.shape[1:]).flatten(2))
+            value = value.expand(count, *value.shape[1:])
+            draws.append(value.reshape(*value.shape[:2], -1))
         rows = torch.cat(draws)
         noise = rows.var(0).mean(0) / len(rows)
         found.append(rows.mean(0).var(0) - noise)
