@@ -103,7 +103,7 @@ def first_run(model: Program, guide: Program, arguments: Arguments) -> FirstRun:
 
 def _unconstrained(value: Tensor) -> Tensor:
     """The tensor behind a parameter; one under a handler that substitutes it has none."""
-    return value.unconstrained() if hasattr(value, "unconstrained") else value  # type: ignore[attr-defined]
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def _trace(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
