@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks gauntlet coverage mutants lock dist clean
+.PHONY: help venv test test-long test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks gauntlet coverage mutants lock dist clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -60,6 +60,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 test: $(STAMP) ## Run the tests and the examples in docstrings (ARGS="..." goes to pytest)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-long: $(STAMP) ## Run the long tests that `make test` leaves out: whole analyses, chains, killed runs
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m long $(ARGS)
 
 # Names of the interpreters for PYTHONS in turn: a version is looked for on the path, then where pyenv has its own.
 define FIND_PYTHONS

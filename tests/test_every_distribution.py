@@ -256,7 +256,7 @@ def test_what_cannot_be_refitted_is_named(name, x):
 def test_resolve_keeps_a_guide_that_is_the_posterior(x):
     names = ["LogNormal", "Gamma", "ProjectedNormal", "VonMises"]
     model, guide = programs(*(CONTINUOUS[name]() for name in names))
-    found = resolve(model, guide, x, num_draws=200, progress=False)
+    found = resolve(model, guide, x, num_draws=1000, progress=False)
     exact = dist.Normal(0.0, 1.0).log_prob(x).numpy()
     assert found.rung.tolist() == [0, 0, 0]
     assert found.result.log_evidence.values == pytest.approx(exact, abs=1e-9)

@@ -299,6 +299,7 @@ before = state()
 """
 
 
+@pytest.mark.long
 def test_importing_every_module_changes_no_state_of_torch() -> None:
     names = [name for name in module_names(ROOT) if not name.endswith("__main__")]
     code = f"""

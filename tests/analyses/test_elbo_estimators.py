@@ -7,7 +7,7 @@ from analyses.sections import as_text
 from pyro_vae.results import load_result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.float32
 def test_main_writes_results_figures_and_a_page(tmp_path, capsys):

@@ -240,7 +240,7 @@ def test_em_gmm_writes_results_figures_and_a_page(tmp_path, capsys):
     assert page.count("<figure") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.float32
 def test_em_to_vae_writes_results_figures_and_a_page(tmp_path, capsys):
     out = tmp_path / "vae"

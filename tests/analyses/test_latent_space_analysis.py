@@ -33,7 +33,7 @@ FIGURES = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.float32
 def test_main_writes_numbers_figures_and_a_page(

@@ -122,7 +122,7 @@ def test_each_fault_is_documented_as_seen_by_some_check_of_each_kind(document):
     [
         ("k-hat above its threshold", ["mean +0.5 sd", "sd x 2", "mode missing, modes far"], False),
         ("`trust_weights` is False", ["mean +0.5 sd", "sd x 2"], False),
-        ("`trust_weights` is False", ["sd x 0.5", "no correlation", "prior"], True),
+        ("`trust_weights` is False", ["sd x 0.5", "prior"], True),
         ("HMC: `trust_weights` is False", ["sd x 0.5"], True),
         ("`trust_guide` is False", ["mean +0.5 sd", "sd x 2", "prior"], True),
         ("`trust_guide` is False", ["mode missing, modes far"], False),

@@ -18,7 +18,7 @@ from pyro_vae.results import Result, label, load_result, make_result
 FIGURES = ("table", "khat", "posteriors", "mended", "calibration", "coverage", "worst")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.float32
 def test_main_writes_numbers_figures_and_a_page(

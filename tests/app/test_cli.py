@@ -371,6 +371,7 @@ def test_a_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch
 # --- demo
 
 
+@pytest.mark.long
 def test_the_demo_makes_runs_and_a_report_twice(tmp_path: Path) -> None:
     lines: list[str] = []
     tables = []
@@ -468,6 +469,7 @@ def test_without_a_terminal_a_stage_is_a_line(run: Path, tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_was_reached(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = f"fit {SMALL} --epochs 100000 --batch-size 40"

@@ -154,6 +154,7 @@ print(found.log_evidence.values.tobytes().hex())
 """
 
 
+@pytest.mark.long
 def test_a_new_process_finds_the_same_evidence_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "programs_of_a_user.py").write_text(PROGRAMS)
     monkeypatch.syspath_prepend(tmp_path)

@@ -227,6 +227,7 @@ def test_bad_options_are_refused(pair: LinearGaussian, options: dict[str, Any], 
         ledger_of(pair.model, pair.guide, pair.sample(3), **options)
 
 
+@pytest.mark.long
 def test_chunks_of_particles_change_nothing_but_the_draws(pair: LinearGaussian) -> None:
     x = pair.sample(4)
     found = ledger_of(pair.model, pair.exact_guide, x, max_steps=20, max_memory=1e-6)

@@ -88,6 +88,7 @@ def test_step_sizes_are_those_of_each_datum():
     assert (found.rhat < 1.1).all()
 
 
+@pytest.mark.long
 def test_constrained_sites_hierarchy_and_support_that_moves():
     """Gamma-Poisson with a conjugate posterior, beside a uniform whose end is the other latent."""
     counts = torch.tensor([[2.0, 0.0, 1.0], [6.0, 9.0, 7.0]])
@@ -203,7 +204,7 @@ def test_global_latents_are_sampled_jointly():
     assert abs(found.draws["mean"].mean() - x.sum() / 2 / precision) < STANDARD_ERRORS * error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_agrees_with_pyros_nuts_on_a_model_that_is_not_gaussian():
     x = torch.tensor([1.5, -0.3])
 
@@ -406,6 +407,7 @@ def test_bad_arguments(linear, x, options, message):
         sample_posterior(linear.model, x, **options)
 
 
+@pytest.mark.long
 def test_no_trajectory_length_resonates_with_the_target():
     """Ten steps of equal number close half a period here: the mean then moves, the spread not."""
     scale_tril = torch.linalg.cholesky(torch.tensor([[1.0, 0.9], [0.9, 1.0]]))

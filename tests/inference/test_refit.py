@@ -239,6 +239,7 @@ def test_noise_of_several_sites_is_shared() -> None:
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.long
 def test_a_flow_bends_a_single_latent() -> None:
     """Two modes about zero, not too far apart: a normal leaves one out, a spline need not."""
     x = torch.tensor([0.8, 1.0])

@@ -51,7 +51,7 @@ print(json.dumps(failed))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_no_check_of_scikit_learn_fails():
     # In a process of its own: the checks pass wrong types, which annotations refuse in tests.

@@ -100,6 +100,7 @@ def test_exact_method_agrees_and_is_labelled_exact(linear, x):
         log_evidence(VAE(D, 2).model, None, x, method="exact")
 
 
+@pytest.mark.long
 def test_bound_rises_with_particles_and_stays_below_in_expectation(linear, x):
     exact = exact_log_evidence(linear, x).numpy()
     guide = broad_guide(linear)
@@ -116,6 +117,7 @@ def test_bound_rises_with_particles_and_stays_below_in_expectation(linear, x):
     assert means[-1][0] < exact.mean() + STANDARD_ERRORS * means[-1][1]
 
 
+@pytest.mark.long
 def test_chunks_only_change_the_draws(linear, x):
     run: dict[str, Any] = {"num_particles": 3000, "progress": False}
     whole = log_evidence(linear.model, linear.best_diagonal_guide, x, **run)
@@ -358,6 +360,7 @@ def by_hand(vae, data, half_width=8.0, size=601):
     return torch.stack(total).logsumexp(0) + 2 * (ticks[1] - ticks[0]).log()
 
 
+@pytest.mark.long
 def test_quadrature_is_the_truth_that_the_other_methods_find(digits_like):
     vae, data = digits_like
     truth = log_evidence(vae.model, vae.guide, data, method="quadrature").log_evidence.values

@@ -1566,7 +1566,7 @@ def kill_while_it_writes(folder, reached, wait, resume):
             child.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_killed_run_can_be_resumed(tmp_path):
     folder, reached = tmp_path / "run", -1
