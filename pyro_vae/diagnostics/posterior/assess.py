@@ -5,6 +5,7 @@ narrow and its weights good; it may be right to the eye and its weights useless.
 kept apart.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -278,85 +279,111 @@ class _Error:
         )
 
 
-def _errors(
-    columns: Mapping[str, Tensor], latents: Sequence[str], limits: Limits, usable: Tensor
-) -> Iterator[_Error]:
-    from math import exp
+@dataclass(frozen=True)
+class _Compared:
+    """A column that should be small: where its words and its limit are."""
 
-    def make(
-        name: str, kind: str, words: str, limit: float, of_guide: bool, keep: Tensor | None = None
-    ) -> _Error:
-        value, se = columns[name], columns[f"{name}_se"]
-        if value.dim() == 1:
-            value, se = value[:, None], se[:, None]
-        if keep is not None:
-            value = value.masked_fill(~keep[:, None], torch.nan)
-        is_scale = "scale" in name
+    column: str
+    kind: str
+    words: str
+    limit: str  # a field of `Limits`
+    of_guide: bool = True
+    by_weights: bool = False  # left out where these are unusable, which needs no further reason
 
-        def say(n: int, i: int) -> str:
-            shown = exp(float(value[n, i])) if is_scale else float(value[n, i])
-            latent = latents[i] if value.shape[1] == len(latents) else ""
-            return words.format(latent=latent, value=shown)
 
-        return _Error(kind, value, se, limit, of_guide, say)
-
-    yield make(
+_COMPARED = (
+    _Compared(
         "mean_correction",
         "the mean is off",
         "the mean of {latent} is {value:+.2f} sd off the weighted one",
-        limits.mean,
-        True,
-        usable,
-    )
-    yield make(
+        "mean",
+        by_weights=True,
+    ),
+    _Compared(
         "scale_correction",
         "the spread is off",
         "the sd of {latent} is {value:.2f} times the weighted one",
-        limits.scale,
-        True,
-        usable,
-    )
-    yield make(
+        "scale",
+        by_weights=True,
+    ),
+    _Compared(
         "total_variation",
         "draws are told from the posterior's",
         "total variation {value:.2f} from the posterior",
-        limits.total_variation,
-        True,
-        usable,
-    )
-    if "reference_converged" not in columns:
-        return
-    # Weights that are unusable need no further reason.
-    for prefix, of_guide, whose in (("", True, ""), ("corrected_", False, "weighted ")):
-        yield make(
-            f"{prefix}mean_error",
-            "the mean is off" if of_guide else "the reference has another mean",
-            f"the {whose}mean of {{latent}} is {{value:+.2f}} sd off the reference",
-            limits.mean,
-            of_guide,
-            None if of_guide else usable,
-        )
-        yield make(
-            f"{prefix}scale_error",
-            "the spread is off" if of_guide else "the reference has another spread",
-            f"the {whose}sd of {{latent}} is {{value:.2f}} times the reference's",
-            limits.scale,
-            of_guide,
-            None if of_guide else usable,
-        )
+        "total_variation",
+        by_weights=True,
+    ),
+    _Compared(
+        "mean_error",
+        "the mean is off",
+        "the mean of {latent} is {value:+.2f} sd off the reference",
+        "mean",
+    ),
+    _Compared(
+        "scale_error",
+        "the spread is off",
+        "the sd of {latent} is {value:.2f} times the reference's",
+        "scale",
+    ),
+    _Compared(
+        "corrected_mean_error",
+        "the reference has another mean",
+        "the weighted mean of {latent} is {value:+.2f} sd off the reference",
+        "mean",
+        of_guide=False,
+        by_weights=True,
+    ),
+    _Compared(
+        "corrected_scale_error",
+        "the reference has another spread",
+        "the weighted sd of {latent} is {value:.2f} times the reference's",
+        "scale",
+        of_guide=False,
+        by_weights=True,
+    ),
+)
+
+
+def _errors(
+    columns: Mapping[str, Tensor], latents: Sequence[str], limits: Limits, usable: Tensor
+) -> Iterator[_Error]:
+    for row in _COMPARED:
+        if row.column in columns:  # some are beside a reference only
+            yield _error(row, columns, latents, limits, usable if row.by_weights else None)
     if "c2st_accuracy" in columns:
-        excess = make("c2st_accuracy", "", "", 0.0, True)
         accuracy = columns["c2st_accuracy"]
         yield _Error(
             "draws are told from the posterior's",
             # A classifier that is wrong more often than not has seen nothing.
-            (2 * excess.value - 1).clamp_min(0.0),
-            2 * excess.se,
+            (2 * accuracy - 1).clamp_min(0.0)[:, None],
+            2 * columns["c2st_accuracy_se"][:, None],
             limits.total_variation,
             True,
             lambda n, i: f"a classifier tells {float(accuracy[n]):.0%} of the draws apart",
             decides=False,  # the other errors say it more precisely
         )
+
+
+def _error(
+    row: _Compared,
+    columns: Mapping[str, Tensor],
+    latents: Sequence[str],
+    limits: Limits,
+    keep: Tensor | None,
+) -> _Error:
+    value, se = columns[row.column], columns[f"{row.column}_se"]
+    if value.dim() == 1:
+        value, se = value[:, None], se[:, None]
+    if keep is not None:
+        value = value.masked_fill(~keep[:, None], math.nan)
+
+    def say(n: int, i: int) -> str:
+        # Scales are compared by their logs.
+        shown = math.exp(value[n, i]) if row.limit == "scale" else float(value[n, i])
+        latent = latents[i] if value.shape[1] == len(latents) else ""
+        return row.words.format(latent=latent, value=shown)
+
+    return _Error(row.kind, value, se, getattr(limits, row.limit), row.of_guide, say)
 
 
 def _standard_errors(level: float, count: int) -> float:
