@@ -23,6 +23,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Dataset, Seed, as_seed, load_dataset
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.estimators import make_objective, objective_names
@@ -517,8 +518,7 @@ def start_run(
         TrainingError: If the loss is not finite.
     """
     seed = as_seed(seed)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+    check_count("batch_size", batch_size)
     loss = _choose_loss(model, objective, num_particles, warmup_epochs)
     chosen = choose_likelihood(dataset.measure, likelihood, dataset.pixels)
     dataset, chosen = on_levels(dataset, chosen)
@@ -735,8 +735,7 @@ def evaluate_run(
     """
     seed = as_seed(seed)
     test = load_run_data(run, root).test
-    if num_data is not None and num_data < 1:
-        raise ValueError(f"num_data must be a positive integer, not {num_data!r}")
+    check_count("num_data", num_data, optional=True)
     if len(test) == 0:
         raise CheckpointError(
             f"the data set {run.data_name!r} has no test set: pass data to log_evidence(run.model, "

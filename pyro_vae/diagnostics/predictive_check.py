@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.replicates import Replicates, log_likelihood, observed_data, replicate
 from pyro_vae.inference.programs import (
@@ -170,10 +171,8 @@ def predictive_check(
 def _check(num_draws: int, kind: str, max_memory: float) -> None:
     if kind not in ("posterior", "prior", "both"):
         raise ValueError(f"kind is 'posterior', 'prior' or 'both', not {kind!r}")
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < _LEAST_DRAWS:
-        raise ValueError(f"num_draws must be an integer from {_LEAST_DRAWS}, not {num_draws!r}")
-    if not max_memory > 0:
-        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    check_count("num_draws", num_draws, _LEAST_DRAWS)
+    check_max_memory(max_memory)
 
 
 # --- statistics -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.log_weights import effective_sample_size
 from pyro_vae.inference.programs import (
@@ -112,8 +113,7 @@ class PosteriorDraws:
         """
         seed = as_seed(seed)
         count = len(self.log_joint) if num_draws is None else num_draws
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
+        check_count("num_draws", count)
         index = _systematic(self.log_weights.detach().double(), count, seed)
 
         def taken(values: Tensor) -> Tensor:
@@ -196,10 +196,8 @@ def draw_posterior(
         (torch.Size([7, 5, 2]), torch.Size([7, 5]))
     """
     seed = as_seed(seed)
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"num_draws must be a positive integer, not {num_draws!r}")
-    if not max_memory > 0:
-        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    check_count("num_draws", num_draws)
+    check_max_memory(max_memory)
     with program_scope(seed):
         pair = Pair.inspect(model, guide, x, joint=joint, num_particles=min(num_draws, 2))
     return draws_of(pair, num_draws=num_draws, seed=seed, max_memory=max_memory)

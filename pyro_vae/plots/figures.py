@@ -24,6 +24,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients import snr_slopes
 from pyro_vae.inference.estimators import estimator_names
@@ -490,8 +491,7 @@ def plot_samples(
         ValueError: If what it draws are not images of that shape.
     """
     seed = as_seed(seed)
-    if num_images < 1:
-        raise ValueError(f"num_images must be a positive integer, not {num_images!r}.")
+    check_count("num_images", num_images)
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     drawn = _images(_call(module, "sample", num_images, generator=generator), image_shape)

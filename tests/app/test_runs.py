@@ -685,5 +685,5 @@ def test_an_evaluation_of_older_weights_is_not_given(folder: Path) -> None:
 
 
 def test_a_number_of_data_out_of_range_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="num_data must be a positive integer, not 0"):
+    with pytest.raises(ValueError, match="num_data must be an integer from 1 or None, not 0"):
         evaluate_run(load_run(folder), num_data=0)

@@ -283,9 +283,9 @@ def test_arguments_out_of_range_are_refused():
     ranks = np.array([[0], [10]])
     with pytest.raises(ValueError, match="ranks run from 0 to 10"):
         ecdf_p_value(ranks, 9)
-    with pytest.raises(ValueError, match="num_simulations must be a positive integer"):
+    with pytest.raises(ValueError, match="num_simulations must be an integer from 1"):
         ecdf_band(0, 9)
-    with pytest.raises(ValueError, match="num_draws must be a positive integer"):
+    with pytest.raises(ValueError, match="num_draws must be an integer from 1"):
         ecdf_band(10, 0)
     with pytest.raises(ValueError, match="level is a probability"):
         ecdf_band(10, 9, 1.0)

@@ -143,7 +143,7 @@ def test_one_draw_of_a_program_that_cannot_be_vectorised_and_bad_numbers(linear,
     one = draw_posterior(linear.model, linear.exact_guide, x, num_draws=1)
     assert one.latents["z"].shape == (1, N, H)
     for wrong in (0, -1, True):
-        with pytest.raises(ValueError, match="num_draws must be a positive integer"):
+        with pytest.raises(ValueError, match="num_draws must be an integer from 1"):
             draw_posterior(linear.model, linear.exact_guide, x, num_draws=wrong)
     with pytest.raises(ValueError, match="max_memory"):
         draw_posterior(linear.model, linear.exact_guide, x, max_memory=0)

@@ -395,8 +395,8 @@ def test_single_precision_stays_single():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_chains": 0}, "num_chains must be a whole number from 1"),
-        ({"num_samples": 3}, "num_samples must be a whole number from 4"),
+        ({"num_chains": 0}, "num_chains must be an integer from 1"),
+        ({"num_samples": 3}, "num_samples must be an integer from 4"),
         ({"num_leapfrog": True}, "num_leapfrog must be"),
         ({"target_accept": 1.0}, "between 0 and 1"),
         ({"step_size": -1.0}, "step_size must be positive"),

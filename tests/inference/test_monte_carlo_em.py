@@ -70,7 +70,7 @@ def test_the_step_size_follows_the_acceptance_and_the_guide_gets_no_gradient() -
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_steps": 0}, "num_steps must be a positive integer"),
+        ({"num_steps": 0}, "num_steps must be an integer from 1"),
         ({"step_size": 0.0}, "step_size must be positive"),
         ({"target_accept": 1.0}, "target_accept must lie between 0 and 1"),
     ],

@@ -12,6 +12,7 @@ import pyro
 import torch
 from scipy import stats
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration.ecdf import ecdf, ecdf_band, ecdf_p_value
 from pyro_vae.diagnostics.calibration.notes import LEVEL, SCOPE, calibration_words
@@ -157,11 +158,7 @@ def _check(
         ("num_simulations", num_simulations, _LEAST_SIMULATIONS),
         ("num_draws", num_draws, _LEAST_DRAWS),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"{name} must be an integer from {least}, not {value!r}; with fewer, no fault of "
-                "a guide shows"
-            )
+        check_count(name, value, least, because="; with fewer, no fault of a guide shows")
     if not len(levels) or not all(0 < level < 1 for level in levels):
         raise ValueError(f"levels are probabilities between 0 and 1, not {tuple(levels)!r}")
     if refit is not None and not joint:

@@ -148,7 +148,7 @@ def _probability_inside(num_simulations: int, num_draws: int, gamma: float) -> f
 def _check_counts(num_simulations: int, num_draws: int) -> None:
     for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws)):
         if isinstance(value, bool) or int(value) != value or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            raise ValueError(f"{name} must be an integer from 1, not {value!r}")
 
 
 def check_ranks(ranks: Ranks, num_draws: int) -> None:

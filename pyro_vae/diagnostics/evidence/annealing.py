@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_positive
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
     importance_bound,
@@ -69,16 +70,14 @@ class Annealing:
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_temperatures", "num_leapfrog"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            check_count(name, value)
         if self.schedule not in ("linear", "sigmoid"):
             raise ValueError(f"schedule is 'linear' or 'sigmoid', not {self.schedule!r}")
         if self.start not in ("prior", "guide"):
             raise ValueError(f"start is 'prior' or 'guide', not {self.start!r}")
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept lies between 0 and 1, not {self.target_accept!r}")
-        if not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size must be positive, not {self.step_size!r}")
+        check_positive("step_size", self.step_size)
 
 
 def temperatures(num_temperatures: int, schedule: str) -> list[float]:

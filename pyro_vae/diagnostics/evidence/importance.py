@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.diagnostics.evidence.chunks import ChunkPlan, Columns
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
@@ -33,8 +34,7 @@ class Importance:
 
     def __post_init__(self) -> None:
         value = self.num_particles
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"num_particles must be a positive integer, not {value!r}")
+        check_count("num_particles", value)
 
 
 def importance_columns(pair: Pair, plan: ChunkPlan, num_particles: int) -> Columns:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence.annealing import (
     Annealing,
@@ -152,8 +153,7 @@ def log_evidence(
         raise ValueError("importance sampling draws from the guide; pass one")
     if guide is None and method == "bridge" and own.proposal == "guide":
         own = Bridging(**{**asdict(own), "proposal": "normal"})
-    if not max_memory > 0:
-        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    check_max_memory(max_memory)
     shown = inspected_guide(model, guide)
     config = {"method": method, **asdict(own), "joint": joint}
     with torch.no_grad(), program_scope(seed):

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.inference.log_weights import (
@@ -130,10 +131,8 @@ def elbo_gap(
     """
     seed = as_seed(seed)
     families = _families(richer)
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
-        raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
-    if not max_memory > 0:
-        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    check_count("num_particles", num_particles, 2)
+    check_max_memory(max_memory)
     with program_scope(seed):
         pair = inspect_refittable(model, guide, x)
         known = _evidence(model, guide, x, evidence, seed, progress)

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gap.elbo_gap import data_hash
 from pyro_vae.inference.log_weights import (
@@ -89,8 +90,7 @@ def elbo_surgery(
         On variational bounds of mutual information.
     """
     seed = as_seed(seed)
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:
-        raise ValueError(f"num_particles must be an integer from 2, not {num_particles!r}")
+    check_count("num_particles", num_particles, 2)
     arguments = as_arguments(x)
     with torch.no_grad(), program_scope(seed):
         try:

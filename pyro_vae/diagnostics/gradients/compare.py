@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients.candidates import candidates_of
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
@@ -210,8 +211,7 @@ def gradient_draws(
     """
     seed = as_seed(seed)
     particles = _check_particles(num_particles)
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 8:
-        raise ValueError(f"num_draws must be a whole number from 8, not {num_draws!r}")
+    check_count("num_draws", num_draws, 8)
     candidates = candidates_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
     drawn = np.full((len(candidates), len(particles), num_draws), math.nan)

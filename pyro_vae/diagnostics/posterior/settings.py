@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.diagnostics.posterior.assess import Limits
 from pyro_vae.diagnostics.posterior.reference import HmcReference
 
@@ -49,10 +50,8 @@ class QualityOptions:
     def __post_init__(self) -> None:
         for name, least in (("num_particles", 1), ("num_test_draws", 10), ("num_permutations", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
-        if not self.max_memory > 0:
-            raise ValueError(f"max_memory is in GiB and must be positive, not {self.max_memory!r}")
+            check_count(name, value, least)
+        check_max_memory(self.max_memory)
 
     def runs(self, check: str) -> bool:
         """Whether a check is to be run where it can be."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import plan_chunks
 from pyro_vae.diagnostics.posterior import Limits
@@ -196,15 +197,11 @@ def resolve(
 
 
 def _check(num_draws: Any, budget: Any, max_memory: Any) -> None:
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 200:
-        raise ValueError(
-            f"num_draws must be a whole number from 200, not {num_draws!r}: with fewer no rung can "
-            "show that its draws are right"
-        )
+    few = ": with fewer no rung can show that its draws are right"
+    check_count("num_draws", num_draws, 200, because=few)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget is in seconds and must be positive or None, not {budget!r}")
-    if not max_memory > 0:
-        raise ValueError(f"max_memory is in GiB and must be positive, not {max_memory!r}")
+    check_max_memory(max_memory)
 
 
 @dataclass(frozen=True)

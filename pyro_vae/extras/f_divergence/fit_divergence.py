@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.checks import check_count, check_positive
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.f_divergence.divergences import divergence_bound, get_divergence
 from pyro_vae.extras.f_divergence.generation import generated
@@ -227,11 +228,9 @@ class _Settings:
         get_divergence(self.divergence)
         for name in ("epochs", "batch_size", "critic_steps", "evaluate_every"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            check_count(name, value)
         for name in ("learning_rate", "critic_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+            check_positive(name, getattr(self, name))
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must be 0 or a positive number, not {self.noise!r}")
         if isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:

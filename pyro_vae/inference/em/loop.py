@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.programs import Program
 from pyro_vae.progress import progress_bar
@@ -46,11 +47,8 @@ class EMSettings:
             raise ValueError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
         for name in ("max_iterations", "num_restarts", "num_samples", "num_gradient_steps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        size = self.batch_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"batch_size must be a positive integer or None, not {size!r}")
+            check_count(name, value)
+        check_count("batch_size", self.batch_size, optional=True)
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance!r}")
         if not 0.5 < self.step_exponent <= 1:
@@ -58,8 +56,7 @@ class EMSettings:
                 f"step_exponent must lie above 0.5 and be at most 1, or the averages do not "
                 f"settle; not {self.step_exponent!r}"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be 0 or a positive integer, not {self.seed!r}")
+        check_count("seed", self.seed, 0)
         if self.on_singular not in ("raise", "restart"):
             raise ValueError(f"on_singular is 'raise' or 'restart', not {self.on_singular!r}")
         if self.record not in (None, "half steps", "passes"):

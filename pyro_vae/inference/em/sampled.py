@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_positive
 from pyro_vae.inference.estimators import Coefficients, Estimator
 from pyro_vae.inference.mcmc import Tempered, hmc_step
 from pyro_vae.inference.programs import Arguments, Pair, Potential, Program
@@ -61,10 +62,8 @@ class MonteCarloEM(Estimator):
     ) -> None:
         super().__init__(num_particles, joint=joint)
         for name, count in (("num_steps", num_steps), ("num_leapfrog", num_leapfrog)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a positive integer, not {count!r}")
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"step_size must be positive, not {step_size!r}")
+            check_count(name, count)
+        check_positive("step_size", step_size)
         if not 0 < target_accept < 1:
             raise ValueError(f"target_accept must lie between 0 and 1, not {target_accept!r}")
         self.num_steps, self.num_leapfrog = num_steps, num_leapfrog

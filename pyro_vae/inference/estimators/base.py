@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.checks import check_count
 from pyro_vae.inference.programs import (
     Arguments,
     Program,
@@ -172,8 +173,7 @@ class Estimator(ELBO):
     min_particles: ClassVar[int] = 1
 
     def __init__(self, num_particles: int = 1, *, joint: bool = False) -> None:
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int):
-            raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
+        check_count("num_particles", num_particles)
         if num_particles < self.min_particles:
             raise ValueError(
                 f"{type(self).__name__} needs num_particles >= {self.min_particles}, not "

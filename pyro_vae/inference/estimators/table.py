@@ -45,6 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.inference.estimators.base import Coefficients, Estimator, Weights, is_number
 from pyro_vae.inference.estimators.direct import (
     AnalyticELBO,
@@ -289,8 +290,7 @@ class _Grouped(Estimator):
 
     def __init__(self, num_particles: int = 4, *, num_groups: int = 2, joint: bool = False) -> None:
         super().__init__(num_particles, joint=joint)
-        if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
-            raise ValueError(f"num_groups must be a positive integer, not {num_groups!r}")
+        check_count("num_groups", num_groups)
         if num_particles % num_groups:
             raise ValueError(
                 f"num_particles ({num_particles}) must be a multiple of num_groups ({num_groups})"

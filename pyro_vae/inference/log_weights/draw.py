@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Pair,
@@ -60,7 +61,7 @@ def log_weights(
     Raises:
         ProgramError: If the pair has no such weights; the sentence names the site and says what to
             do. See `inspect_programs` for the list.
-        ValueError: If `num_particles` is not a positive integer.
+        ValueError: If `num_particles` is no integer from 1.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -76,8 +77,7 @@ def log_weights(
                 [-1.2655, -1.5155]])
     """
     seed = as_seed(seed)
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-        raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
+    check_count("num_particles", num_particles)
     with program_scope(seed):
         pair = Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles)
         return pair.log_weights(num_particles)

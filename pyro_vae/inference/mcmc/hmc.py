@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pyro_vae.checks import check_count, check_positive
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
 from pyro_vae.inference.mcmc.sample import PosteriorSample
@@ -59,14 +60,12 @@ class Chains:
         least = {"num_chains": 1, "num_warmup": 0, "num_samples": 4, "num_leapfrog": 1}
         for name, fewest in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
-                raise ValueError(f"{name} must be a whole number from {fewest}, not {value!r}")
+            check_count(name, value, fewest)
         if not 0 < self.target_accept < 1:
             raise ValueError(
                 f"target_accept is a probability between 0 and 1, not {self.target_accept!r}"
             )
-        if not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size must be positive, not {self.step_size!r}")
+        check_positive("step_size", self.step_size)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch import distributions as torch_dist
 from torch.distributions import constraints, transform_to
 
+from pyro_vae.checks import check_count, check_positive
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Arguments,
@@ -732,10 +733,8 @@ def refits(
 
     Runs in the caller's `program_scope`, and takes its random numbers from the global stream.
     """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive integer, not {max_steps!r}")
-    if not step_size > 0:
-        raise ValueError(f"step_size must be positive, not {step_size!r}")
+    check_count("max_steps", max_steps)
+    check_positive("step_size", step_size)
     layout = _lay_out(pair.guide, pair.arguments, pair.structure)
     if len(families) > 1:
         _check_noise(layout)

@@ -16,6 +16,7 @@ from pyro.infer import (
 )
 from pyro.optim import PyroOptim
 
+from pyro_vae.checks import check_count
 from pyro_vae.inference.svi.checkpoint import CheckpointError, holds_run
 
 __all__ = ["FitSettings"]
@@ -49,9 +50,9 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "evaluate_every", "checkpoint_every"):
-            _check_positive(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("batch_size", "patience", "threads"):
-            _check_positive(name, getattr(self, name), optional=True)
+            check_count(name, getattr(self, name), optional=True)
         self._check_loss()
         self._check_learning_rate()
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:  # what NumPy takes
@@ -84,8 +85,7 @@ class FitSettings:
 
     def _check_warmup(self) -> None:
         epochs, loss = self.warmup_epochs, self.loss
-        if not _is_integer(epochs) or epochs < 0:
-            raise ValueError(f"warmup_epochs must be 0 or a positive integer, not {epochs!r}")
+        check_count("warmup_epochs", epochs, 0)
         jitted = type(loss).__name__.startswith("Jit")  # keeps the weight of its first step
         if epochs and loss is not None and (jitted or not isinstance(loss, _ANNEALABLE)):
             raise ValueError(
@@ -111,14 +111,6 @@ class FitSettings:
             )
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; checkpoint names a folder")
-
-
-def _check_positive(name: str, value: Any, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not _is_integer(value) or value < 1:
-        allowed = "a positive integer or None" if optional else "a positive integer"
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
 def _is_integer(value: Any) -> bool:

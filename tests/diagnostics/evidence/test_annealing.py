@@ -251,7 +251,7 @@ def test_a_guide_without_a_density_is_sent_to_the_prior(linear, x):
     [
         ({"schedule": "cosine"}, "'linear' or 'sigmoid'"),
         ({"start": "moon"}, "'prior' or 'guide'"),
-        ({"num_temperatures": 0}, "positive integer"),
+        ({"num_temperatures": 0}, "an integer from 1"),
         ({"target_accept": 0.0}, "between 0 and 1"),
         ({"step_size": 0.0}, "step_size must be positive"),
         ({"num_particles": 3}, "no setting 'num_particles'; it has num_chains"),

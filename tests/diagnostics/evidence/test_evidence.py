@@ -312,8 +312,8 @@ def test_one_datum_one_particle_and_an_impossible_datum():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_particles": 0}, "positive integer"),
-        ({"num_particles": True}, "positive integer"),
+        ({"num_particles": 0}, "an integer from 1"),
+        ({"num_particles": True}, "an integer from 1"),
         ({"method": "magic"}, "must be one of 'importance', .*'exact'"),
         ({"max_memory": 0.0}, "must be positive"),
     ],

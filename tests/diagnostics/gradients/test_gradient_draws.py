@@ -77,7 +77,7 @@ def test_reparameterised_and_score_gradients_have_the_moments_of_the_textbook() 
     [
         ({"parameter": "mu", "entry": 2}, "entry must lie between 0 and 1"),
         ({"parameter": "nu"}, "no parameter matches 'nu'; there are mu"),
-        ({"parameter": "mu", "num_draws": 7}, "num_draws must be a whole number from 8"),
+        ({"parameter": "mu", "num_draws": 7}, "num_draws must be an integer from 8"),
     ],
 )
 def test_what_is_no_number_of_the_programs_is_refused(settings: dict, says: str) -> None:

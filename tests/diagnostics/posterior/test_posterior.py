@@ -537,8 +537,8 @@ def test_the_seed_decides_and_the_callers_stream_is_left_alone(x):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"num_particles": 0}, "num_particles must be a whole number from 1"),
-        ({"num_test_draws": 3}, "num_test_draws must be a whole number from 10"),
+        ({"num_particles": 0}, "num_particles must be an integer from 1"),
+        ({"num_test_draws": 3}, "num_test_draws must be an integer from 10"),
         ({"max_memory": 0.0}, "max_memory is in GiB"),
         ({"checks": ["mmmd"]}, "no check 'mmmd'; there are stein, energy"),
         ({"checks": "stein"}, "put its names in a list"),

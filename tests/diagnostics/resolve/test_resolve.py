@@ -154,7 +154,7 @@ def test_what_cannot_be_resolved_is_named():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"num_draws": 10}, "num_draws must be a whole number from 200"),
+        ({"num_draws": 10}, "num_draws must be an integer from 200"),
         ({"budget": 0.0}, "budget is in seconds"),
         ({"max_memory": 0.0}, "max_memory is in GiB"),
     ],

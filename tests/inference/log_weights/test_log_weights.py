@@ -207,7 +207,7 @@ def test_gradients_flow_to_modules_and_to_bare_parameters(linear: Linear) -> Non
 @pytest.mark.parametrize("num_particles", [0, -1, 1.5, True, "2", None])
 def test_num_particles_must_be_a_positive_integer(linear: Linear, num_particles: Any) -> None:
     unchecked = inspect.unwrap(log_weights)  # without the type checks that only tests have
-    with pytest.raises(ValueError, match="num_particles must be a positive integer, not"):
+    with pytest.raises(ValueError, match="num_particles must be an integer from 1, not"):
         unchecked(linear.model, linear.guide, linear.x, num_particles)
 
 
