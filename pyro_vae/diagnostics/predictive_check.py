@@ -14,13 +14,12 @@ from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.replicates import Replicates, log_likelihood, observed_data, replicate
 from pyro_vae.inference.programs import (
+    Pair,
     Program,
     ProgramStructure,
     SubsampleError,
-    as_arguments,
-    bytes_of_run,
-    inspect_programs,
     inspected_guide,
+    particles_at_once,
     program_scope,
     site_values,
     tensors_of,
@@ -146,24 +145,23 @@ def predictive_check(
     kinds = ["posterior", "prior"] if kind == "both" else [kind]
     if guide is None and "posterior" in kinds:
         raise ValueError("the posterior predictive draws from the guide; pass one, or kind='prior'")
-    arguments = as_arguments(x)
     shown = inspected_guide(model, guide)
     with torch.no_grad(), program_scope(seed):
-        structure = inspect_programs(model, shown, arguments, joint=joint, num_particles=2)
+        pair = Pair.inspect(model, shown, x, joint=joint)
+        structure = pair.structure
         if structure.scale != 1.0:
             raise SubsampleError(
                 "the programs subsample or rescale their data, so replicates are not of their size"
             )
-        observed = observed_data(model, shown, x, structure, prior="prior" in kinds)
+        observed = observed_data(pair, prior="prior" in kinds)
         chosen = _statistics(statistics, observed)
         values = np.array([_value(name, chosen[name], observed) for name in chosen])
         _check_observed(dict(zip(chosen, values.tolist(), strict=True)))
-        room = max_memory * 2**30 / max(bytes_of_run(model, shown, arguments), 64)
-        most = max(1, int(min(num_draws, room)))
+        most = particles_at_once(num_draws, max_memory, pair.bytes_of_particle)
         found = {}
         for which in kinds:
             pyro.set_rng_seed(seed)  # so that one kind does not depend on the other
-            draws = replicate(which, model, shown, arguments, structure, num_draws, most)
+            draws = replicate(which, pair, num_draws, most)
             found[which] = _compare(draws, chosen, structure)
     return _result(found, values, list(chosen), structure, x, num_draws, joint, seed)
 

@@ -1,7 +1,7 @@
 """Data replicated by a model, of the size of the given: prior and posterior predictive draws."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 from jaxtyping import Float
@@ -11,17 +11,16 @@ from torch import Tensor
 
 from pyro_vae.inference.predictive import hold_enumerated
 from pyro_vae.inference.programs import (
-    Arguments,
+    Pair,
     Program,
     ProgramStructure,
     Site,
-    as_arguments,
-    draw_traces,
     fixed_draws,
     in_particle_plate,
     simulate,
     site_log_probs,
     site_values,
+    split_count,
     sum_traces,
     without_data,
 )
@@ -43,84 +42,57 @@ class Replicates(NamedTuple):
     num_draws: int
 
 
-def observed_data(
-    model: Program, guide: Program, x: Any, structure: ProgramStructure, *, prior: bool
-) -> dict[str, Tensor]:
+def observed_data(pair: Pair, *, prior: bool) -> dict[str, Tensor]:
     """The data by site, `[batch, inner plates, event]`, as replicates have them.
 
     Args:
-        model: The generative program.
-        guide: The program of the approximate posterior.
-        x: The data.
-        structure: From `inspect_programs`.
+        pair: The model with its guide and data.
         prior: Whether the latents are to be drawn from their prior later.
 
     Raises:
         ProgramError: If data, or with `prior` latents, cannot be drawn from the model.
     """
-    ((guide_trace, trace, _),) = draw_traces(model, guide, as_arguments(x), structure, 1)
-    simulate(model if prior else poutine.replay(model, trace=guide_trace), x)
-    return {name: site_values(trace, name, structure)[0] for name in structure.observed}
+    ((guide_trace, trace, _),) = pair.draws(1)
+    simulate(pair.model if prior else poutine.replay(pair.model, trace=guide_trace), pair.x)
+    return {name: site_values(trace, name, pair.structure)[0] for name in pair.structure.observed}
 
 
-def replicate(
-    kind: str,
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
-    structure: ProgramStructure,
-    num_draws: int,
-    most: int,
-) -> Iterator[Replicates]:
+def replicate(kind: str, pair: Pair, num_draws: int, most: int) -> Iterator[Replicates]:
     """Draws of the predictive distribution, at most so many at once.
 
     Args:
         kind: Whether the latents come from the guide (`"posterior"`) or the `"prior"`.
-        model: The generative program.
-        guide: The program of the approximate posterior.
-        arguments: From `as_arguments`.
-        structure: From `inspect_programs`.
+        pair: The model with its guide and data.
         num_draws: How many in all.
         most: How many at once.
     """
-    full, rest = divmod(num_draws, most)
-    for wanted in [most] * full + [rest] * (rest > 0):
+    draw = _from_posterior if kind == "posterior" else _from_prior
+    for wanted in split_count(num_draws, most):
         with pyro.validation_enabled(False):
-            if kind == "posterior":
-                yield from _from_posterior(model, guide, arguments, structure, wanted)
-            else:
-                yield from _from_prior(model, arguments, structure, wanted)
+            yield from draw(pair, wanted)
 
 
-def _from_posterior(
-    model: Program, guide: Program, arguments: Arguments, structure: ProgramStructure, wanted: int
-) -> Iterator[Replicates]:
-    found = draw_traces(model, guide, arguments, structure, wanted)
-    for guide_trace, model_trace, count in found:
+def _from_posterior(pair: Pair, wanted: int) -> Iterator[Replicates]:
+    for guide_trace, model_trace, count in pair.draws(wanted):
         latents = fixed_draws(guide_trace, model_trace)
-        hold_enumerated(model, latents, arguments, structure, count)
-        drawn = _run(without_data(model), latents, arguments, structure, count)
+        hold_enumerated(pair.model, latents, pair.arguments, pair.structure, count)
+        drawn = _run(without_data(pair.model), latents, pair, count)
         yield Replicates(drawn, model_trace, count)
 
 
-def _from_prior(
-    model: Program, arguments: Arguments, structure: ProgramStructure, wanted: int
-) -> Iterator[Replicates]:
-    count = wanted if structure.vectorizable else 1
+def _from_prior(pair: Pair, wanted: int) -> Iterator[Replicates]:
+    count = wanted if pair.structure.vectorizable else 1
     for _ in range(wanted // count):
-        drawn = _run(without_data(model), Trace(), arguments, structure, count)
+        drawn = _run(without_data(pair.model), Trace(), pair, count)
         latents = drawn.copy()
-        for name in structure.observed:
+        for name in pair.structure.observed:
             latents.remove_node(name)
-        yield Replicates(drawn, _run(model, latents, arguments, structure, count), count)
+        yield Replicates(drawn, _run(pair.model, latents, pair, count), count)
 
 
-def _run(
-    program: Program, latents: Trace, arguments: Arguments, structure: ProgramStructure, count: int
-) -> Trace:
-    args, kwargs = arguments
-    if count > 1:
-        program = in_particle_plate(program, count, -1 - structure.max_plate_nesting)
+def _run(program: Program, latents: Trace, pair: Pair, count: int) -> Trace:
+    args, kwargs = pair.arguments
+    program = in_particle_plate(program, count, -1 - pair.structure.max_plate_nesting)
     # Replay stands outside the particle plate: a replayed site skips the plates inside replay.
     return poutine.trace(poutine.replay(program, trace=latents)).get_trace(*args, **kwargs)
 

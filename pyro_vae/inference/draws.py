@@ -19,9 +19,11 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramStructure,
     label_sites,
+    particles_at_once,
     program_scope,
     site_log_probs,
     site_values,
+    split_count,
     sum_traces,
     tool,
 )
@@ -207,13 +209,8 @@ def draws_of(pair: Pair, *, num_draws: int, seed: int | None, max_memory: float)
     """What `draw_posterior` does, of a pair that was inspected."""
     structure = pair.structure
     with torch.no_grad(), program_scope(seed):
-        room = max_memory * 2**30 / max(pair.bytes_of_particle, 64)
-        most = max(1, int(min(num_draws, room)))
-        full, rest = divmod(num_draws, most)
-        parts = [
-            _read(pair.draws(count), structure, seed)
-            for count in [most] * full + [rest] * (rest > 0)
-        ]
+        most = particles_at_once(num_draws, max_memory, pair.bytes_of_particle)
+        parts = [_read(pair.draws(n), structure, seed) for n in split_count(num_draws, most)]
     return PosteriorDraws(
         _join([part.latents for part in parts]),
         torch.cat([part.log_joint for part in parts]),

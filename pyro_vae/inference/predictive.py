@@ -26,6 +26,7 @@ from pyro_vae.inference.programs import (
     in_particle_plate,
     inspected_guide,
     is_factor,
+    particles_at_once,
     program_scope,
     site_values,
     tool_of_model,
@@ -203,7 +204,8 @@ def _draw_data(
         ((first, _),) = itertools.islice(_runs(draws, 1), 1)
         at_first = poutine.replay(without_data(model), trace=first)
         size = bytes_of_run(at_first, _empty_guide, arguments)
-        most = max(1, int(max_memory * 2**30 / max(size, 64))) if structure.vectorizable else 1
+        # As many as there is room for, or one by one.
+        most = particles_at_once(2**31, max_memory, size) if structure.vectorizable else 1
         for given, count in _runs(draws, most):
             if not prior:
                 hold_enumerated(model, given, arguments, structure, count)
@@ -246,8 +248,6 @@ def _empty_guide(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _in_plate(program: Program, structure: ProgramStructure, count: int) -> Program:
-    if count == 1:
-        return program
     return in_particle_plate(program, count, -1 - structure.max_plate_nesting)
 
 

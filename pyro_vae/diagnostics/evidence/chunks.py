@@ -15,6 +15,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramStructure,
     modules_of,
+    split_count,
     tensors_of,
 )
 from pyro_vae.inference.svi import CheckpointError, load_tensors, save_tensors
@@ -54,8 +55,7 @@ class ChunkPlan:
 
     def particles(self, num_particles: int) -> list[int]:
         """Chunks of the particles."""
-        full, rest = divmod(num_particles, self.particle_chunk)
-        return [self.particle_chunk] * full + [rest] * (rest > 0)
+        return split_count(num_particles, self.particle_chunk)
 
 
 def plan_chunks(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
@@ -27,6 +26,7 @@ from pyro_vae.inference.programs import (
     as_arguments,
     draw_traces,
     fixed_draws,
+    in_particle_plate,
     inspect_programs,
     is_delta,
     program_scope,
@@ -162,12 +162,8 @@ def _replayed(
 ) -> Trace:
     args, kwargs = arguments
 
-    def run() -> None:
-        with pyro.plate("_particles", count, dim=-1 - structure.max_plate_nesting):
-            guide(*args, **kwargs)
-
-    program = run if count > 1 else lambda: guide(*args, **kwargs)
-    return poutine.trace(poutine.replay(program, trace=given)).get_trace()
+    program = in_particle_plate(guide, count, -1 - structure.max_plate_nesting)
+    return poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
 
 
 def _rolled(given: Trace, structure: ProgramStructure, shift: int) -> Trace:

@@ -11,7 +11,7 @@ from typing import Any
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from pyro_vae.inference import estimators as table
-from pyro_vae.inference.estimators import Estimator, estimator_names
+from pyro_vae.inference.estimators import Objective, estimator_names
 
 __all__ = ["TRUSTED", "Candidate", "candidates_of", "option_text"]
 
@@ -29,7 +29,7 @@ _DEFAULT = (
     "StraightThrough",
 )
 
-TRUSTED: dict[str, tuple[type[Estimator], ...]] = {
+TRUSTED: dict[str, tuple[type[Objective], ...]] = {
     "ELBO": (table.PathwiseELBO, table.LeaveOneOut, table.ScoreFunction),
     "IWAE": (table.ImportanceWeighted, table.VIMCO),
     "Renyi": (table.Renyi,),
@@ -98,12 +98,12 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> Cand
                 f"there is no estimator {one!r}; there are {', '.join(estimator_names())}"
             )
         one = getattr(table, one)
-    if isinstance(one, type) and issubclass(one, ELBO) and not issubclass(one, Estimator):
+    if isinstance(one, type) and issubclass(one, ELBO) and not issubclass(one, Objective):
         one = one()
-    if isinstance(one, ELBO) and not isinstance(one, Estimator):
+    if isinstance(one, ELBO) and not isinstance(one, Objective):
         return _pyro_candidate(name, one)
     kind = one if isinstance(one, type) else type(one)
-    if not issubclass(kind, Estimator):
+    if not issubclass(kind, Objective):
         raise ValueError(
             f"{one!r} is not an estimator; pass names, Estimator classes or instances, or Pyro's "
             "ELBOs"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.gradients.candidates import Candidate
 from pyro_vae.diagnostics.gradients.statistics import Gradients
-from pyro_vae.inference.estimators import Estimator, Terms, can_share, scale_of
+from pyro_vae.inference.estimators import Objective, Terms, can_share, scale_of
 from pyro_vae.inference.programs import (
     Arguments,
     PointMassError,
@@ -289,7 +289,7 @@ class Bench:
             elbo = candidate.make(num_particles)
         except ValueError as error:  # too few particles, or groups that do not divide them
             raise CannotMakeError(str(error)) from error
-        if isinstance(elbo, Estimator):
+        if isinstance(elbo, Objective):
             if self.structure is not None:
                 elbo.assume(self.model, self.guide, self.structure)
         elif (
@@ -365,7 +365,7 @@ def count_passes(elbo: ELBO, model: Program, guide: Program, arguments: Argument
     together = one.vectorize_particles
     with keep_random_state():
         one.loss_and_grads(model, guide, *args, **kwargs)  # looks the programs over
-        if isinstance(one, Estimator):
+        if isinstance(one, Objective):
             together = one.structure_of(model, guide, arguments).vectorizable
         runs.update(model=0, guide=0)
         one.loss_and_grads(model, guide, *args, **kwargs)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_vae.checks import check_count, check_positive
-from pyro_vae.inference.estimators import Coefficients, Estimator
+from pyro_vae.inference.estimators import Objective
 from pyro_vae.inference.mcmc import Tempered, hmc_step
 from pyro_vae.inference.programs import Arguments, Pair, Potential, Program
 
@@ -18,7 +18,7 @@ _ADAPTATION = 0.1  # of the log step size, for an acceptance that is off by one
 
 
 @final
-class MonteCarloEM(Estimator):
+class MonteCarloEM(Objective):
     r"""Monte-Carlo EM as a loss for `fit`: the guide has no part in it.
 
     For each mini-batch `num_particles` chains of HMC start at draws of the prior and move
@@ -69,16 +69,6 @@ class MonteCarloEM(Estimator):
         self.num_steps, self.num_leapfrog = num_steps, num_leapfrog
         self.step_size, self.target_accept = step_size, target_accept
         self._step = step_size  # as it has been adapted
-
-    def coefficients(self, log_weights: Float[Tensor, "particles batch"]) -> Coefficients:
-        """Refuses: the draws are not the guide's."""
-        raise TypeError("MonteCarloEM has no log-weight coefficients")
-
-    def _value(
-        self, model: Program, guide: Program, arguments: Arguments
-    ) -> tuple[Float[Tensor, " batch"], float]:
-        value, _, scale = self._surrogate(model, guide, arguments)
-        return value, scale
 
     def _surrogate(
         self, model: Program, guide: Program, arguments: Arguments

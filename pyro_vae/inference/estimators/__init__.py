@@ -12,6 +12,7 @@ module            what it holds
 """
 
 from pyro_vae.inference.estimators.base import (
+    Objective,
     Terms,
     can_share,
     log_p_of,
@@ -71,6 +72,7 @@ __all__ = [
     "ImportanceWeighted",
     "InfoVAE",
     "LeaveOneOut",
+    "Objective",
     "PathwiseELBO",
     "Renyi",
     "RenyiDReG",

@@ -37,8 +37,10 @@ from pyro_vae.inference.programs import (
 __all__ = [
     "Coefficients",
     "Estimator",
+    "Objective",
     "Terms",
     "Traces",
+    "WeightedTerms",
     "Weights",
     "can_share",
     "closed_kl",
@@ -138,14 +140,14 @@ class Terms:
 
 def can_share(elbo: ELBO) -> bool:
     """Whether an estimator is no more than weights of `Terms`, which others can use as well."""
-    return isinstance(elbo, Estimator) and all(
-        getattr(type(elbo), name) is getattr(Estimator, name)
+    return isinstance(elbo, WeightedTerms) and all(
+        getattr(type(elbo), name) is getattr(WeightedTerms, name)
         for name in ("loss_and_grads", "differentiable_loss", "_surrogate")
     )
 
 
-class Estimator(ELBO):
-    """A bound and its gradient from log weights; takes the place of any Pyro ELBO.
+class Objective(ELBO):
+    """A value and a sum whose gradient estimates that of it; takes the place of any Pyro ELBO.
 
     Works with `pyro.infer.SVI`, with `fit` and as `estimator(model, guide)`. Losses are sums over
     the batch in nats, with the factor N/B of a subsampled plate outside; lower is better. After
@@ -182,10 +184,6 @@ class Estimator(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.joint = joint
         self._inspected: tuple[Program, Program, ProgramStructure] | None = None
-
-    @abstractmethod
-    def coefficients(self, log_weights: Weights) -> Coefficients:
-        """The estimator's row of the table, from detached log weights."""
 
     # -- what Pyro asks for, written once
 
@@ -246,15 +244,45 @@ class Estimator(ELBO):
     def _value(
         self, model: Program, guide: Program, arguments: Arguments
     ) -> tuple[Float[Tensor, " batch"], float]:
-        structure = self.structure_of(model, guide, arguments)
-        traces = draw_traces(model, guide, arguments, structure, self.num_particles)
-        log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
-        return self.coefficients((log_p - log_q).detach()).value, scale_of(traces, self.joint)
+        value, _, scale = self._surrogate(model, guide, arguments)
+        return value, scale
 
+    @abstractmethod
     def _surrogate(
         self, model: Program, guide: Program, arguments: Arguments
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
         """The value, a sum whose gradient is the estimator's, and the factor N/B."""
+
+    def check_replayable(self, structure: ProgramStructure) -> None:
+        """Refuses guides whose density cannot be had at given latents."""
+        if not structure.replayable:
+            raise ProgramError(
+                f"{type(self).__name__} needs log q at given latents, which this guide cannot "
+                "give (a flow without an inverse, or a guide messenger); use PathwiseELBO, "
+                "ImportanceWeighted or Renyi, or a flow with an inverse"
+            )
+
+
+class WeightedTerms(Objective):
+    """An estimator whose gradient is a weighted sum of `Terms`, which others can share."""
+
+    @property
+    def _reparameterizes(self) -> bool:
+        return True
+
+    @abstractmethod
+    def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
+        """The value, and the weights with which the terms sum to the estimator's gradient.
+
+        Of more particles than the estimator's own it takes the first.
+
+        Raises:
+            ProgramError: If the estimator cannot take the guide of these draws.
+        """
+
+    def _surrogate(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
         structure = self.structure_of(model, guide, arguments)
         if not self._reparameterizes:
             self.check_replayable(structure)
@@ -265,14 +293,24 @@ class Estimator(ELBO):
         surrogate = torch.stack([(w * terms[name]).sum() for name, w in weights.items()]).sum()
         return value, surrogate, scale_of(traces, self.joint)
 
+
+class Estimator(WeightedTerms):
+    """A bound and its gradient by coefficients of the log weights: a row of the table."""
+
+    @abstractmethod
+    def coefficients(self, log_weights: Weights) -> Coefficients:
+        """The estimator's row of the table, from detached log weights."""
+
+    def _value(
+        self, model: Program, guide: Program, arguments: Arguments
+    ) -> tuple[Float[Tensor, " batch"], float]:
+        structure = self.structure_of(model, guide, arguments)
+        traces = draw_traces(model, guide, arguments, structure, self.num_particles)
+        log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
+        return self.coefficients((log_p - log_q).detach()).value, scale_of(traces, self.joint)
+
     def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
-        """The value, and the weights with which the terms sum to the estimator's gradient.
-
-        Of more particles than the estimator's own it takes the first.
-
-        Raises:
-            ProgramError: If the estimator cannot take the guide of these draws.
-        """
+        """The weights of log p and log q, along the path and at fixed latents."""
         row = self.coefficients(terms.log_weights[: self.num_particles])
         if row.path is None:  # every latent is held fixed
             self.check_replayable(terms.structure)
@@ -321,15 +359,6 @@ class Estimator(ELBO):
             raise ProgramError(
                 f"the guide's site '{fixed[0]}' cannot be reparameterised, and its baseline needs "
                 "other particles; use num_particles >= 2, or ScoreFunction"
-            )
-
-    def check_replayable(self, structure: ProgramStructure) -> None:
-        """Refuses guides whose density cannot be had at given latents."""
-        if not structure.replayable:
-            raise ProgramError(
-                f"{type(self).__name__} needs log q at given latents, which this guide cannot "
-                "give (a flow without an inverse, or a guide messenger); use PathwiseELBO, "
-                "ImportanceWeighted or Renyi, or a flow with an inverse"
             )
 
     def _check_densities(self, traces: Traces) -> None:

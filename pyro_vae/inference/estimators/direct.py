@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_vae.inference.estimators.base import (
     Coefficients,
     Estimator,
+    Objective,
     Terms,
+    WeightedTerms,
     Weights,
     closed_kl,
     is_number,
@@ -38,22 +40,8 @@ from pyro_vae.inference.programs import (
 __all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough", "WakeSleep"]
 
 
-class _BesideTheTable(Estimator):
-    """Estimators whose value or gradient is no row of the table: they state their own surrogate."""
-
-    def coefficients(self, log_weights: Weights) -> Coefficients:
-        """Refuses: there is no row of the table to give."""
-        raise TypeError(f"{type(self).__name__} has no log-weight coefficients")
-
-    def _value(
-        self, model: Program, guide: Program, arguments: Arguments
-    ) -> tuple[Float[Tensor, " batch"], float]:
-        value, _, scale = self._surrogate(model, guide, arguments)
-        return value, scale
-
-
 @final
-class AnalyticELBO(_BesideTheTable):
+class AnalyticELBO(WeightedTerms):
     """The ELBO with KL(q || p) in closed form at every site where one is registered.
 
     After a call `sampled_sites` names the sites whose KL was drawn instead: no closed form is
@@ -66,7 +54,6 @@ class AnalyticELBO(_BesideTheTable):
 
     value_name = "ELBO"
     sampled_sites: tuple[str, ...] = ()
-    _reparameterizes = True
 
     def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
         """The mean over particles of a term of its own."""
@@ -102,7 +89,7 @@ class AnalyticELBO(_BesideTheTable):
 
 
 @final
-class StraightThrough(_BesideTheTable):
+class StraightThrough(Objective):
     """The ELBO of discrete latents with a relaxed gradient (Gumbel-softmax, straight-through).
 
     Bernoulli and OneHotCategorical sites of the guide are drawn by Pyro's straight-through
@@ -201,7 +188,7 @@ class _Dreamt(Messenger):
 
 
 @final
-class SleepPhi(_BesideTheTable):
+class SleepPhi(Objective):
     """The sleep phase: the guide learns to infer the latents of data that the model dreamt.
 
     Its value is E_p(x,z) log q(z | x), an objective that bounds nothing; the model gets no
@@ -259,7 +246,7 @@ class WakeSleep(Estimator):
 
 
 def _sleep(
-    estimator: Estimator,
+    estimator: Objective,
     model: Program,
     guide: Program,
     arguments: Arguments,
@@ -275,7 +262,7 @@ def _sleep(
 
 
 def _log_q_of_dream(
-    estimator: Estimator,
+    estimator: Objective,
     model: Program,
     guide: Program,
     arguments: Arguments,

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.inference.estimators.base import (
-    Coefficients,
-    Estimator,
+    Objective,
     Traces,
     Weights,
     closed_kl,
@@ -56,7 +55,7 @@ class _Run(NamedTuple):
     traces: Traces
 
 
-class _Objective(Estimator):
+class _BoundsNothing(Objective):
     """An objective maximised by reparameterised gradients of its value; it bounds nothing."""
 
     bound_kind = "objective"
@@ -64,16 +63,6 @@ class _Objective(Estimator):
     @abstractmethod
     def _objective(self, run: _Run) -> Float[Tensor, " batch"]:
         """The objective of each datum in nats, attached."""
-
-    def coefficients(self, log_weights: Weights) -> Coefficients:
-        """Refuses: an objective is no function of log weights."""
-        raise TypeError(f"{type(self).__name__} has no log-weight coefficients")
-
-    def _value(
-        self, model: Program, guide: Program, arguments: Arguments
-    ) -> tuple[Float[Tensor, " batch"], float]:
-        value, _, scale = self._surrogate(model, guide, arguments)
-        return value, scale
 
     def _surrogate(
         self, model: Program, guide: Program, arguments: Arguments
@@ -99,7 +88,7 @@ class _Objective(Estimator):
 
 
 @final
-class BetaELBO(_Objective):
+class BetaELBO(_BoundsNothing):
     r""":math:`\mathbb E_q \log p(x \mid z) - \beta\, \mathbb E_q [\log q(z \mid x) - \log p(z)]`.
 
     With :math:`\beta > 1` it lies below the ELBO wherever the KL term is positive, with
@@ -129,7 +118,7 @@ class BetaELBO(_Objective):
 
 
 @final
-class FreeBits(_Objective):
+class FreeBits(_BoundsNothing):
     r"""The ELBO whose KL is free up to :math:`\lambda` nats in each group of latents.
 
     .. math:: \mathbb E_q \log p(x \mid z)
@@ -213,7 +202,7 @@ class FreeBits(_Objective):
 
 
 @final
-class InfoVAE(_Objective):
+class InfoVAE(_BoundsNothing):
     r"""InfoVAE: a KL of weight :math:`1 - \alpha`, and a distance of q(z) from the prior.
 
     .. math:: \mathbb E_q \log p(x \mid z) - (1 - \alpha)\, \mathrm{KL}(q(z \mid x) \| p(z))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro.infer import ELBO, RenyiELBO
 
-from pyro_vae.inference.estimators.base import Estimator
+from pyro_vae.inference.estimators.base import Objective
 from pyro_vae.inference.estimators.objectives import BetaELBO, FreeBits, InfoVAE
 from pyro_vae.inference.estimators.table import estimator_names, make_estimator
 
@@ -68,7 +68,7 @@ def loss_options(loss: ELBO) -> dict[str, Any]:
     """What a loss was made with besides particles: for ours their options, for Renyi's alpha."""
     if isinstance(loss, RenyiELBO):
         return {"alpha": loss.alpha}
-    if not isinstance(loss, Estimator):
+    if not isinstance(loss, Objective):
         return {}
     return {name: getattr(loss, name) for name in _defaults(type(loss)) if hasattr(loss, name)}
 

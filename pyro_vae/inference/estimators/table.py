@@ -46,7 +46,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_vae.checks import check_count
-from pyro_vae.inference.estimators.base import Coefficients, Estimator, Weights, is_number
+from pyro_vae.inference.estimators.base import (
+    Coefficients,
+    Estimator,
+    Objective,
+    Weights,
+    is_number,
+)
 from pyro_vae.inference.estimators.direct import (
     AnalyticELBO,
     SleepPhi,
@@ -397,7 +403,7 @@ def _vimco(log_weights: Weights, power: float = 1.0) -> Weights:
 
 # --- by name --------------------------------------------------------------------------------------
 
-_BY_NAME: dict[str, type[Estimator]] = {
+_BY_NAME: dict[str, type[Objective]] = {
     kind.__name__: kind
     for kind in (
         PathwiseELBO,
@@ -427,7 +433,7 @@ def estimator_names() -> tuple[str, ...]:
     return tuple(_BY_NAME)
 
 
-def make_estimator(name: str, num_particles: int = 1, **options: Any) -> Estimator:
+def make_estimator(name: str, num_particles: int = 1, **options: Any) -> Objective:
     """Builds an estimator from its class name.
 
     Args:

@@ -39,11 +39,13 @@ __all__ = [
     "map_draw",
     "measured",
     "naming_the_site",
+    "particles_at_once",
     "rerun_traces",
     "run_programs",
     "site_log_prob",
     "site_log_probs",
     "site_values",
+    "split_count",
     "subsamples",
     "sum_dims",
     "sum_sites",
@@ -140,10 +142,9 @@ def trace_programs(
 ) -> tuple[Trace, Trace]:
     """Traces the guide, and the model at the guide's latents; particles are the outermost plate."""
     args, kwargs = arguments
-    if num_particles > 1:
-        dim = -1 - max_plate_nesting
-        model = in_particle_plate(model, num_particles, dim)
-        guide = in_particle_plate(guide, num_particles, dim)
+    dim = -1 - max_plate_nesting
+    model = in_particle_plate(model, num_particles, dim)
+    guide = in_particle_plate(guide, num_particles, dim)
     inner = poutine.unwrap(guide)
     if isinstance(inner, Messenger):  # Pyro's guide messengers run the model themselves
         guide(*args, **kwargs)
@@ -168,10 +169,8 @@ def rerun_traces(
     again = []
     for guide_trace, model_trace, count in traces:
         given = fixed_draws(guide_trace, model_trace)
-        programs = [guide, model]
-        if count > 1:
-            dim = -1 - structure.max_plate_nesting
-            programs = [in_particle_plate(program, count, dim) for program in programs]
+        dim = -1 - structure.max_plate_nesting
+        programs = [in_particle_plate(program, count, dim) for program in (guide, model)]
         rerun = [
             poutine.trace(poutine.replay(program, trace=given)).get_trace(*args, **kwargs)
             for program in programs
@@ -237,8 +236,24 @@ def bytes_of_run(model: Program, guide: Program, arguments: Arguments) -> int:
     return size(traces)
 
 
+def particles_at_once(num_particles: int, max_memory: float, bytes_of_particle: float) -> int:
+    """How many particles a run may hold in so many GiB, at least one."""
+    return int(min(num_particles, max(max_memory * 2**30 / max(bytes_of_particle, 64.0), 1)))
+
+
+def split_count(total: int, most: int) -> list[int]:
+    """Parts that sum to the total, none above `most`."""
+    full, rest = divmod(total, most)
+    return [most] * full + [rest] * (rest > 0)
+
+
 def in_particle_plate(program: Program, num_particles: int, dim: int) -> Program:
-    """The program inside the plate of particles, which stands to the left of its own."""
+    """The program inside the plate of particles, which stands to the left of its own.
+
+    One particle has no dim of its own: the program is then what it was.
+    """
+    if num_particles == 1:
+        return program
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with pyro.plate("_particles", num_particles, dim=dim):

@@ -32,6 +32,7 @@ from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
+    in_particle_plate,
     site_log_prob,
     site_values,
     subsamples,
@@ -236,15 +237,7 @@ class Potential:
             return poutine.trace(program).get_trace(*args, **kwargs)
 
     def _in_plate(self, program: Program, chains: int) -> Program:
-        if chains == 1:
-            return program
-        dim = -1 - self.structure.max_plate_nesting
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with pyro.plate("_particles", chains, dim=dim):
-                return program(*args, **kwargs)
-
-        return run
+        return in_particle_plate(program, chains, -1 - self.structure.max_plate_nesting)
 
     # --- shapes -----------------------------------------------------------------------------------
 

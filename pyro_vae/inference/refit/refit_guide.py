@@ -45,7 +45,9 @@ from pyro_vae.inference.programs import (
     SubsampleError,
     bytes_of_run,
     is_delta,
+    particles_at_once,
     program_scope,
+    split_count,
     tool,
     weighted_sites,
 )
@@ -850,12 +852,11 @@ def paired_log_weights(
     Runs in the caller's `program_scope`.
     """
     size = max(bytes_of_run(pair.model, guide, pair.arguments) for guide in guides)
-    chunk = int(min(num_particles, max(max_memory * 2**30 // max(size, 64), 1)))
+    most = particles_at_once(num_particles, max_memory, size)
     parts: list[list[Tensor]] = [[] for _ in guides]
-    for done in range(0, num_particles, chunk):
+    for count in split_count(num_particles, most):
         seed = int(torch.randint(2**31, ()))
         for guide, part in zip(guides, parts, strict=True):
             pyro.set_rng_seed(seed)
-            count = min(chunk, num_particles - done)
             part.append(pair.with_guide(guide).log_weights(count).double().cpu())
     return [torch.cat(part) for part in parts]

@@ -1,6 +1,5 @@
 """`fit`: Pyro's SVI without its silent traps, with history, checkpoints and exact resume."""
 
-from pyro_vae.inference.svi.batches import TrainingData
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -19,6 +18,7 @@ from pyro_vae.inference.svi.history import history_result
 from pyro_vae.inference.svi.loop import Fit
 from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
+from pyro_vae.inference.svi.training_data import TrainingData
 
 __all__ = [
     "FORMAT",

@@ -26,7 +26,6 @@ from pyro_vae.inference.programs import (
     run_programs,
     trace_programs,
 )
-from pyro_vae.inference.svi.batches import TrainingData
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -46,6 +45,7 @@ from pyro_vae.inference.svi.step import (
     refuse_infinite,
     without_validation,
 )
+from pyro_vae.inference.svi.training_data import TrainingData
 from pyro_vae.progress import progress_bar, say
 from pyro_vae.results import Result, float32_precision, summary_html
 

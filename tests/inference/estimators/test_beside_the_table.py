@@ -615,5 +615,4 @@ def test_programs_that_dream_something_else_than_x_are_refused():
 
 def test_off_the_table_there_is_no_row():
     for estimator in (AnalyticELBO(2), StraightThrough(2), SleepPhi(2)):
-        with pytest.raises(TypeError, match="no log-weight coefficients"):
-            estimator.coefficients(torch.zeros(2, 3))
+        assert not hasattr(estimator, "coefficients")
