@@ -245,7 +245,7 @@ def test_every_objective_trains_and_is_labelled_as_what_it_is(name, tmp_path):
         vae.model, vae.guide, x, loss=loss, epochs=2, batch_size=4, checkpoint=tmp_path / "run"
     )
     last = found.history.isel(epoch=-1)
-    assert last.quantity("bound").bound == "lower"  # the ELBO, whatever was climbed
+    assert last.quantity("bound").bound == "lower"  # the ELBO, whatever was maximised
     assert last.quantity("loss").bound == "objective"
     assert str(last.quantity("loss").objective).startswith(name)
     with pytest.raises(IncomparableError, match="objective against lower"):

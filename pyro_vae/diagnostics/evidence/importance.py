@@ -78,6 +78,6 @@ def importance_notes(found: Columns, settings: Importance) -> list[str]:
             f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the error "
             f"above 0.5 nats, for {bad} of {len(found['khat'])} data: there the log evidence is a "
             "lower bound whose error is unreliable, not an estimate. More particles or a better "
-            "guide mend it.",
+            "guide help.",
         )
     return notes

@@ -286,13 +286,13 @@ def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
         notes.append(
             f"the error is above 0.5 nats (or unknown) for {bad} of {len(found['ess'])} data: "
             "there it rests on the weights of the chains being log-normal, and the log evidence is "
-            "a lower bound whose error is unreliable. More temperatures mend it."
+            "a lower bound whose error is unreliable. Use more temperatures."
         )
     slow = int((found["acceptance"] < 0.1).sum())
     if slow:
         notes.append(
             f"fewer than a tenth of the moves were accepted for {slow} of {len(found['ess'])} "
-            "data: there the chains hardly moved. A smaller step_size mends it."
+            "data: there the chains hardly moved. Use a smaller step_size."
         )
     if settings.start == "guide":
         notes.append("Chains that start from the guide may never reach a mode that it misses.")
@@ -318,7 +318,7 @@ def _bridge_notes(found: Columns, settings: Bridging) -> list[str]:
             0,
             f"R-hat is above 1.05 for {bad} of {len(rhat)} data (largest "
             f"{float(rhat.max()):.3g}): there the estimate and its error are unreliable. Longer "
-            "chains mend it.",
+            "chains help.",
         )
     return notes
 

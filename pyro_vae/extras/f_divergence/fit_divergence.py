@@ -271,8 +271,8 @@ class _Run:
         self.critic = critic
         if self._judge(rows).shape != (self.batch_size,):
             raise ValueError("the critic must map rows (batch, features) to (batch, 1) numbers")
-        self.climber = _Player("critic", critic.parameters(), settings.critic_learning_rate)
-        self.descender = _Player("generator", self.used.values(), settings.learning_rate)
+        self.critic_player = _Player("critic", critic.parameters(), settings.critic_learning_rate)
+        self.generator_player = _Player("generator", self.used.values(), settings.learning_rate)
         self.rows: list[dict[str, float]] = []
         self.epoch, self.seconds = 0, 0.0
 
@@ -299,10 +299,10 @@ class _Run:
             bound = divergence_bound(
                 self.settings.divergence, self._judge(batch), self._judge(samples)
             )
-            self.climber.step(-bound)
+            self.critic_player.step(-bound)
             if (place + 1) % self.settings.critic_steps == 0:
                 # All of the bound that depends on the generator.
-                self.descender.step(
+                self.generator_player.step(
                     -self.divergence.penalty(self._judge(self._samples(batch))).mean()
                 )
         self.epoch += 1

@@ -31,8 +31,8 @@ from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
     check_same_run,
+    complete_run,
     load_tensors,
-    mend_run,
     write_run,
 )
 from pyro_vae.inference.svi.history import best_row, history_result
@@ -220,7 +220,7 @@ class TrainingRun:
         self._go_back()
         say(f"nothing is left to train: {self.state.epoch} epochs were made before")
         if ended and self.settings.checkpoint is not None and self.saved_config is not None:
-            mend_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
+            complete_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
 
     def _keeps_best(self) -> bool:
         """Whether the parameters at the end are those of the best row, not of the last."""
