@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import as_text, save_figures
+from analyses.sections import COMMAND_NOTE, as_text, save_figures
 from pyro_vae import VAE, fit
 from pyro_vae.app.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
 from pyro_vae.data import Dataset
@@ -296,7 +296,7 @@ def draw(measured: Mapping[str, GapOnBoth], test: Tensor, data: Dataset) -> dict
     figures = {"gap": plot_gap(shown).figure}
     figures["movement"] = plot_gap({n: both.test for n, both in measured.items()}).figure
     if data.image_shape is not None:
-        figures["widest"] = plot_widest_gaps(base.test, test, data.image_shape)
+        figures["widest"] = plot_widest_gaps(base.test, test, data.image_shape, pixels=data.pixels)
     return {name: figure for name, figure in figures.items() if isinstance(figure, Figure)}
 
 
@@ -359,6 +359,7 @@ def describe(
             f"{base.training.provenance['created']}, one thread; "
             + ", ".join(f"{k} {v}" for k, v in asdict(settings).items())
         ),
+        Paragraph(COMMAND_NOTE),
         Verbatim("python -m analyses.elbo_gap"),
     )
     return page

@@ -187,7 +187,7 @@ def connection_figure(
     ):
         names = [n.replace(" the prior", "\nthe prior").replace(", c", ",\nc") for n in rows]
         strips = torch.stack([pictures[:_SHOWN] for pictures in rows.values()])
-        plot_picture_rows(strips, work.shape, names, ax, title=title)
+        plot_picture_rows(strips, work.shape, names, ax, title=title, pixels=work.data.pixels)
     return figure
 
 

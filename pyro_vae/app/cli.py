@@ -647,7 +647,7 @@ def sample(
     """
     _import("pyro_vae.app.report")
     from pyro_vae.app.report import RunFigure, save_figures
-    from pyro_vae.plots import plot_samples
+    from pyro_vae.plots import pixels_text, plot_samples
     from pyro_vae.runs import load_run
 
     loaded = load_run(run)
@@ -676,6 +676,7 @@ def sample(
     )
     (path,) = save_figures([RunFigure(target.stem, "", ax.figure)], target.parent)
     typer.echo(f"{num_images} draws in {path}")
+    typer.echo(pixels_text(pixels))
 
 
 @_command(

@@ -2,6 +2,7 @@
 
 from pyro_vae.plots.autoencoders import plot_code_activity, plot_denoising, plot_sensitivity
 from pyro_vae.plots.figures import (
+    pixels_text,
     plot_bound,
     plot_estimator_cost,
     plot_evidence,
@@ -50,6 +51,7 @@ from pyro_vae.plots.training import (
 )
 
 __all__ = [
+    "pixels_text",
     "plot_attribute_effects",
     "plot_bound",
     "plot_bounds",

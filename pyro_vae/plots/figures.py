@@ -32,6 +32,7 @@ from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
 
 __all__ = [
+    "pixels_text",
     "plot_bound",
     "plot_estimator_cost",
     "plot_evidence",
@@ -701,12 +702,33 @@ def _images(
     return x.detach().cpu().float().reshape(-1, *image_shape)
 
 
+_PIXELS = {
+    "ink": ("gray_r", "Pixels are drawn as ink on paper: 0 is white and 1 is black."),
+    "light": ("gray", "Pixels are drawn as light: 0 is black and 1 is white."),
+}
+
+
+def pixels_text(pixels: str) -> str:
+    """A sentence for beneath images: what black and white stand for.
+
+    Args:
+        pixels: What a pixel counts, "ink" or "light", see `Dataset`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    return _pixels(pixels)[1]
+
+
 def _look_of(pixels: str) -> dict[str, Any]:
     """How images with pixels from 0 to 1 are drawn."""
-    maps = {"ink": "gray_r", "light": "gray"}
-    if pixels not in maps:
+    return {"cmap": _pixels(pixels)[0], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+
+
+def _pixels(pixels: str) -> tuple[str, str]:
+    if pixels not in _PIXELS:
         raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset.")
-    return {"cmap": maps[pixels], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    return _PIXELS[pixels]
 
 
 def _show(

@@ -181,11 +181,9 @@ class TrainingRun:
             return
         steps = math.ceil(self.data.length / self.prepared.batch_size)
         if progress:
-            threads = torch.get_num_threads()
-            say(
-                f"training: {asked.epochs} epochs of {steps} steps on {threads} "
-                f"thread{'s' * (threads > 1)}"
-            )
+            counted = {"epoch": asked.epochs, "step": steps, "thread": torch.get_num_threads()}
+            epochs, each, threads = (f"{n} {what}{'s' * (n != 1)}" for what, n in counted.items())
+            say(f"training: {epochs} of {each} on {threads}")
         bar = progress_bar(
             asked.epochs * steps,
             "step",
