@@ -372,7 +372,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         (__doc__ or "").rsplit("\n\n", 1)[0],
         data=("digits", "mnist", "fashion_mnist"),
         full="the published architecture; many CPU hours",
-        epilog="A wide amortisation gap asks for a larger encoder, or more training of it; a wide\n"
+        epilog="A wide amortisation gap calls for a larger encoder or more training of it; a wide\n"
         "approximation gap for a richer guide family, and the gains say which one is worth it.\n"
         "An amortisation gap that is wide on test data alone is an encoder that overfits.",
     )

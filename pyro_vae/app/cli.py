@@ -253,8 +253,8 @@ Examples:
   pyro-vae fit --resume results/small --epochs 800
 
 A part is NAME or NAME:KEY=VALUE,KEY=VALUE; a list is 16-32. What an argument is for, the class of
-that name says: in Python, help(pyro_vae.models.VampPrior). What cannot stand together is refused
-with the way out.""",
+that name says: in Python, help(pyro_vae.models.VampPrior). What does not fit together is refused,
+with what to do instead.""",
 )
 def fit(
     data: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {_DATA}.")] = None,

@@ -115,7 +115,7 @@ class Panel:
 
     Attributes:
         image: PNG, in base64.
-        alt: What it shows, for who cannot see it.
+        alt: What it shows, for readers who cannot see it.
         width: In CSS pixels, where there is room.
     """
 

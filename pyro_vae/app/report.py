@@ -372,7 +372,7 @@ def run_figures(
             "evidence",
             plot_evidence(evaluation, data=data),
             "How far the evidence of each test datum lies above its ELBO: the height above the "
-            "diagonal estimates KL(q(z | x) || p(z | x)). Triangles are not to be trusted.",
+            "diagonal estimates KL(q(z | x) || p(z | x)). Triangles: its error is unreliable.",
         )
     about = run.config.get("data", {})
     shape, pixels = about.get("image_shape"), about.get("pixels", "ink")

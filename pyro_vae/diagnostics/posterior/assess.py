@@ -126,7 +126,7 @@ class Verdict:
             for violations in (self.guide, self.weights)
         )
         if not guide and not weights:
-            return "Nothing that was checked speaks against it"
+            return "It passes every check that was made"
         if guide == weights:
             return f"Either way: {'; '.join(guide)}"
         said = [

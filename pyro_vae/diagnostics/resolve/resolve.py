@@ -30,7 +30,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.refit import WeightedDraws
 from pyro_vae.progress import progress_bar
-from pyro_vae.results import ArvizGroups, Result, label, make_result, sha256_of
+from pyro_vae.results import ArvizGroups, Result, data_text, label, make_result, sha256_of
 
 __all__ = ["ResolvedDraws", "resolve"]
 
@@ -309,7 +309,7 @@ def _result(
     variables["log_evidence_se"] = (dims, of(columns["log_evidence_se"]), {})
     left = torch.nonzero(rung < 0)[:, 0].tolist()
     count, total = len(rung) - len(left), len(rung)
-    verdict = [f"usable draws for {count} of {total} data"]
+    verdict = [f"usable draws for {data_text(count, total)}"]
     if left:
         listed = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
         verdict.append(f"no rung gave usable draws for datum {listed}")
