@@ -184,9 +184,10 @@ LINES = {
 
 
 def number(result: Result, name: str) -> str:
-    """The mean over the data with its Monte-Carlo error for these data."""
+    """The mean over the data with its Monte-Carlo error; ? where that is unreliable for some."""
     found = result.quantity(name)
-    return f"{found.value:.3f} ± {found.standard_error or 0.0:.3f}"
+    mark = "?" if found.num_unreliable else ""
+    return f"{found.value:.3f} ± {found.standard_error or 0.0:.3f}{mark}"
 
 
 def gap_rows(both: GapOnBoth) -> list[dict[str, str]]:
@@ -315,7 +316,7 @@ def describe(
         Paragraph(
             "Gap = approximation (what the best diagonal normal of each datum leaves) + "
             "amortisation (what the encoder loses against it). Means over the data with "
-            "Monte-Carlo errors for these data."
+            "Monte-Carlo errors for these data; ? where an error is unreliable for some of them."
         ),
         table(gap_rows(base)),
         Picture(figures["gap"], "The gap and its parts, on training and test data."),
@@ -333,7 +334,8 @@ def describe(
         Picture(figures["movement"], "The gap on test data and its parts, by VAE."),
         Heading("From training to test data"),
         Paragraph(
-            "The fall of the ELBO, and whose it is. Errors here include the spread of the data."
+            "How far the ELBO falls, split into what the model, the encoder and the family "
+            "contribute. Errors here include the spread of the data."
         ),
         table(generalisation_rows(measured)),
     )

@@ -61,7 +61,7 @@ def run_demo(
     *,
     latent_dims: Sequence[int] = (2, 10),
     hidden: Sequence[int] = (200, 100),
-    epochs: int = 1000,
+    epochs: int = 400,
     num_particles: int = 1000,
     seed: Seed = 0,
     threads: int | None = None,

@@ -1,5 +1,6 @@
 """The analysis of the ELBO gap runs from its command line and writes what it says."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analyses.elbo_gap import main
+from analyses.elbo_gap import main, number
 from pyro_vae import LinearGaussian, elbo_gap
 from pyro_vae.plots import plot_gap, plot_widest_gaps
 from pyro_vae.results import Result, load_result
@@ -46,7 +47,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert "--data {digits,mnist,fashion_mnist}" in said
-    assert "asks for a larger encoder" in said
+    assert "calls for a larger encoder" in said
 
 
 @pytest.fixture
@@ -65,6 +66,22 @@ def decomposition() -> Result:
     )
 
 
+def test_an_unreliable_error_has_a_question_mark(decomposition: Result) -> None:
+    assert re.fullmatch(r"-?\d+\.\d{3} ± 0\.\d{3}", number(decomposition, "gap"))
+    pair = LinearGaussian(data_dim=6, latent_dim=2)
+    few = elbo_gap(
+        pair.model,
+        pair.guide,
+        pair.sample(5),
+        evidence="importance",
+        richer=(),
+        max_steps=2,
+        num_particles=4,  # too few for a k-hat
+        progress=False,
+    )
+    assert number(few, "log_evidence").endswith("?")
+
+
 def test_bars_are_the_parts_of_the_gap(decomposition: Result) -> None:
     ax = plot_gap({"first": decomposition, "second": decomposition})
     assert isinstance(ax, Axes)
@@ -81,5 +98,5 @@ def test_pictures_are_ordered_by_gap(decomposition: Result) -> None:
     shown = [float(ax.get_title()) for ax in figure.axes if ax.get_title()]
     widest = np.sort(decomposition["gap"].values)[::-1][:4]
     assert shown == pytest.approx(widest, abs=0.051)
-    with pytest.raises(ValueError, match="5 data and x 4"):
+    with pytest.raises(ValueError, match="of 5 data and x has 4"):
         plot_widest_gaps(decomposition, torch.rand(4, 6), (2, 3))

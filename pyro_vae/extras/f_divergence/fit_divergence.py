@@ -134,8 +134,8 @@ def fit_divergence(
         critic: A module from rows (batch, features) to (batch, 1) real numbers; a perceptron with
             two hidden layers of 128 units if None. One that is passed in is trained in place.
         mean: Whether means of the observed site stand in place of draws; see
-            `prior_predictive`. With means the divergence is that of the law of means: say so when it
-            is compared.
+            `prior_predictive`. With means the divergence is that of the law of means: say so
+            when it is compared.
         epochs: Passes over the data.
         batch_size: Data in a mini-batch, and samples; what is left over of an epoch is not used.
         learning_rate: Of the generator.
