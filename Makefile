@@ -116,7 +116,7 @@ blurry_samples: $(STAMP) ## What makes samples blurry? One suspect at a time (AR
 em_gmm: $(STAMP) ## Fit a Gaussian mixture by EM and look at its bound (ARGS="..." goes to the script)
 	$(BIN)/python -m analyses.em_gmm $(ARGS)
 
-em_to_vae: $(STAMP) ## Climb one bound from EM to the VAE (ARGS="..." goes to the script)
+em_to_vae: $(STAMP) ## Maximise one bound from EM to the VAE (ARGS="..." goes to the script)
 	$(BIN)/python -m analyses.em_to_vae $(ARGS)
 
 benchmark_em: $(STAMP) ## Time EM beside scikit-learn's on a small grid (ARGS="--sizes 100000" for another)

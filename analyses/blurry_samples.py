@@ -32,7 +32,7 @@ from pyro_vae.extras.f_divergence import fit_divergence
 from pyro_vae.extras.samples import Features, high_frequency_power, make_features, sample_quality
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.models import TwoStageVAE, on_levels
-from pyro_vae.plots import plot_power, plot_sample_rows, plot_sharpness
+from pyro_vae.plots import pixels_text, plot_power, plot_sample_rows, plot_sharpness
 from pyro_vae.results import Result
 
 Part = str | Mapping[str, Any]
@@ -42,7 +42,7 @@ SUSPECTS = {
     "likelihood": "the likelihood family",
     "bound": "the guide's family and the bound",
     "prior": "the prior",
-    "divergence": "maximum likelihood itself",
+    "divergence": "the divergence that training minimises",
     "code": "the size of the code",
 }
 # Rybkin, Daniilidis & Levine (2021), table 3: MNIST, -log p (upper bound) and FID.
@@ -386,11 +386,17 @@ def verdicts(found: Sequence[Measured], starts: Sequence[Measured]) -> list[str]
         if change < -2 * error:
             helped[suspect] = change
         worst = max(own, key=frechet)
+        effect = f"changes the Frechet distance{clear} by {change:+.1f} ± {error:.1f}"
+        if len(own) == 1:
+            sentences.append(
+                f"{words[0].upper()}{words[1:]}: {best.case.title} {effect}; high frequencies are "
+                f"{sharpness(best):.2f} of the data's."
+            )
+            continue
         sentences.append(
-            f"{words[0].upper()}{words[1:]}: the best here, {best.case.title}, changes the Frechet "
-            f"distance{clear} by {change:+.1f} ± {error:.1f}, the worst, "
-            f"{worst.case.title}, by {frechet(worst) - frechet(base):+.1f}; high frequencies go "
-            f"from {min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} "
+            f"{words[0].upper()}{words[1:]}: the best here, {best.case.title}, {effect}, the "
+            f"worst, {worst.case.title}, by {frechet(worst) - frechet(base):+.1f}; high "
+            f"frequencies go from {min(map(sharpness, own)):.2f} to {sharpness(sharpest):.2f} "
             f"({sharpest.case.title})."
         )
     sentences += likelihood_and_pictures(found)
@@ -421,10 +427,11 @@ def likelihood_and_pictures(found: Sequence[Measured]) -> list[str]:
         for title, level in levels.items()
         if level.measure != measure
     ]
+    source = "one generator" if likely is near else "different generators"
     return [
         f"The best held-out {best.measure_text} ({likely.case.title}, {best.value:.1f} nats) and "
         f"the best samples ({near.case.title}, Frechet {frechet(near):.1f} against "
-        f"{frechet(likely):.1f}) {'are one' if likely is near else 'are not the same'}"
+        f"{frechet(likely):.1f}) come from {source}"
         + (f"; not compared with it: {', '.join(others)}." if others else ".")
     ]
 
@@ -518,8 +525,10 @@ def describe(
             "samples",
             f"Samples, {data.name}",
             "Means of x given z, with z drawn from the prior (or from the second stage). The first "
-            "row is held-out data.",
-            figure=figure_of(plot_sample_rows(images, data.image_shape, data=data.name)),
+            "row is held-out data. " + pixels_text(data.pixels),
+            figure=figure_of(
+                plot_sample_rows(images, data.image_shape, data=data.name, pixels=data.pixels)
+            ),
         ),
         Section(
             "table",

@@ -259,7 +259,11 @@ def recommendation_rows(parts: Mapping[str, Result]) -> list[dict[str, str]]:
         particles = result["num_particles"].values
         size = {str(particles[0]): "small", str(particles[-1]): "large"}
         rows += [
-            {"latents": latents, "K": f"{size[row.pop('K')]} ({k})", "to climb": row.pop("bound")}
+            {
+                "latents": latents,
+                "K": f"{size[row.pop('K')]} ({k})",
+                "to maximise": row.pop("bound"),
+            }
             | row
             for row in recommend_estimators(result)
             if (k := row["K"]) in size and row["bound"] in ("ELBO", "IWAE")

@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import as_text, save_figures
+from analyses.sections import COMMAND_NOTE, as_text, save_figures
 from pyro_vae import VAE, fit
 from pyro_vae.app.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.gap import GapOnBoth, elbo_surgery, gap_on_both
 from pyro_vae.models.parts import mlp
-from pyro_vae.plots import plot_ledger, plot_widest_gaps
+from pyro_vae.plots import plot_gap, plot_widest_gaps
 from pyro_vae.results import Result, paired_difference
 from pyro_vae.runs import load_training_data
 
@@ -57,7 +57,7 @@ class Settings:
         learning_rate: Of the training.
         warmup_epochs: Epochs over which the KL term is switched on.
         activation: Of the hidden layers.
-        num_data: Training data, and at most so many test data, that the ledger is taken of.
+        num_data: Training data, and at most so many test data, whose gap is measured.
         num_particles: Fresh draws for each ELBO and datum.
         max_steps: Steps of each refit.
         seed: Seeds everything.
@@ -79,7 +79,7 @@ class Settings:
 
 
 # The published encoder and decoder (784-200-200-(2x50), 50-200-200-784, ELU), trained a tenth as
-# long; the ledger of the first 1000 data.
+# long; the gap of the first 1000 data.
 FULL = Settings(
     base=Setting((200, 200), (200, 200), 50, 300),
     encoders=((500, 500),),
@@ -155,7 +155,7 @@ def train(data: Dataset, setting: Setting, settings: Settings, progress: bool) -
 def measure(
     vae: VAE, training: Tensor, test: Tensor, richer: Sequence[str], settings: Settings, bar: bool
 ) -> GapOnBoth:
-    """The ledger on training and test data."""
+    """The gap on training and test data."""
     return gap_on_both(
         vae.model,
         vae.guide,
@@ -184,13 +184,14 @@ LINES = {
 
 
 def number(result: Result, name: str) -> str:
-    """The mean over the data with its Monte-Carlo error for these data."""
+    """The mean over the data with its Monte-Carlo error; ? where that is unreliable for some."""
     found = result.quantity(name)
-    return f"{found.value:.3f} ± {found.standard_error or 0.0:.3f}"
+    mark = "?" if found.num_unreliable else ""
+    return f"{found.value:.3f} ± {found.standard_error or 0.0:.3f}{mark}"
 
 
-def ledger_rows(both: GapOnBoth) -> list[dict[str, str]]:
-    """The whole ledger of one VAE."""
+def gap_rows(both: GapOnBoth) -> list[dict[str, str]]:
+    """The whole gap decomposition of one VAE."""
     return [
         {
             "nats per datum": text,
@@ -202,20 +203,20 @@ def ledger_rows(both: GapOnBoth) -> list[dict[str, str]]:
     ]
 
 
-def change(ledger: Result, base: Result, name: str) -> str:
+def change(decomposition: Result, base: Result, name: str) -> str:
     """By how much a mean differs from the base's, with the standard error over the data, paired."""
-    if ledger is base:
+    if decomposition is base:
         return "-"
-    found = paired_difference(ledger, base, name)
+    found = paired_difference(decomposition, base, name)
     return f"{found.value:+.2f} ± {found.data_standard_error or 0.0:.2f}"
 
 
 def movement_rows(measured: Mapping[str, GapOnBoth]) -> list[dict[str, str]]:
-    """The lines of the ledger that move from one VAE to another."""
+    """The parts of the gap that move from one VAE to another."""
     rows = []
     base = measured["base"]
     for title, both in measured.items():
-        for split, ledger, first in (
+        for split, decomposition, first in (
             ("training", both.training, base.training),
             ("test", both.test, base.test),
         ):
@@ -223,13 +224,13 @@ def movement_rows(measured: Mapping[str, GapOnBoth]) -> list[dict[str, str]]:
                 {
                     "VAE": title,
                     "data": split,
-                    "log p(x)": number(ledger, "log_evidence"),
-                    "ELBO": number(ledger, "elbo"),
-                    "minus base": change(ledger, first, "elbo"),
-                    "gap": number(ledger, "gap"),
-                    "gap minus base": change(ledger, first, "gap"),
-                    "approximation": number(ledger, "approximation_gap"),
-                    "amortisation": number(ledger, "amortization_gap"),
+                    "log p(x)": number(decomposition, "log_evidence"),
+                    "ELBO": number(decomposition, "elbo"),
+                    "minus base": change(decomposition, first, "elbo"),
+                    "gap": number(decomposition, "gap"),
+                    "gap minus base": change(decomposition, first, "gap"),
+                    "approximation": number(decomposition, "approximation_gap"),
+                    "amortisation": number(decomposition, "amortization_gap"),
                 }
             )
     return rows
@@ -269,8 +270,8 @@ def run(
         vae = train(data, setting, settings, progress)
         richer = ("full", "flow") if title == "base" else ()
         measured[title] = measure(vae, training, test, richer, settings, progress)
-        for split, ledger in (("training", "training"), ("test", "test")):
-            getattr(measured[title], ledger).save(out / f"{title.replace(' ', '_')}_{split}.nc")
+        for split in ("training", "test"):
+            getattr(measured[title], split).save(out / f"{title.replace(' ', '_')}_{split}.nc")
         if surgery is None:
             surgery = elbo_surgery(vae.model, vae.guide, training, seed=settings.seed)
             surgery.save(out / "surgery.nc")
@@ -293,10 +294,10 @@ def draw(measured: Mapping[str, GapOnBoth], test: Tensor, data: Dataset) -> dict
     """The figures by name."""
     base = measured["base"]
     shown = {"training": base.training, "test": base.test}
-    figures = {"ledger": plot_ledger(shown).figure}
-    figures["movement"] = plot_ledger({n: both.test for n, both in measured.items()}).figure
+    figures = {"gap": plot_gap(shown).figure}
+    figures["movement"] = plot_gap({n: both.test for n, both in measured.items()}).figure
     if data.image_shape is not None:
-        figures["widest"] = plot_widest_gaps(base.test, test, data.image_shape)
+        figures["widest"] = plot_widest_gaps(base.test, test, data.image_shape, pixels=data.pixels)
     return {name: figure for name, figure in figures.items() if isinstance(figure, Figure)}
 
 
@@ -307,18 +308,18 @@ def describe(
     data: Dataset,
     settings: Settings,
 ) -> Page:
-    """The page: the ledger, what moves it, the widest gaps, the surgery."""
+    """The page: the gap, what moves it, the widest gaps, the surgery."""
     base = measured["base"]
     page = Page("Where the ELBO falls short")
     page.add(
-        Heading(f"The ledger of a VAE on {data.name}"),
+        Heading(f"The ELBO gap of a VAE on {data.name}"),
         Paragraph(
             "Gap = approximation (what the best diagonal normal of each datum leaves) + "
             "amortisation (what the encoder loses against it). Means over the data with "
-            "Monte-Carlo errors for these data."
+            "Monte-Carlo errors for these data; ? where an error is unreliable for some of them."
         ),
-        table(ledger_rows(base)),
-        Picture(figures["ledger"], "The gap and its parts, on training and test data."),
+        table(gap_rows(base)),
+        Picture(figures["gap"], "The gap and its parts, on training and test data."),
         *(Note(note) for note in base.test.provenance["notes"]),
         Heading("What moves it"),
         Paragraph(
@@ -333,7 +334,8 @@ def describe(
         Picture(figures["movement"], "The gap on test data and its parts, by VAE."),
         Heading("From training to test data"),
         Paragraph(
-            "The fall of the ELBO, and whose it is. Errors here include the spread of the data."
+            "How far the ELBO falls, split into what the model, the encoder and the family "
+            "contribute. Errors here include the spread of the data."
         ),
         table(generalisation_rows(measured)),
     )
@@ -359,6 +361,7 @@ def describe(
             f"{base.training.provenance['created']}, one thread; "
             + ", ".join(f"{k} {v}" for k, v in asdict(settings).items())
         ),
+        Paragraph(COMMAND_NOTE),
         Verbatim("python -m analyses.elbo_gap"),
     )
     return page
@@ -371,7 +374,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         (__doc__ or "").rsplit("\n\n", 1)[0],
         data=("digits", "mnist", "fashion_mnist"),
         full="the published architecture; many CPU hours",
-        epilog="A wide amortisation gap asks for a larger encoder, or more training of it; a wide\n"
+        epilog="A wide amortisation gap calls for a larger encoder or more training of it; a wide\n"
         "approximation gap for a richer guide family, and the gains say which one is worth it.\n"
         "An amortisation gap that is wide on test data alone is an encoder that overfits.",
     )

@@ -25,7 +25,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor
 
 from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import save_figures
+from analyses.sections import COMMAND_NOTE, save_figures
 from pyro_vae import GaussianMixture, fit_em, load_dataset
 from pyro_vae.app.pages import (
     Formula,
@@ -595,6 +595,7 @@ def how_it_was_made(result: Result, settings: object, command: str) -> list[Part
             f"pyro_vae {made['version']}, torch {made['torch']}, {made['created']}, one thread; "
             f"{settings}."
         ),
+        Paragraph(COMMAND_NOTE),
         Verbatim(command),
     ]
 

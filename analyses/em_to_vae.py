@@ -34,7 +34,7 @@ from pyro_vae.diagnostics.gap import elbo_gap
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.inference.programs import Program
-from pyro_vae.plots import plot_climb, plot_decoder, plot_evidence_parts, plot_mixture
+from pyro_vae.plots import plot_bounds, plot_decoder, plot_evidence_parts, plot_mixture
 from pyro_vae.results import Result, label, make_result, sha256_of
 
 Row = dict[str, float]
@@ -60,7 +60,7 @@ class Settings:
         vae_learning_rate: Of Adam for the VAE with all data at once.
         vae_batch_learning_rate: Of Adam for the VAE with mini-batches.
         vae_particles: Of the VAE's ELBO.
-        importance_particles: Of the importance bound that is climbed.
+        importance_particles: Of the importance bound that is maximised.
         path_particles: Of the evidence along the way.
         evidence_particles: Of the final evidence.
         refit_steps: In which q is refitted to a datum, at most.
@@ -131,7 +131,7 @@ class PerDatumNormals(nn.Module):
 # --- maximising -----------------------------------------------------------------------------------
 
 
-def climb_by_em(mixture: GaussianMixture, x: Tensor, method: str, **options: Any) -> list[Row]:
+def maximize_by_em(mixture: GaussianMixture, x: Tensor, method: str, **options: Any) -> list[Row]:
     """A row for each E step of a relative of EM."""
     history = (
         fit_em(mixture, x, method=method, initialization="given", tolerance=0.0, **options)
@@ -143,7 +143,7 @@ def climb_by_em(mixture: GaussianMixture, x: Tensor, method: str, **options: Any
     return [{n: float(rows[n][i]) for n in names} for i in range(rows.sizes["step"])]
 
 
-def climb_by_gradient(
+def maximize_by_gradient(
     model: Program,
     guide: Program,
     x: Tensor,
@@ -204,7 +204,7 @@ def warm_up(mixture: GaussianMixture, x: Tensor) -> None:
     fit(mixture.model, mixture.guide, x, loss=loss, epochs=1, progress=False).require_finished()
 
 
-def climb_mixture(
+def maximize_mixture(
     sample: Sample, settings: Settings, say: Callable[[str], None], progress: bool
 ) -> tuple[dict[str, list[Row]], GaussianMixture]:
     """Every method from the same start; also the mixture that exact EM reached."""
@@ -223,16 +223,18 @@ def climb_mixture(
     of_em = common | {"max_iterations": settings.iterations}
     exact = copied()
     rows = {
-        EXACT: climb_by_em(exact, x, "exact", **of_em),
-        GENERALISED: climb_by_em(copied(), x, "generalized", **of_em),
-        SAMPLED: climb_by_em(copied(), x, "monte_carlo", num_samples=settings.num_samples, **of_em),
-        ONLINE: climb_by_em(copied(), x, "online", batch_size=settings.batch_size, **of_em),
+        EXACT: maximize_by_em(exact, x, "exact", **of_em),
+        GENERALISED: maximize_by_em(copied(), x, "generalized", **of_em),
+        SAMPLED: maximize_by_em(
+            copied(), x, "monte_carlo", num_samples=settings.num_samples, **of_em
+        ),
+        ONLINE: maximize_by_em(copied(), x, "online", batch_size=settings.batch_size, **of_em),
     }
     say("  EM and its approximations done; now by gradients")
     loss = partial(TraceEnum_ELBO, max_plate_nesting=1)
     full = common | {"learning_rate": settings.learning_rate, "batch_size": len(x)}
     mixture = copied()
-    rows[ENUMERATED] = climb_by_gradient(
+    rows[ENUMERATED] = maximize_by_gradient(
         mixture.model,
         mixture.guide,
         x,
@@ -242,7 +244,7 @@ def climb_mixture(
         **full,
     )
     own, mixture = PerDatumComponents(len(x), k), copied()
-    rows[PER_DATUM] = climb_by_gradient(
+    rows[PER_DATUM] = maximize_by_gradient(
         mixture.model,
         own.guide,
         x,
@@ -254,7 +256,7 @@ def climb_mixture(
     mixture = copied(guide="amortized", hidden=settings.hidden)
     network = mixture.recognition
     assert network is not None
-    rows[AMORTISED] = climb_by_gradient(
+    rows[AMORTISED] = maximize_by_gradient(
         mixture.model,
         mixture.guide,
         x,
@@ -277,17 +279,17 @@ class Trained:
     guide: Program
 
 
-def climb_vae(
+def maximize_vae(
     sample: Sample, settings: Settings, say: Callable[[str], None], progress: bool
 ) -> dict[str, Trained]:
     """The VAE with parameters for each datum, amortised, and on the importance bound."""
     x = sample.x
 
-    def climb(loss: ELBO, per_datum: bool = False) -> Trained:
+    def maximize(loss: ELBO, per_datum: bool = False) -> Trained:
         torch.manual_seed(settings.seed)
         vae = VAE(x.shape[1], 1, settings.hidden, "gaussian").double()
         guide: Program = PerDatumNormals(len(x), 1).guide if per_datum else vae.guide
-        rows = climb_by_gradient(
+        rows = maximize_by_gradient(
             vae.model,
             guide,
             x,
@@ -306,12 +308,12 @@ def climb_vae(
     def elbo() -> ELBO:
         return Trace_ELBO(num_particles=settings.vae_particles, vectorize_particles=True)
 
-    found = {PER_DATUM: climb(elbo(), per_datum=True)}
+    found = {PER_DATUM: maximize(elbo(), per_datum=True)}
     say(f"  {PER_DATUM} done")
-    found[AMORTISED] = climb(elbo())
+    found[AMORTISED] = maximize(elbo())
     say(f"  {AMORTISED} done")
     importance = make_estimator("DReG", settings.importance_particles)
-    found[IMPORTANCE] = climb(importance)
+    found[IMPORTANCE] = maximize(importance)
     say(f"  {IMPORTANCE} done")
     return found
 
@@ -319,7 +321,7 @@ def climb_vae(
 # --- results --------------------------------------------------------------------------------------
 
 
-def climb_result(climbs: Mapping[str, list[Row]], x: Tensor, *, exact: bool, seed: int) -> Result:
+def bounds_result(rows_of: Mapping[str, list[Row]], x: Tensor, *, exact: bool, seed: int) -> Result:
     """All rows below each other, with the coordinate `method`."""
     nats = partial(label, measure="real")
     attrs = {
@@ -331,24 +333,26 @@ def climb_result(climbs: Mapping[str, list[Row]], x: Tensor, *, exact: bool, see
             unit="seconds", reduction="none", bound="none", description="without measuring"
         ),
     }
-    rows = [row for climb in climbs.values() for row in climb]
+    rows = [row for part in rows_of.values() for row in part]
     return make_result(
         {name: ("row", [row[name] for row in rows], attrs[name]) for name in attrs},
-        function="climb_mixture" if exact else "climb_vae",
-        config={"methods": list(climbs)},
+        function="maximize_mixture" if exact else "maximize_vae",
+        config={"methods": list(rows_of)},
         seed=seed,
         data_sha256=sha256_of(x),
-        coords={"method": ("row", [name for name, climb in climbs.items() for _ in climb])},
+        coords={"method": ("row", [name for name, part in rows_of.items() for _ in part])},
     )
 
 
-def last_rows(climb: Result) -> Result:
+def last_rows(bounds: Result) -> Result:
     """Where each method ended."""
-    methods = climb["method"].values
-    return climb.isel(row=[np.flatnonzero(methods == m)[-1] for m in dict.fromkeys(methods)])
+    methods = bounds["method"].values
+    return bounds.isel(row=[np.flatnonzero(methods == m)[-1] for m in dict.fromkeys(methods)])
 
 
-def ledger(trained: Mapping[str, Trained], x: Tensor, settings: Settings, progress: bool) -> Result:
+def decompose_gaps(
+    trained: Mapping[str, Trained], x: Tensor, settings: Settings, progress: bool
+) -> Result:
     """The gap of each VAE: what its family cannot express, and what amortisation lost.
 
     log p(x) is by quadrature; `importance` is what importance sampling with the guide makes of it.
@@ -389,7 +393,7 @@ def ledger(trained: Mapping[str, Trained], x: Tensor, settings: Settings, progre
         variables[f"{name}_se"] = ("method", [q.standard_error or 0.0 for q in of_all], {})
     return make_result(
         variables,
-        function="ledger",
+        function="decompose_gaps",
         config={
             "evidence_particles": settings.evidence_particles,
             "refit_steps": settings.refit_steps,
@@ -403,14 +407,14 @@ def ledger(trained: Mapping[str, Trained], x: Tensor, settings: Settings, progre
 # --- figures --------------------------------------------------------------------------------------
 
 
-def climb_figure(climb: Result, best: float | None) -> Figure:
+def bounds_figure(bounds: Result, best: float | None) -> Figure:
     """The bound against passes and seconds; with `best`, its distance from there as well."""
     shown = (None,) if best is None else (None, best)
     figure = Figure(figsize=(12.0, 4.4 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False, sharex="col", sharey="row")
     for line, below in zip(panels, shown, strict=True):
         for ax, across in zip(line, ("data_passes", "seconds"), strict=True):
-            plot_climb(climb, ax, against=across, best=below, legend=ax is panels[-1, 0])
+            plot_bounds(bounds, ax, against=across, best=below, legend=ax is panels[-1, 0])
             ax.label_outer()
     panels[0, 0].set_title("by passes over the data")
     panels[0, 1].set_title("by time")
@@ -472,7 +476,7 @@ def mixture_rows(ends: Result) -> list[list[str]]:
 
 
 def vae_rows(ends: Result) -> list[list[str]]:
-    """The ledger of each VAE, in nats per datum with Monte-Carlo standard errors."""
+    """The gap decomposition of each VAE, in nats per datum with Monte-Carlo standard errors."""
     names = ("bound", "gap", "approximation_gap", "amortization_gap")
 
     def sure(row: Result, name: str) -> str:
@@ -590,7 +594,7 @@ def page_parts(
         ),
         Formula(r"q_\phi(z \mid x) = \mathrm{softmax}(\mathrm{network}_\phi(x))_z"),
         Picture(
-            figures["climb"],
+            figures["bounds"],
             "Top: the bound (thick) and log p(x) (thin, same colour). Bottom: how far the bound "
             "lies below the best log p(x), cut off at 1e-10, where rounding begins. Seconds are "
             "those of the method, without measuring.",
@@ -650,7 +654,7 @@ def page_parts(
             r"\dfrac{p_\theta(x, z_k)}{q_\phi(z_k \mid x)} \right]"
         ),
         Picture(
-            figures["vae_climb"],
+            figures["vae_bounds"],
             f"The same picture for the VAE: the ELBO (thick; by {settings.path_particles} draws, "
             "so with some noise) and log p(x) (thin).",
         ),
@@ -736,25 +740,25 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     say(f"{sample.name}: one mixture, seven methods")
-    climbs, exact = climb_mixture(sample, settings, say, progress)
-    climb = climb_result(climbs, sample.x, exact=True, seed=settings.seed)
+    rows_of, exact = maximize_mixture(sample, settings, say, progress)
+    bounds = bounds_result(rows_of, sample.x, exact=True, seed=settings.seed)
     say(f"  {time.perf_counter() - started:.0f} s; now the VAE")
-    trained = climb_vae(sample, settings, say, progress)
-    vae_climb = climb_result(
+    trained = maximize_vae(sample, settings, say, progress)
+    vae_bounds = bounds_result(
         {name: end.rows for name, end in trained.items()},
         sample.x,
         exact=False,
         seed=settings.seed,
     )
     say(f"  {time.perf_counter() - started:.0f} s; now the gaps")
-    ends, vae_ends = last_rows(climb), ledger(trained, sample.x, settings, progress)
-    results = {"climb": climb, "vae_climb": vae_climb, "vae_ends": vae_ends}
+    ends, vae_ends = last_rows(bounds), decompose_gaps(trained, sample.x, settings, progress)
+    results = {"bounds": bounds, "vae_bounds": vae_bounds, "vae_ends": vae_ends}
     for name, result in results.items():
         result.save(out / f"{name}.nc")
     figures = {
-        "climb": climb_figure(climb, float(climb["log_evidence"].max())),
+        "bounds": bounds_figure(bounds, float(bounds["log_evidence"].max())),
         "models": models_figure(sample, exact, trained[AMORTISED].vae),
-        "vae_climb": climb_figure(vae_climb, None),
+        "vae_bounds": bounds_figure(vae_bounds, None),
         "parts": parts_figure(ends, vae_ends),
     }
     save_figures(out, figures)
@@ -762,7 +766,7 @@ def run(
         say("\n" + as_text([dict(zip(header, row, strict=True)) for row in rows]))
     page = Page("From EM to the VAE on one bound")
     page.add(*page_parts(sample, settings, ends, vae_ends, figures))
-    page.add(*how_it_was_made(climb, settings, "python -m analyses.em_to_vae"))
+    page.add(*how_it_was_made(bounds, settings, "python -m analyses.em_to_vae"))
     return page.save(out / "report.html")
 
 
@@ -776,7 +780,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         data=DATA,
         data_help=DATA_HELP,
         epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
-        "NetCDF: climb.nc, vae_climb.nc and vae_ends.nc, which pyro_vae.results.load_result reads.",
+        "NetCDF: bounds.nc, vae_bounds.nc, vae_ends.nc; pyro_vae.results.load_result reads them.",
     )
     return parser.parse_args(arguments)
 

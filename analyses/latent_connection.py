@@ -157,10 +157,10 @@ def connection_section(work: Work) -> Section:
 def step_row(name: str, step: Step) -> dict[str, str]:
     """A row of the table of programs."""
     bound = step.history["bound"]
-    climbed = {"objective": "a MAP objective", "lower": "the ELBO"}[str(bound.attrs["bound"])]
+    maximised = {"objective": "a MAP objective", "lower": "the ELBO"}[str(bound.attrs["bound"])]
     return {
         "programs": name,
-        "fit maximises": climbed,
+        "fit maximises": maximised,
         "at the end, nats": f"{float(bound[-1]):.1f}",
         "variance of test pixels lost": percent(step.lost),
         "codes from N(0, I), nats": f"{step.kl:.1f}",
@@ -187,7 +187,7 @@ def connection_figure(
     ):
         names = [n.replace(" the prior", "\nthe prior").replace(", c", ",\nc") for n in rows]
         strips = torch.stack([pictures[:_SHOWN] for pictures in rows.values()])
-        plot_picture_rows(strips, work.shape, names, ax, title=title)
+        plot_picture_rows(strips, work.shape, names, ax, title=title, pixels=work.data.pixels)
     return figure
 
 

@@ -79,7 +79,7 @@ def manifold_section(work: Work) -> Section:
         rows.append(row)
     figure = Figure(figsize=(11.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    plot_manifold(work.manifold, work.shape, left, data=work.data.name)
+    plot_manifold(work.manifold, work.shape, left, data=work.data.name, pixels=work.data.pixels)
     plot_latent(
         work.manifold,
         work.test[:2000],
@@ -233,7 +233,7 @@ def paths_figure(work: Work, measured: Mapping[str, Measured]) -> Figure:
             for text, pictures in found.pictures.items()
         }
         rows = torch.stack(list(strips.values()))
-        plot_picture_rows(rows, work.shape, list(strips), ax, title=name)
+        plot_picture_rows(rows, work.shape, list(strips), ax, title=name, pixels=work.data.pixels)
     return figure
 
 
@@ -302,6 +302,7 @@ def attributes_section(work: Work) -> Section:
         right_ax,
         columns=[f"{s:g} x" for s in strengths],
         title="the first test datum without it, and its vector added",
+        pixels=work.data.pixels,
     )
     gains = {
         name: (
@@ -378,6 +379,7 @@ def units_section(work: Work) -> Section:
         right,
         columns=[f"{v:g}" for v in values.tolist()],
         title="one test datum, one unit moved at a time",
+        pixels=work.data.pixels,
     )
     if active.all() or not active.any():
         verdict = f"All {len(active)} units are {'active' if active.all() else 'collapsed'}"

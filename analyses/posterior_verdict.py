@@ -163,7 +163,7 @@ def of_base(quality: Result) -> list[str]:
     wrong = known & ~quality["trust_guide"].values
     sentences = [
         f"Of {len(passed)} held-out data the base's draws may be used as they are for {guide:.0%}, "
-        f"importance-weighted draws for {weights:.0%}, and nothing speaks against {both:.0%}."
+        f"importance-weighted draws for {weights:.0%}, and both kinds for {both:.0%}."
     ]
     if known.any():
         sentences.append(

@@ -12,7 +12,13 @@ from pyro_vae.app.pages import Heading, Page, Paragraph, Picture, Table, Verbati
 from pyro_vae.results import atomic_path
 from pyro_vae.results import rows_text as as_text
 
-__all__ = ["Section", "as_text", "mean_and_error", "save_figures", "save_sections"]
+__all__ = ["COMMAND_NOTE", "Section", "as_text", "mean_and_error", "save_figures", "save_sections"]
+
+
+COMMAND_NOTE = (
+    "These settings made this page. The command alone takes its defaults, and --help lists the "
+    "options that change them."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ def save_sections(
             save_figures(folder, {section.name: section.figure})
         page.add(*(Table(list(t[0]), [list(row.values()) for row in t]) for t in section.tables))
         page.add(*(Paragraph(note) for note in section.notes))
-    page.add(Heading("How it was made"), Paragraph(made), Verbatim(command))
+    page.add(
+        Heading("How it was made"), Paragraph(made), Paragraph(COMMAND_NOTE), Verbatim(command)
+    )
     return page.save(folder / "report.html")
 
 

@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro_vae import compare_estimators, elbo_gap, fit, load_run, log_evidence, log_weights
 from pyro_vae.diagnostics.posterior import posterior_quality
 from pyro_vae.inference.estimators import bounds_nothing, make_objective, objective_names
-from pyro_vae.inference.estimators.objectives import BetaELBO, InfoVAE
+from pyro_vae.inference.estimators.not_bounds import BetaELBO, InfoVAE
 from pyro_vae.inference.programs import ProgramError, inspect_programs
 from pyro_vae.inference.svi import load_tensors, save_tensors
 from pyro_vae.models import AUTOENCODERS, VAE, Autoencoder, TwoLayerVAE
@@ -245,7 +245,7 @@ def test_every_objective_trains_and_is_labelled_as_what_it_is(name, tmp_path):
         vae.model, vae.guide, x, loss=loss, epochs=2, batch_size=4, checkpoint=tmp_path / "run"
     )
     last = found.history.isel(epoch=-1)
-    assert last.quantity("bound").bound == "lower"  # the ELBO, whatever was climbed
+    assert last.quantity("bound").bound == "lower"  # the ELBO, whatever was maximised
     assert last.quantity("loss").bound == "objective"
     assert str(last.quantity("loss").objective).startswith(name)
     with pytest.raises(IncomparableError, match="objective against lower"):

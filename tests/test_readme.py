@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_vae import plots
+from pyro_vae.inference.estimators import estimator_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -42,6 +43,11 @@ def test_every_make_target_it_names_exists():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([a-z_-]+)`", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_estimators_are_counted():
+    words = {17: "seventeen", 18: "eighteen", 19: "nineteen", 20: "twenty"}
+    assert f"bytes of {words[len(estimator_names())]} estimators" in README
 
 
 def test_every_plot_has_a_line():

@@ -453,7 +453,7 @@ STUDIES = [
         "resolve",
         "resolve",
         _resolve,
-        (Row("log_evidence_se", breaks=_HEAVY, guard="the datum climbs to the next rung"),),
+        (Row("log_evidence_se", breaks=_HEAVY, guard="the datum goes up to the next rung"),),
         quick=80,
         longest=1000,
     ),

@@ -112,7 +112,9 @@ def _history(count: int, seed: int) -> Found:
                 pyro.sample("z", dist.Normal(loc, pair.scale * pair.sd))
 
         with pyro.get_param_store().scope():
-            made = fit(pair.model, guide, x, epochs=1, seed=seed + i, progress=False)
+            made = fit(
+                pair.model, guide, x, epochs=1, seed=seed + i, progress=False
+            ).require_finished()
         last = watched(made.history).isel(epoch=-1)
         rows.append((float(last.bound), float(last.bound_se)))
     value, error = np.array(rows).T

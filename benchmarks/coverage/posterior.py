@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.coverage.kinds import Checked, Row, Study, interval, joined, p_value, watched
 from benchmarks.coverage.planted import NormalNormal, tensor
 from pyro_vae.diagnostics.calibration import calibrate
-from pyro_vae.diagnostics.posterior import Limits, posterior_quality
+from pyro_vae.diagnostics.posterior import Thresholds, posterior_quality
 from pyro_vae.diagnostics.predictive_check import predictive_check
 
 __all__ = ["STUDIES"]
@@ -59,7 +59,7 @@ def _weights(pair: NormalNormal, count: int, seed: int) -> Found:
 # --- beside a reference ---------------------------------------------------------------------------
 
 _FEW: dict[str, Any] = {"num_particles": 200, "num_test_draws": 60, "num_permutations": 99}
-_LIMITS = Limits(reference_ess=100.0, rhat=1.1)
+_THRESHOLDS = Thresholds(reference_ess=100.0, rhat=1.1)
 
 
 def _reference(exact: bool, count: int, seed: int) -> Found:
@@ -80,7 +80,7 @@ def _reference(exact: bool, count: int, seed: int) -> Found:
                 checks=checks,
                 seed=seed + i,
                 progress=False,
-                limits=_LIMITS,
+                thresholds=_THRESHOLDS,
                 **_FEW,
             )
         )
@@ -137,7 +137,7 @@ def _hmc(count: int, seed: int) -> Found:
             checks=[],
             seed=seed,
             progress=False,
-            limits=_LIMITS,
+            thresholds=_THRESHOLDS,
             **options,
         )
     )

@@ -46,7 +46,7 @@ EXCEPTIONS: dict[str, str] = {
 
 _INSIDE = {
     "unit_effects": "quadrature_error is the change with one node fewer, and claims no more",
-    "gap_on_both": "data_standard_error of two ledgers, along split",
+    "gap_on_both": "data_standard_error of two gap decompositions, along split",
 }
 """Functions whose other errors are those of a row, with the reason."""
 

@@ -168,7 +168,7 @@ def _critic(count: int, seed: int) -> Found:
                 critic_learning_rate=1e-12,
                 seed=seed + i,
                 progress=False,
-            )
+            ).require_finished()
         last = watched(found.history).isel(epoch=-1)
         for name in ("bound", "validation_bound"):
             row = (float(last[name]), float(last[f"{name}_se"]), float(truth))

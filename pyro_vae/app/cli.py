@@ -253,8 +253,8 @@ Examples:
   pyro-vae fit --resume results/small --epochs 800
 
 A part is NAME or NAME:KEY=VALUE,KEY=VALUE; a list is 16-32. What an argument is for, the class of
-that name says: in Python, help(pyro_vae.models.VampPrior). What cannot stand together is refused
-with the way out.""",
+that name says: in Python, help(pyro_vae.models.VampPrior). What does not fit together is refused,
+with what to do instead.""",
 )
 def fit(
     data: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {_DATA}.")] = None,
@@ -647,7 +647,7 @@ def sample(
     """
     _import("pyro_vae.app.report")
     from pyro_vae.app.report import RunFigure, save_figures
-    from pyro_vae.plots import plot_samples
+    from pyro_vae.plots import pixels_text, plot_samples
     from pyro_vae.runs import load_run
 
     loaded = load_run(run)
@@ -676,6 +676,7 @@ def sample(
     )
     (path,) = save_figures([RunFigure(target.stem, "", ax.figure)], target.parent)
     typer.echo(f"{num_images} draws in {path}")
+    typer.echo(pixels_text(pixels))
 
 
 @_command(

@@ -47,7 +47,10 @@ class Demo:
         heads = ("run", "model", "ELBO", "log evidence", "gap", "unreliable errors")
         evaluated = list(zip(self.runs, self.evaluations, strict=True))
         rows = [dict(zip(heads, row.values(), strict=True)) for row in comparison_rows(evaluated)]
-        error = "± is the standard error of the draws, for these test data."
+        error = (
+            "± is the standard error of the draws, for these test data; ? where it is unreliable "
+            "for some of them, as many as the last column counts."
+        )
         differences = difference_sentences(self.runs, self.evaluations)
         said = [textwrap.fill(text, 100) for text in (error, *differences)]
         return "\n".join([rows_text(rows), "", *said])
@@ -58,7 +61,7 @@ def run_demo(
     *,
     latent_dims: Sequence[int] = (2, 10),
     hidden: Sequence[int] = (200, 100),
-    epochs: int = 1000,
+    epochs: int = 400,
     num_particles: int = 1000,
     seed: Seed = 0,
     threads: int | None = None,

@@ -38,6 +38,7 @@ _CSS_PER_INCH, _LEAST_CSS_PER_INCH = 80, 56  # pixels
 _PAGE = 1160  # pixels that a page has at most
 _PAD = 0.1  # inches around a picture
 _SHORT = 32  # letters of a cell that stays on one line
+_DENSE = 9  # columns from which on a table is set smaller
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     @property
+    def dense(self) -> bool:
+        """Whether so many columns stand side by side that they are set smaller."""
+        return len(self.header) >= _DENSE
+
+    @property
     def cells(self) -> list[list[tuple[str, str]]]:
         """Rows of cells, each with its class: numbers and short words do not break."""
         return [[(cell, "short" if len(cell) <= _SHORT else "") for cell in r] for r in self.rows]
@@ -109,7 +115,7 @@ class Panel:
 
     Attributes:
         image: PNG, in base64.
-        alt: What it shows, for who cannot see it.
+        alt: What it shows, for readers who cannot see it.
         width: In CSS pixels, where there is room.
     """
 

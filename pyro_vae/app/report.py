@@ -17,6 +17,7 @@ from pyro_vae.inference.estimators import bounds_nothing, loss_text, objective_n
 from pyro_vae.models import VAE, Autoencoder
 from pyro_vae.models.parts import part_text
 from pyro_vae.plots import (
+    pixels_text,
     plot_bound,
     plot_evidence,
     plot_latent,
@@ -264,8 +265,13 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         notes.insert(0, _NO_EVIDENCE)
     elif found is None:
         stale = (run.path / "evaluation.nc").exists()
-        why = "the weights have changed since" if stale else "it was not evaluated yet"
-        notes.insert(0, f"No numbers on test data, for {why}: pyro-vae evaluate {run.path}")
+        why = "the weights have changed since its evaluation" if stale else "it was not evaluated"
+        again = " again" if stale else ""
+        notes.insert(
+            0,
+            f"There are no numbers on test data for this run: {why}. Run pyro-vae evaluate "
+            f"{run.path}, then this report{again}.",
+        )
     lines = found.summary().splitlines() if found is not None else []
     said = [line.removeprefix("Note: ") for line in lines if line.startswith("Note: ")]
     return {
@@ -321,8 +327,8 @@ def _sentence(run: Run) -> str:
         what = "MAP objective" if _is_autoencoder(run) else "bound"
         text += (
             f" The held-out {what} was best, {looks[best]:.2f} nats per datum, after epoch "
-            f"{int(run.history.epoch[best])}{kept}. Held out was {data.get('held_out', 'a part')}; "
-            "the test data were not used."
+            f"{int(run.history.epoch[best])}{kept}. The held-out data are "
+            f"{data.get('held_out', 'a part of the training data')}; the test data were not used."
         )
     return text
 
@@ -366,7 +372,7 @@ def run_figures(
             "evidence",
             plot_evidence(evaluation, data=data),
             "How far the evidence of each test datum lies above its ELBO: the height above the "
-            "diagonal estimates KL(q(z | x) || p(z | x)). Triangles are not to be trusted.",
+            "diagonal estimates KL(q(z | x) || p(z | x)). Triangles: its error is unreliable.",
         )
     about = run.config.get("data", {})
     shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
@@ -377,7 +383,8 @@ def run_figures(
         add(
             "reconstructions",
             plot_reconstructions(module, test, shape, data=data, pixels=pixels),
-            "Test data, and what is left of them after passing through the latents.",
+            "Test data, and what is left of them after passing through the latents. "
+            + pixels_text(pixels),
         )
     if test is not None and dataset is not None and hasattr(module, "encode"):
         add(
@@ -394,13 +401,16 @@ def run_figures(
             "manifold",
             plot_manifold(module, shape, data=data, pixels=pixels),
             "What the decoder makes of a grid of latents; each picture stands for the same share "
-            "of a standard normal" + (", the prior." if _where_the_prior_is(run) else "."),
+            "of a standard normal"
+            + (", the prior. " if _where_the_prior_is(run) else ". ")
+            + pixels_text(pixels),
         )
     if shape and hasattr(module, "sample"):
         add(
             "samples",
             plot_samples(module, shape, data=data, pixels=pixels),
-            "What the model believes data look like: a latent is drawn from the prior and decoded.",
+            "What the model believes data look like: a latent is drawn from the prior and decoded. "
+            + pixels_text(pixels),
         )
     return figures
 
@@ -468,7 +478,7 @@ def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
         "--out": run.path,
     }
     words = [f"{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
+    lines = _wrapped(words)
     folder = shlex.quote(str(run.path))
     commands = [
         "pyro-vae fit " + " \\\n    ".join(lines),
@@ -476,6 +486,17 @@ def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
         f"pyro-vae report {folder}",
     ]
     return "\n".join(commands[::2] if _is_autoencoder(run) else commands)
+
+
+def _wrapped(words: Sequence[str], width: int = 80) -> list[str]:
+    """Options in lines of at most so many letters, where one alone is not longer."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _model_options(run: Run) -> dict[str, Any]:
@@ -516,7 +537,9 @@ def _evaluate_options(evaluation: Result | None) -> str:
 def _made_with(run: Run, found: Result | None) -> str:
     made = found.provenance if found is not None else {}
     trained = run.config.get("fit", {})
-    parts = [f"Trained with {trained.get('num_threads', '?')} thread(s), {trained.get('dtype')}"]
+    threads = trained.get("num_threads", "?")
+    plural = "" if threads == 1 else "s"
+    parts = [f"Trained with {threads} thread{plural}, {trained.get('dtype')}"]
     if made:
         commit = f", commit {str(made['commit'])[:12]}" if made.get("commit") else ""
         dirty = " with local changes" if made.get("dirty") else ""

@@ -1,4 +1,4 @@
-"""Where a density of one or two unconstrained latents is high: draws, a scan of scales, climbs.
+"""Where a density of one or two unconstrained latents is high: draws, a scan of scales, ascent.
 
 All data at once, and without gradients: a program may have none, and in so few dims a quadratic
 through neighbouring points does as well.
@@ -21,8 +21,8 @@ _DIRECTIONS = 8  # of that scan in two dims
 _REACH = 9.0  # of the even scan, in spreads
 _EVEN = {1: 64, 2: 12}  # points along each dim of it
 _NEIGHBOURS = 4
-_STARTS = {1: 64, 2: 32}  # climbs of each datum
-_TURNS = 80  # of a climb, at most
+_STARTS = {1: 64, 2: 32}  # ascents of each datum
+_TURNS = 80  # of an ascent, at most
 _STEEPEST = 1e6  # nats between neighbouring points that still count in a slope
 _WHITENINGS = 30
 _GRID = (-2.4, -1.2, 0.0, 1.2, 2.4)  # points around a mode, in units of its axes
@@ -35,7 +35,7 @@ class Search:
     Attributes:
         u: Points: draws, scans, and last `points_around` points for each mode, by point and mode.
         log_density: There.
-        modes: Ends of the climbs, some of them more than once.
+        modes: Ends of the ascents, some of them more than once.
         log_peaks: Log-density of the modes.
         axes: Of each mode, as columns: along them the density falls by half a nat in one unit.
     """
@@ -49,7 +49,7 @@ class Search:
 
 
 def search_modes(log_density: LogDensity, draws: Float[Tensor, "draws batch dim"]) -> Search:
-    """Evaluates draws and a scan around them, and climbs from whatever is a peak among these.
+    """Evaluates draws and a scan around them, and ascends from whatever is a peak among these.
 
     Distances and angles of the scan are from the global random stream, so that two searches are
     independent.
@@ -62,7 +62,9 @@ def search_modes(log_density: LogDensity, draws: Float[Tensor, "draws batch dim"
     values = defined(known)
     starts, radius = _peaks(known, values)
     index = starts[..., None].expand(*starts.shape, known.shape[-1])
-    modes, peaks, radius = _climb(defined, known.gather(0, index), values.gather(0, starts), radius)
+    modes, peaks, radius = _ascend(
+        defined, known.gather(0, index), values.gather(0, starts), radius
+    )
     axes = _whitened_axes(defined, modes, peaks, radius)
     grid = torch.cartesian_prod(*[torch.tensor(_GRID)] * known.shape[-1]).to(known)
     around = modes + torch.einsum("kbij,pj->pkbi", axes, grid.reshape(-1, known.shape[-1]))
@@ -177,13 +179,13 @@ def _around(
     return log_density(points.flatten(0, 1)).unflatten(0, points.shape[:2])
 
 
-def _climb(
+def _ascend(
     log_density: LogDensity,
     u: Float[Tensor, "starts batch dim"],
     value: Float[Tensor, "starts batch"],
     radius: Float[Tensor, "starts batch"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Climbs to within a hundredth of a nat of a mode: points, log-densities and step lengths."""
+    """Ascends to within a hundredth of a nat of a mode: points, log-densities and step lengths."""
     dim = u.shape[-1]
     identity = torch.eye(dim).to(u)
     done = value == -math.inf

@@ -2,12 +2,13 @@
 
 from pyro_vae.plots.autoencoders import plot_code_activity, plot_denoising, plot_sensitivity
 from pyro_vae.plots.figures import (
+    pixels_text,
     plot_bound,
     plot_estimator_cost,
     plot_evidence,
     plot_evidence_by_estimator,
+    plot_gap,
     plot_latent,
-    plot_ledger,
     plot_manifold,
     plot_reconstructions,
     plot_samples,
@@ -23,7 +24,7 @@ from pyro_vae.plots.latents import (
     plot_units,
 )
 from pyro_vae.plots.mixture import (
-    plot_climb,
+    plot_bounds,
     plot_decoder,
     plot_evidence_parts,
     plot_half_steps,
@@ -50,10 +51,11 @@ from pyro_vae.plots.training import (
 )
 
 __all__ = [
+    "pixels_text",
     "plot_attribute_effects",
     "plot_bound",
+    "plot_bounds",
     "plot_calibration",
-    "plot_climb",
     "plot_code_activity",
     "plot_compression",
     "plot_coverage",
@@ -64,6 +66,7 @@ __all__ = [
     "plot_evidence_by_estimator",
     "plot_evidence_parts",
     "plot_feature_quality",
+    "plot_gap",
     "plot_gradient_draws",
     "plot_half_steps",
     "plot_khat",
@@ -71,7 +74,6 @@ __all__ = [
     "plot_khat_plane",
     "plot_latent",
     "plot_learning_curves",
-    "plot_ledger",
     "plot_manifold",
     "plot_mixture",
     "plot_model_choice",

@@ -32,12 +32,13 @@ from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import Result
 
 __all__ = [
+    "pixels_text",
     "plot_bound",
     "plot_estimator_cost",
     "plot_evidence",
     "plot_evidence_by_estimator",
+    "plot_gap",
     "plot_latent",
-    "plot_ledger",
     "plot_manifold",
     "plot_reconstructions",
     "plot_samples",
@@ -701,12 +702,33 @@ def _images(
     return x.detach().cpu().float().reshape(-1, *image_shape)
 
 
+_PIXELS = {
+    "ink": ("gray_r", "Pixels are drawn as ink on paper: 0 is white and 1 is black."),
+    "light": ("gray", "Pixels are drawn as light: 0 is black and 1 is white."),
+}
+
+
+def pixels_text(pixels: str) -> str:
+    """A sentence for beneath images: what black and white stand for.
+
+    Args:
+        pixels: What a pixel counts, "ink" or "light", see `Dataset`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    return _pixels(pixels)[1]
+
+
 def _look_of(pixels: str) -> dict[str, Any]:
     """How images with pixels from 0 to 1 are drawn."""
-    maps = {"ink": "gray_r", "light": "gray"}
-    if pixels not in maps:
+    return {"cmap": _pixels(pixels)[0], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+
+
+def _pixels(pixels: str) -> tuple[str, str]:
+    if pixels not in _PIXELS:
         raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset.")
-    return {"cmap": maps[pixels], "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    return _PIXELS[pixels]
 
 
 def _show(
@@ -730,26 +752,26 @@ def _show(
     return ax
 
 
-# --- the ledger of the gap ------------------------------------------------------------------------
+# --- the gap --------------------------------------------------------------------------------------
 
 
-def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) -> Axes:
+def plot_gap(decompositions: Mapping[str, Result] | Result, ax: Axes | None = None) -> Axes:
     """Plots the gap of the ELBO as a bar, stacked from amortisation and approximation.
 
     A diamond in the approximation part marks how much of it a normal of full covariance would
     close, a triangle how much a flow. Error bars are Monte-Carlo errors of the means.
 
     Args:
-        ledgers: From `elbo_gap`, or several of them by name, the first on top.
+        decompositions: From `elbo_gap`, or several of them by name, the first on top.
         ax: Where to draw; a new figure if None.
 
     Returns:
-        The axes, with two bars for each ledger.
+        The axes, with two bars for each decomposition.
 
     References:
         Cremer, Li & Duvenaud (2018), Inference suboptimality in variational autoencoders.
     """
-    named = {"": ledgers} if isinstance(ledgers, Result) else ledgers
+    named = {"": decompositions} if isinstance(decompositions, Result) else decompositions
     alone = ax is None
     ax = _axes(ax, (7.4, 0.5 * len(named) + 1.9))
     places = np.arange(len(named))
@@ -758,7 +780,7 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
         ("amortization_gap", _BLUE, "", "amortisation: lost by the encoder"),
         ("approximation_gap", _ORANGE, "//", "approximation: beyond the family"),
     ):
-        quantities = [ledger.quantity(name) for ledger in named.values()]
+        quantities = [decomposition.quantity(name) for decomposition in named.values()]
         values = np.array([q.value for q in quantities])
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "alpha": 0.8}
         ax.barh(places, values, left=left, height=0.62, label=text, zorder=2, **look)
@@ -767,7 +789,7 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
         start, left = left, left + values
     for family, marker, text in (("full", "D", "full covariance"), ("flow", "^", "a flow")):
         gain = f"gain_{family}"
-        shown = [i for i, ledger in enumerate(named.values()) if gain in ledger]
+        shown = [i for i, decomposition in enumerate(named.values()) if gain in decomposition]
         if shown:
             gains = np.array([named[list(named)[i]].quantity(gain).value for i in shown])
             ax.plot(
@@ -780,11 +802,11 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
                 zorder=4,
                 label=f"closed up to here by {text}",
             )
-    for place, end, ledger in zip(places, left, named.values(), strict=True):
+    for place, end, decomposition in zip(places, left, named.values(), strict=True):
         ax.text(
             float(end),
             float(place),
-            f"  ELBO {ledger.quantity('elbo').value:.2f}",
+            f"  ELBO {decomposition.quantity('elbo').value:.2f}",
             va="center",
             zorder=4,
         )
@@ -802,7 +824,7 @@ def plot_ledger(ledgers: Mapping[str, Result] | Result, ax: Axes | None = None) 
 
 
 def plot_widest_gaps(
-    ledger: Result,
+    decomposition: Result,
     x: Float[Tensor, "batch pixels"],
     image_shape: Sequence[int],
     *,
@@ -812,7 +834,7 @@ def plot_widest_gaps(
     """Shows the data with the widest gaps, each with its gap in nats.
 
     Args:
-        ledger: From `elbo_gap`, of the same data.
+        decomposition: From `elbo_gap`, of the same data.
         x: Images, a row each.
         image_shape: Rows and columns of an image.
         num_images: How many, from the widest on.
@@ -823,14 +845,15 @@ def plot_widest_gaps(
         encoder's (amortisation) and the family's (approximation).
 
     Raises:
-        ValueError: If ledger and data differ in length, or rows are no such images.
+        ValueError: If the gap is of another number of data, or rows are no such images.
     """
-    if ledger.sizes["datum"] != len(x):
+    if decomposition.sizes["datum"] != len(x):
         raise ValueError(
-            f"the ledger has {ledger.sizes['datum']} data and x {len(x)}: pass the ledger's data."
+            f"the gap is of {decomposition.sizes['datum']} data and x has {len(x)}; pass the data "
+            "that the gap was measured on"
         )
     images = _images(x, image_shape)
-    order = np.argsort(-ledger["gap"].values)[:num_images]
+    order = np.argsort(-decomposition["gap"].values)[:num_images]
     columns = min(6, len(order))
     rows = math.ceil(len(order) / columns)
     figure = Figure(figsize=(1.35 * columns, 1.9 * rows + 0.5), layout="constrained")
@@ -841,8 +864,10 @@ def plot_widest_gaps(
         ax.set_xticks([])
         ax.set_yticks([])
         ax.imshow(images[i].numpy(), **_look_of(pixels))
-        parts = [float(ledger[name][i]) for name in ("amortization_gap", "approximation_gap")]
-        ax.set_title(f"{float(ledger['gap'][i]):.1f}", fontsize="medium")
+        parts = [
+            float(decomposition[name][i]) for name in ("amortization_gap", "approximation_gap")
+        ]
+        ax.set_title(f"{float(decomposition['gap'][i]):.1f}", fontsize="medium")
         ax.set_xlabel("encoder {:.1f}\nfamily {:.1f}".format(*parts), fontsize="small")
     figure.suptitle("The widest gaps, nats", fontsize="medium")
     return figure

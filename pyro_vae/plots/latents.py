@@ -57,6 +57,7 @@ def plot_picture_rows(
     *,
     columns: Sequence[str] = (),
     title: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows named rows of pictures.
 
@@ -67,6 +68,7 @@ def plot_picture_rows(
         ax: Where to draw; a new figure if None.
         columns: Names under the pictures of the last row; empty for none.
         title: The title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         ValueError: If there are not as many names as rows, or rows are no such pictures.
@@ -79,7 +81,7 @@ def plot_picture_rows(
         )
     images = _images(rows.flatten(0, 1), image_shape)
     size = (0.62 * across + 1.6, 0.62 * down * image_shape[0] / image_shape[1] + 0.7)
-    ax = _show(ax, images.reshape(down, across, *images.shape[1:]), size)
+    ax = _show(ax, images.reshape(down, across, *images.shape[1:]), size, pixels)
     _, height, width = _grid(image_shape)
     ax.set_yticks([(i + 0.5) * height - 0.5 for i in range(down)], list(names), fontsize="small")
     ax.set_xticks(

@@ -24,7 +24,7 @@ from pyro_vae.models.parts import Gaussian
 from pyro_vae.plots.figures import _BLUE, _CLASSES, _GREY, _ORANGE, _SQUARE, _WIDE, _axes, _sign
 
 __all__ = [
-    "plot_climb",
+    "plot_bounds",
     "plot_decoder",
     "plot_evidence_parts",
     "plot_half_steps",
@@ -296,8 +296,8 @@ def _small(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 5e-5 else f"{value:.0e}"
 
 
-def plot_climb(
-    climb: xr.Dataset,
+def plot_bounds(
+    bounds: xr.Dataset,
     ax: Axes | None = None,
     *,
     against: str = "data_passes",
@@ -307,7 +307,7 @@ def plot_climb(
     """Plots the bound of several methods against data passes or seconds.
 
     Args:
-        climb: Rows (dimension `row`) with the coordinate `method`, the variables `bound` and
+        bounds: Rows (dimension `row`) with the coordinate `method`, the variables `bound` and
             `log_evidence` in nats per datum, and `data_passes` and `seconds`.
         ax: Where to draw; a new figure if None.
         against: "data_passes" or "seconds".
@@ -319,9 +319,9 @@ def plot_climb(
         The axes, with a line for the bound of each method (and one for its log p(x)).
     """
     ax = _axes(ax, _WIDE)
-    methods = climb["method"].values
+    methods = bounds["method"].values
     for i, name in enumerate(dict.fromkeys(methods.tolist())):
-        rows = climb.isel(row=np.flatnonzero(methods == name))
+        rows = bounds.isel(row=np.flatnonzero(methods == name))
         across = rows[against].values
         colour, marker = _sign(i)
         bound = rows["bound"].values

@@ -219,6 +219,7 @@ def plot_posterior(
     *,
     title: str = "",
     picture: Float[Tensor, "rows_of columns_of"] | None = None,
+    pixels: str = "ink",
     legend: bool = True,
 ) -> Axes:
     """Shows the exact posterior of two latents on a grid, q's contours and draws of a reference.
@@ -235,6 +236,7 @@ def plot_posterior(
         ax: Where to draw; a new figure if None.
         title: The title.
         picture: The datum as an image, for a corner.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
         legend: Whether to say what is what.
 
     Raises:
@@ -269,7 +271,7 @@ def plot_posterior(
     ax.set_title(title, fontsize="medium")
     if picture is not None:
         inset = ax.inset_axes(_emptiest_corner(shown))
-        inset.imshow(picture.cpu().numpy(), **_look_of("ink"))
+        inset.imshow(picture.cpu().numpy(), **_look_of(pixels))
         inset.set_xticks([])
         inset.set_yticks([])
     if legend:

@@ -30,6 +30,7 @@ def plot_sample_rows(
     *,
     num_images: int = 16,
     data: str = "",
+    pixels: str = "ink",
 ) -> Axes:
     """Shows images of several sources, a row each.
 
@@ -39,6 +40,7 @@ def plot_sample_rows(
         ax: Where to draw; a new figure if None.
         num_images: Images of each source; fewer where a source has fewer.
         data: The name of the data, for the title.
+        pixels: What a pixel counts, see `Dataset`: "ink" is drawn black, "light" white.
 
     Raises:
         ValueError: If there is no source, or the rows are not images of that shape.
@@ -49,7 +51,7 @@ def plot_sample_rows(
     rows = torch.stack([_images(x[:count], image_shape) for x in images.values()])
     _, height, _ = _grid(image_shape)
     size = (0.5 * count + 2.2, 0.5 * len(images) + 0.6)
-    ax = _show(ax, rows, size)
+    ax = _show(ax, rows, size, pixels)
     ax.set_yticks([height * (i + 0.5) - 0.5 for i in range(len(images))], list(images))
     ax.set_xticks([])
     ax.tick_params(axis="y", length=0)

@@ -25,7 +25,7 @@ class GaussianMixtureEM(DensityMixin, BaseEstimator):
     r"""A Gaussian mixture fitted by this library's EM, in place of scikit-learn's.
 
     Parameters, attributes, methods and starts are those of `sklearn.mixture.GaussianMixture`, and
-    from one `random_state` both climb the same path (from "k-means++" and "random_from_data",
+    from one `random_state` both take the same path (from "k-means++" and "random_from_data",
     whose components are as narrow as `reg_covar` at first, only as far as rounding lets them).
     `fit` takes `sample_weight` besides, and `mixture_` is the model for every tool of the library.
     EM here stops once the bound of the parameters it returns has gained less than `tol`, which may
@@ -97,7 +97,7 @@ class GaussianMixtureEM(DensityMixin, BaseEstimator):
         self.warm_start = warm_start
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "GaussianMixtureEM":
-        """Climbs the likelihood from `n_init` starts and keeps the best end.
+        """Maximises the likelihood from `n_init` starts and keeps the best end.
 
         Args:
             X: Data, shape (n_samples, n_features).

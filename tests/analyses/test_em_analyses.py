@@ -14,7 +14,7 @@ from scipy import special, stats
 from analyses import em_gmm, em_to_vae
 from pyro_vae import VAE, GaussianMixture, fit_em
 from pyro_vae.plots import (
-    plot_climb,
+    plot_bounds,
     plot_decoder,
     plot_evidence_parts,
     plot_half_steps,
@@ -128,7 +128,7 @@ def test_bars_add_up():
     ]
 
 
-def climb():
+def bounds():
     plain = label(unit="none", reduction="none", bound="none")
     return made(
         {
@@ -145,15 +145,15 @@ def climb():
     )
 
 
-def test_a_climb_has_a_line_for_each_method():
-    ax = plot_climb(climb(), against="seconds")
+def test_bounds_have_a_line_for_each_method():
+    ax = plot_bounds(bounds(), against="seconds")
     lines = {str(line.get_label()): line for line in ax.lines}
     lines = {name: line for name, line in lines.items() if not name.startswith("_")}
     assert set(lines) == {"a", "b"}
     np.testing.assert_array_equal(lines["b"].get_xdata(), [0.3, 0.4, 0.5])
     np.testing.assert_array_equal(lines["b"].get_ydata(), [-5.0, -4.0, -1.0])
     assert len(ax.lines) == 4  # log p(x) of each as well
-    below = plot_climb(climb(), best=-1.0, legend=False)
+    below = plot_bounds(bounds(), best=-1.0, legend=False)
     np.testing.assert_allclose(np.asarray(below.lines[0].get_ydata()), np.array([2.0, 1.0]))
     assert (
         np.asarray(below.lines[1].get_ydata())[-1] == 1e-10
@@ -249,11 +249,11 @@ def test_em_to_vae_writes_results_figures_and_a_page(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "amortised SVI" in said
     assert {path.name for path in out.iterdir()} == {
-        *(f"{name}.nc" for name in ("climb", "vae_climb", "vae_ends")),
-        *(f"{name}.png" for name in ("climb", "models", "vae_climb", "parts")),
+        *(f"{name}.nc" for name in ("bounds", "vae_bounds", "vae_ends")),
+        *(f"{name}.png" for name in ("bounds", "models", "vae_bounds", "parts")),
         "report.html",
     }
-    found = load_result(out / "climb.nc")
+    found = load_result(out / "bounds.nc")
     assert np.abs(found.log_evidence - found.bound - found.gap).max() < 1e-12
     assert list(dict.fromkeys(found["method"].values.tolist())) == [
         "exact EM", "generalised EM", "Monte-Carlo EM", "online EM", "enumerated gradient",
@@ -294,14 +294,14 @@ def test_what_stands_in_replaces_no_results(module, tmp_path, monkeypatch, capsy
     assert (out / "report.html").read_text() == "iris"
 
 
-def test_a_resumed_climb_is_one_training():
+def test_a_resumed_ascent_is_one_training():
     """Measured on the way or not, it ends at the same parameters."""
     x, _ = mixture().sample(23)
     ends = []
     for epochs in ((1, 2, 5), (5,)):
         own = em_to_vae.PerDatumComponents(len(x), 2)
         fitted = mixture()
-        rows = em_to_vae.climb_by_gradient(
+        rows = em_to_vae.maximize_by_gradient(
             fitted.model,
             own.guide,
             x,

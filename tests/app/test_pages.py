@@ -70,6 +70,12 @@ def test_what_is_wide_scrolls_in_its_own_box():
             assert 'class="scroll' in html[html.rindex("<div", 0, at) : at]
 
 
+def test_tables_of_many_columns_are_set_smaller():
+    for columns, dense in ((8, False), (9, True)):
+        names = [str(i) for i in range(columns)]
+        assert ('<table class="dense">' in page_of(Table(names, [names])).html()) == dense
+
+
 def test_every_part_is_there_and_text_is_escaped(tmp_path):
     html = page_with_everything().save(tmp_path / "page.html").read_text()
     assert "<script>" not in html

@@ -172,8 +172,8 @@ def test_markup_in_names_is_text(made: Path, tmp_path: Path) -> None:
 def test_what_is_missing_is_said(run: Run) -> None:
     (run.path / "evaluation.nc").unlink()
     text = Page(write_report(run)).text
-    assert "it was not evaluated yet" in text
-    assert "Nothing was evaluated on test data yet" in text
+    assert "for this run: it was not evaluated. Run pyro-vae evaluate" in " ".join(text.split())
+    assert "Nothing was measured on test data yet" in text
 
 
 def test_numbers_of_other_weights_are_left_out(made: Path, run: Run) -> None:
@@ -197,6 +197,19 @@ def test_classes_are_named_only_where_there_are_some(run: Run) -> None:
     for dataset, named in ((data, True), (unlabelled, False)):
         captions = {f.name: f.caption for f in run_figures(run, dataset)}
         assert ("The model did not see the classes" in captions["latent"]) == named
+        for name in ("reconstructions", "manifold", "samples"):
+            assert captions[name].endswith("0 is white and 1 is black.")
+
+
+def test_no_line_of_the_commands_is_wider_than_its_longest_option(run: Run) -> None:
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    config["fit"]["epochs"] = "9" * 100
+    path.write_text(json.dumps(config))
+    command = reproduce_commands(load_run(run.path)).split("\npyro-vae")[0]
+    lines = command.split(" \\\n    ")
+    assert [line for line in lines if len(line) > 95] == [f"--epochs {'9' * 100}"]
+    assert len(lines) < 12  # several options share a line
 
 
 def test_a_run_of_the_callers_data_is_reported(tmp_path: Path) -> None:

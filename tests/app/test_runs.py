@@ -610,7 +610,7 @@ def test_a_run_of_parts_is_loaded_and_goes_on_as_if_never_stopped(
     assert found.elbo.attrs["measure"] == wanted
 
 
-def test_a_run_says_what_it_climbed(tmp_path: Path, digits: Dataset) -> None:
+def test_a_run_says_what_it_maximised(tmp_path: Path, digits: Dataset) -> None:
     run: dict[str, Any] = {**SMALL, "epochs": 1, "num_particles": 5}
     start_run(tmp_path / "a", digits, objective={"name": "CIWAE", "beta": 0.25}, **run)
     trained = load_run(tmp_path / "a").config["fit"]

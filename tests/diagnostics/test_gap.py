@@ -1,4 +1,4 @@
-"""The ledger against the linear Gaussian model, where every line of it has a closed form."""
+"""The gap against the linear Gaussian model, where every line of it has a closed form."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae import LinearGaussian, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap, elbo_surgery, gap_on_both
-from pyro_vae.diagnostics.gap.elbo_gap import LEDGER
+from pyro_vae.diagnostics.gap.elbo_gap import GAP_VARIABLES
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.refit.refit_guide import refit_guide
 from pyro_vae.results import Result, label, make_result, sha256_of
@@ -25,7 +25,7 @@ def pair() -> LinearGaussian:
     return LinearGaussian.from_parameters(torch.randn(5, 3), torch.randn(5), torch.tensor(0.6))
 
 
-def ledger_of(model: Any, guide: Any, x: Any, **options: Any) -> Result:
+def gap_of(model: Any, guide: Any, x: Any, **options: Any) -> Result:
     chosen = {"richer": (), "max_steps": 300, "num_particles": 500, "evidence": "exact", **options}
     return elbo_gap(model, guide, x, progress=False, **chosen)
 
@@ -48,13 +48,13 @@ def shifted(pair: LinearGaussian, shift: Tensor, widened: float = 1.0) -> Any:
     return guide
 
 
-# --- the ledger -----------------------------------------------------------------------------------
+# --- the gap --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("evidence", ["exact", "importance"])
 def test_an_exact_guide_has_no_gap(pair: LinearGaussian, evidence: str) -> None:
     x = pair.sample(6)
-    found = ledger_of(pair.model, pair.exact_guide, x, evidence=evidence, max_steps=20)
+    found = gap_of(pair.model, pair.exact_guide, x, evidence=evidence, max_steps=20)
     for name in ("gap", "amortization_gap", "approximation_gap"):
         assert abs(found[name]).max() < 0.02  # a search that cannot rise may fall a little
     if evidence == "exact":
@@ -77,7 +77,7 @@ def test_the_data_are_those_of_the_batch_plate_wherever_it_lies() -> None:
 
     covariance = torch.eye(2) + torch.ones(2, 2)
     evidence = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(x.T)
-    found = ledger_of(model, exact, x, evidence="importance", richer=("full",), max_steps=20)
+    found = gap_of(model, exact, x, evidence="importance", richer=("full",), max_steps=20)
     # A search that cannot rise may fall a little.
     assert found.log_evidence.values == pytest.approx(evidence.numpy(), abs=0.02)
     assert abs(found["gap"]).max() < 0.02
@@ -87,7 +87,7 @@ def test_the_data_are_those_of_the_batch_plate_wherever_it_lies() -> None:
 
 def test_the_gap_of_each_datum_is_its_divergence(pair: LinearGaussian) -> None:
     x = pair.sample(6)
-    found = ledger_of(pair.model, pair.guide, x, max_steps=20)
+    found = gap_of(pair.model, pair.guide, x, max_steps=20)
     q = pair.amortized_posterior(x)
     truth = pair.kl_to_posterior(x, q.mean, torch.diag_embed(q.variance)).detach()
     away = abs(torch.tensor(found["gap"].values) - truth)
@@ -98,13 +98,11 @@ def test_the_gap_of_each_datum_is_its_divergence(pair: LinearGaussian) -> None:
 
 def test_the_lines_add_up_and_are_labelled(pair: LinearGaussian) -> None:
     x = pair.sample(4)
-    found = ledger_of(
-        pair.model, pair.guide, x, evidence="importance", richer=("full",), max_steps=40
-    )
-    assert {*LEDGER, "elbo_refitted", "elbo_full", "gain_full", "ess", "khat"} <= set(found)
+    found = gap_of(pair.model, pair.guide, x, evidence="importance", richer=("full",), max_steps=40)
+    assert {*GAP_VARIABLES, "elbo_refitted", "elbo_full", "gain_full", "ess", "khat"} <= set(found)
     parts = found["approximation_gap"] + found["amortization_gap"]
     assert abs(parts - found["gap"]).max() < 1e-10
-    bounds = {name: found[name].attrs["bound"] for name in LEDGER}
+    bounds = {name: found[name].attrs["bound"] for name in GAP_VARIABLES}
     assert bounds == {
         "log_evidence": "lower",
         "elbo": "lower",
@@ -112,7 +110,7 @@ def test_the_lines_add_up_and_are_labelled(pair: LinearGaussian) -> None:
         "approximation_gap": "none",  # a lower bound of log p(x) less one of the best ELBO
         "amortization_gap": "lower",
     }
-    exact = ledger_of(pair.model, pair.guide, x, max_steps=20)
+    exact = gap_of(pair.model, pair.guide, x, max_steps=20)
     assert exact["gap"].attrs["bound"] == "unbiased"
     assert exact["approximation_gap"].attrs["bound"] == "upper"
     assert "num_particles" not in exact["log_evidence"].attrs
@@ -121,7 +119,7 @@ def test_the_lines_add_up_and_are_labelled(pair: LinearGaussian) -> None:
 
 def test_the_best_diagonal_guide_has_an_approximation_gap_alone(pair: LinearGaussian) -> None:
     x = pair.sample(6)
-    found = ledger_of(pair.model, pair.best_diagonal_guide, x, richer=("full",))
+    found = gap_of(pair.model, pair.best_diagonal_guide, x, richer=("full",))
     precision = pair.posterior_precision.detach()
     least = float((precision.diagonal().log().sum() - precision.logdet()) / 2)
     assert least > 0.05
@@ -134,7 +132,7 @@ def test_the_best_diagonal_guide_has_an_approximation_gap_alone(pair: LinearGaus
 def test_a_shift_of_the_guide_is_amortisation_gap(pair: LinearGaussian) -> None:
     x = pair.sample(6)
     shift = torch.tensor([0.2, -0.1, 0.3])
-    found = ledger_of(pair.model, shifted(pair, shift), x)
+    found = gap_of(pair.model, shifted(pair, shift), x)
     lost = float(shift @ pair.posterior_precision.detach() @ shift / 2)
     assert lost > 0.05
     assert abs(mean(found, "amortization_gap") - lost) < (
@@ -148,7 +146,7 @@ def test_a_shift_of_the_guide_is_amortisation_gap(pair: LinearGaussian) -> None:
 def test_a_worse_guide_has_a_wider_gap(pair: LinearGaussian) -> None:
     x = pair.sample(4)
     gaps = [
-        ledger_of(pair.model, guide, x, max_steps=20)
+        gap_of(pair.model, guide, x, max_steps=20)
         for guide in (pair.best_diagonal_guide, shifted(pair, torch.zeros(3), widened=2.0))
     ]
     # log p - ELBO of scales twice too large: 3 (4 - 1 - log 4) / 2 nats more.
@@ -160,7 +158,7 @@ def test_a_worse_guide_has_a_wider_gap(pair: LinearGaussian) -> None:
 def test_a_proposal_that_was_fitted_gives_better_evidence(pair: LinearGaussian) -> None:
     x = pair.sample(4)
     guide = shifted(pair, torch.tensor([0.8, -0.8, 0.8]))
-    ours = ledger_of(pair.model, guide, x, evidence="importance", richer=("full",))
+    ours = gap_of(pair.model, guide, x, evidence="importance", richer=("full",))
     theirs = log_evidence(pair.model, guide, x, num_particles=500, progress=False)
     assert (ours["ess"] > 5 * theirs["ess"]).all()
     assert abs(mean(ours, "log_evidence") - float(pair.log_evidence(x).detach().mean())) < 0.01
@@ -170,8 +168,8 @@ def test_evidence_from_elsewhere(pair: LinearGaussian) -> None:
     x = pair.sample(4)
     exact = log_evidence(pair.model, None, x, method="exact")
     quick = {"max_steps": 20, "num_particles": 10}
-    given = ledger_of(pair.model, pair.guide, x, evidence=exact, **quick)
-    named = ledger_of(pair.model, pair.guide, x, evidence={"method": "exact"}, **quick)
+    given = gap_of(pair.model, pair.guide, x, evidence=exact, **quick)
+    named = gap_of(pair.model, pair.guide, x, evidence={"method": "exact"}, **quick)
     assert given["gap"].equals(named["gap"])
     upper = make_result(
         {
@@ -183,7 +181,7 @@ def test_evidence_from_elsewhere(pair: LinearGaussian) -> None:
         seed=None,
         data_sha256=sha256_of(x),
     )
-    above = ledger_of(pair.model, pair.guide, x, evidence=upper, **quick)
+    above = gap_of(pair.model, pair.guide, x, evidence=upper, **quick)
     assert above["gap"].attrs["bound"] == "upper"
     assert abs(above["gap"] - given["gap"] - 1).max() < 1e-10
     assert (above["gap_se"] ** 2 - given["gap_se"] ** 2 - 0.25).max() < 1e-10
@@ -194,7 +192,7 @@ def test_evidence_of_other_data_is_refused(pair: LinearGaussian) -> None:
     for other, says in ((pair.sample(4), "other data"), (pair.sample(3), "3 data and x of 4")):
         known = log_evidence(pair.model, None, other, method="exact")
         with pytest.raises(ValueError, match=says):
-            ledger_of(pair.model, pair.guide, x, evidence=known)
+            gap_of(pair.model, pair.guide, x, evidence=known)
 
 
 def test_evidence_below_the_elbo_is_pointed_out(pair: LinearGaussian) -> None:
@@ -206,7 +204,7 @@ def test_evidence_below_the_elbo_is_pointed_out(pair: LinearGaussian) -> None:
         seed=None,
         data_sha256=sha256_of(x),
     )
-    found = ledger_of(pair.model, pair.best_diagonal_guide, x, evidence=low, max_steps=20)
+    found = gap_of(pair.model, pair.best_diagonal_guide, x, evidence=low, max_steps=20)
     assert any("4 of 4 data the log evidence is below" in n for n in found.provenance["notes"])
 
 
@@ -224,13 +222,13 @@ def test_evidence_below_the_elbo_is_pointed_out(pair: LinearGaussian) -> None:
 )
 def test_bad_options_are_refused(pair: LinearGaussian, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        ledger_of(pair.model, pair.guide, pair.sample(3), **options)
+        gap_of(pair.model, pair.guide, pair.sample(3), **options)
 
 
 @pytest.mark.long
 def test_chunks_of_particles_change_nothing_but_the_draws(pair: LinearGaussian) -> None:
     x = pair.sample(4)
-    found = ledger_of(pair.model, pair.exact_guide, x, max_steps=20, max_memory=1e-6)
+    found = gap_of(pair.model, pair.exact_guide, x, max_steps=20, max_memory=1e-6)
     assert abs(found["gap"]).max() < 1e-8
 
 
@@ -246,7 +244,7 @@ def test_a_datum_of_zero_probability_is_infinite_and_spoils_no_other() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0 * x, 1.0))
 
-    found = ledger_of(model, guide, x, evidence="importance", max_steps=200)
+    found = gap_of(model, guide, x, evidence="importance", max_steps=200)
     assert found["elbo"].values[1] == -math.inf
     assert found["log_evidence"].values[1] == -math.inf
     truth = -0.25 * x**2 - 0.5 * math.log(2)  # of a normal of unit noise, without its constant
@@ -265,7 +263,7 @@ def test_both_data_sets_add_up(pair: LinearGaussian) -> None:
     options = {"evidence": "exact", "richer": (), "max_steps": 40, "num_particles": 50}
     both = gap_on_both(pair.model, pair.guide, training, test, progress=False, **options)
     assert (both.training.sizes["datum"], both.test.sizes["datum"]) == (5, 4)
-    assert repr(both) == f"Ledgers of 5 training and 4 test data.\n{both.summary!r}"
+    assert repr(both) == f"ELBO gaps of 5 training and 4 test data.\n{both.summary!r}"
     fall = mean(both.training, "elbo") - mean(both.test, "elbo")
     parts = [
         float(both.summary[f"{part}_generalization"])

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.extras.f_divergence.generation import generate
+from pyro_vae.extras.f_divergence.generation import prior_predictive
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.models import VAE, Autoencoder
 
@@ -17,7 +17,7 @@ NUM, DATA_DIM, LATENT_DIM = 20_000, 3, 2
 def test_draws_and_means_have_the_laws_of_a_linear_model(mean):
     vae = VAE(DATA_DIM, LATENT_DIM, (), {"name": "gaussian", "scale": 0.8})
     weight, bias = vae.decoder[0].weight.detach(), vae.decoder[0].bias.detach()
-    x = generate(vae.model, torch.zeros(NUM, DATA_DIM), mean=mean)
+    x = prior_predictive(vae.model, torch.zeros(NUM, DATA_DIM), mean=mean)
     assert x.shape == (NUM, DATA_DIM)
     noise = 0.0 if mean else 0.64
     cov = weight @ weight.T + noise * torch.eye(DATA_DIM)
@@ -33,14 +33,14 @@ def test_draws_and_means_have_the_laws_of_a_linear_model(mean):
 def test_a_draw_moves_the_learned_scale_and_a_mean_does_not():
     vae = VAE(DATA_DIM, LATENT_DIM, (), "gaussian")
     for mean, moves in ((None, True), (True, False)):
-        total = generate(vae.model, torch.zeros(50, DATA_DIM), mean=mean).square().sum()
+        total = prior_predictive(vae.model, torch.zeros(50, DATA_DIM), mean=mean).square().sum()
         (gradient,) = torch.autograd.grad(total, vae.likelihood.raw_scale, allow_unused=True)
         assert (gradient is not None) == moves
 
 
 def test_binary_pixels_give_their_means_and_grey_data_serve_for_their_shape():
     vae = VAE(DATA_DIM, LATENT_DIM, (4,))
-    x = generate(vae.model, torch.full((40, DATA_DIM), 0.3))
+    x = prior_predictive(vae.model, torch.full((40, DATA_DIM), 0.3))
     assert x.requires_grad
     assert bool(((x > 0) & (x < 1)).all())
     assert len(x.unique()) == x.numel()
@@ -56,13 +56,13 @@ def test_the_callers_world_stays_and_bare_parameters_are_reached():
             pyro.sample("x", dist.Normal(pyro.param("loc") + both, 0.1).to_event(1), obs=x)
 
     before, state = list(pyro.get_param_store()), torch.get_rng_state()
-    first = generate(model, torch.zeros(5, 2))
+    first = prior_predictive(model, torch.zeros(5, 2))
     assert not torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(state)
-    assert torch.equal(generate(model, torch.ones(5, 2)), first)
+    assert torch.equal(prior_predictive(model, torch.ones(5, 2)), first)
     (gradient,) = torch.autograd.grad(first.sum(), loc)
     assert gradient.tolist() == [5.0, 5.0]
-    generate(VAE(2, 1, (3,)).model, torch.zeros(4, 2))
+    prior_predictive(VAE(2, 1, (3,)).model, torch.zeros(4, 2))
     assert list(pyro.get_param_store()) == before
 
 
@@ -100,10 +100,10 @@ def discrete(x):
 )
 def test_what_cannot_be_drawn_is_refused_by_name(model, x, message):
     with pytest.raises(ProgramError, match=message):
-        generate(model, x)
+        prior_predictive(model, x)
 
 
 def test_a_draw_of_binary_pixels_is_refused():
     with pytest.raises(ProgramError, match="mean=True"):
-        generate(VAE(3, 2, (4,)).model, torch.zeros(5, 3), mean=False)
-    generate(VAE(3, 2, (4,)).model, torch.zeros(5, 3), mean=True)
+        prior_predictive(VAE(3, 2, (4,)).model, torch.zeros(5, 3), mean=False)
+    prior_predictive(VAE(3, 2, (4,)).model, torch.zeros(5, 3), mean=True)

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_vae.extras.f_divergence import fit_divergence
 from pyro_vae.extras.f_divergence.divergences import F_DIVERGENCES
-from pyro_vae.extras.f_divergence.generation import generate
+from pyro_vae.extras.f_divergence.generation import prior_predictive
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.svi import TrainingError
 from pyro_vae.models import VAE, LinearGaussian
@@ -110,7 +110,7 @@ def test_what_the_history_says_is_the_bound_of_the_fitted_pair():
     assert "Jensen-Shannon" in history.validation_bound.attrs["description"]
     for name, rows in (("bound", x), ("validation_bound", held_out)):
         pyro.set_rng_seed(7)
-        samples = generate(found.generator, rows)
+        samples = prior_predictive(found.generator, rows)
         with torch.no_grad():
             on_data = torch.sigmoid(found.critic(rows)).log() + math.log(2)
             on_samples = -torch.sigmoid(-found.critic(samples)).log() - math.log(2)
@@ -184,7 +184,7 @@ def test_a_program_with_bare_parameters_is_fitted_and_the_callers_store_is_left_
     assert pyro.param("loc").item() == 5
     assert set(found.parameters) == {"loc", "scale"}
     assert 0 < abs(float(found.parameters["loc"]) - 5) < 0.1  # started from the caller's value
-    drawn = generate(found.generator, torch.zeros(4000))
+    drawn = prior_predictive(found.generator, torch.zeros(4000))
     assert abs(float(drawn.detach().mean()) - float(found.parameters["loc"])) < 5 * 1.1 / 63
     again = fit_divergence(found.generator, x, epochs=1, batch_size=100, progress=False)
     assert abs(float(again.parameters["loc"]) - float(found.parameters["loc"])) < 0.05

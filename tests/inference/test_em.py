@@ -333,7 +333,7 @@ def test_exact_inner_maximisation_is_exact_em():
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_any_torch_optimizer_climbs(name):
+def test_any_torch_optimizer_ascends(name):
     optimizer = functools.partial(getattr(torch.optim, name), lr=0.5)
     fitted = fit_em(
         poissons, counts(), method="generalized", optimizer=optimizer, max_iterations=30

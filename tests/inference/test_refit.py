@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae import LinearGaussian, log_weights
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.refit import RefittedGuide
-from pyro_vae.inference.refit.refit_guide import climb_each, refit_guide
+from pyro_vae.inference.refit.refit_guide import maximize_per_datum, refit_guide
 
 
 def quiet_refit(*args: Any, **options: Any) -> RefittedGuide:
@@ -43,7 +43,7 @@ def kl_of(pair: LinearGaussian, guide: Any, x: Tensor) -> Tensor:
 def test_the_diagonal_family_reaches_its_closed_form_optimum(pair: LinearGaussian) -> None:
     x = pair.sample(7)
     least = pair.diagonal_gap()
-    assert (kl_of(pair, pair.guide, x) > least + 0.5).all()  # there is something to climb
+    assert (kl_of(pair, pair.guide, x) > least + 0.5).all()  # there is something to gain
     excess = kl_of(pair, quiet_refit(pair.model, pair.guide, x, max_steps=1000), x) - least
     assert (excess > -1e-9).all()
     assert excess.mean() < 1e-3
@@ -376,6 +376,8 @@ def test_one_datum_that_breaks_stops_no_other() -> None:
     def value(now: dict[str, Tensor]) -> Tensor:
         return -(now["a"] - 1.0).square().sum(0) * torch.tensor([1.0, math.nan, 1.0])
 
-    found = climb_each(value, {"a": torch.zeros(2, 3)}, {"a": -1}, max_steps=2000, step_size=0.05)
+    found = maximize_per_datum(
+        value, {"a": torch.zeros(2, 3)}, {"a": -1}, max_steps=2000, step_size=0.05
+    )
     torch.testing.assert_close(found.mean["a"][:, [0, 2]], torch.ones(2, 2), atol=1e-3, rtol=0)
     assert torch.equal(found.last["a"][:, 1], torch.zeros(2))

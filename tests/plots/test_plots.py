@@ -13,12 +13,16 @@ from torch.distributions import Normal
 
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.plots import (
+    pixels_text,
     plot_bound,
     plot_estimator_cost,
     plot_evidence,
     plot_latent,
     plot_manifold,
+    plot_picture_rows,
+    plot_posterior,
     plot_reconstructions,
+    plot_sample_rows,
     plot_samples,
     plot_signal_to_noise,
 )
@@ -196,18 +200,24 @@ def test_samples_are_those_of_their_seed() -> None:
 
 
 def test_photographs_are_no_negatives() -> None:
-    """Grey 1 is black where it is ink, and white where it is light."""
+    """Grey 1 is black where it is ink, and white where it is light; a sentence says which."""
+    plane = (torch.arange(4.0), torch.arange(3.0), torch.zeros(3, 4))
     vae = VAE(data_dim=6, latent_dim=2, hidden=(5,))
     for pixels, white in (("ink", 0.0), ("light", 1.0)):
         for ax in (
             plot_reconstructions(vae, torch.zeros(2, 6), (2, 3), pixels=pixels),
             plot_samples(vae, (2, 3), num_images=2, pixels=pixels),
             plot_manifold(vae, (2, 3), num_steps=2, pixels=pixels),
+            plot_sample_rows({"a": torch.rand(2, 6)}, (2, 3), pixels=pixels),
+            plot_picture_rows(torch.rand(1, 2, 6), (2, 3), ["a"], pixels=pixels),
+            plot_posterior(*plane, picture=torch.rand(2, 3), pixels=pixels).child_axes[0],
         ):
             (image,) = ax.images
             assert image.get_clim() == (0, 1)
             assert image.cmap(white)[:3] == (1.0, 1.0, 1.0)
             assert image.cmap(1 - white)[:3] == (0.0, 0.0, 0.0)
+        assert f"{white:g} is white" in pixels_text(pixels)
+        assert f"{1 - white:g} is black" in pixels_text(pixels)
 
 
 def test_the_manifold_runs_through_the_inverse_normal() -> None:

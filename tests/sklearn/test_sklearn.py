@@ -68,7 +68,7 @@ def test_no_check_of_scikit_learn_fails():
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("start", ["kmeans", "random"])
-def test_a_mixture_climbs_the_path_of_scikit_learn(kind, start):
+def test_a_mixture_takes_the_path_of_scikit_learn(kind, start):
     settings = {"covariance_type": kind, "init_params": start, "random_state": 3, "tol": 0.0}
     with pytest.warns(ConvergenceWarning):
         theirs = GaussianMixture(3, max_iter=7, **settings).fit(X)

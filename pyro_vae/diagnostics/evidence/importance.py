@@ -18,6 +18,7 @@ from pyro_vae.inference.log_weights import (
     pareto_tail,
 )
 from pyro_vae.inference.programs import Pair
+from pyro_vae.results import data_text
 
 __all__ = ["Importance", "importance_columns", "importance_notes"]
 
@@ -76,8 +77,8 @@ def importance_notes(found: Columns, settings: Importance) -> list[str]:
         notes.insert(
             0,
             f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the error "
-            f"above 0.5 nats, for {bad} of {len(found['khat'])} data: there the log evidence is a "
-            "lower bound whose error is unreliable, not an estimate. More particles or a better "
-            "guide mend it.",
+            f"above 0.5 nats, for {data_text(bad, len(found['khat']))}: there the log evidence is "
+            "a lower bound whose error is unreliable, not an estimate. More particles or a better "
+            "guide help.",
         )
     return notes

@@ -45,7 +45,7 @@ from pyro_vae.inference.programs import (
     tensors_of,
     tool,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 
 __all__ = ["METHODS", "log_evidence"]
 
@@ -284,15 +284,16 @@ def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
     notes = []
     if bad:
         notes.append(
-            f"the error is above 0.5 nats (or unknown) for {bad} of {len(found['ess'])} data: "
+            f"the error is above 0.5 nats (or unknown) for {data_text(bad, len(found['ess']))}: "
             "there it rests on the weights of the chains being log-normal, and the log evidence is "
-            "a lower bound whose error is unreliable. More temperatures mend it."
+            "a lower bound whose error is unreliable. Use more temperatures."
         )
     slow = int((found["acceptance"] < 0.1).sum())
     if slow:
         notes.append(
-            f"fewer than a tenth of the moves were accepted for {slow} of {len(found['ess'])} "
-            "data: there the chains hardly moved. A smaller step_size mends it."
+            "fewer than a tenth of the moves were accepted for "
+            f"{data_text(slow, len(found['ess']))}: there the chains hardly moved. Use a smaller "
+            "step_size."
         )
     if settings.start == "guide":
         notes.append("Chains that start from the guide may never reach a mode that it misses.")
@@ -316,9 +317,9 @@ def _bridge_notes(found: Columns, settings: Bridging) -> list[str]:
     if bad:
         notes.insert(
             0,
-            f"R-hat is above 1.05 for {bad} of {len(rhat)} data (largest "
+            f"R-hat is above 1.05 for {data_text(bad, len(rhat))} (largest "
             f"{float(rhat.max()):.3g}): there the estimate and its error are unreliable. Longer "
-            "chains mend it.",
+            "chains help.",
         )
     return notes
 
@@ -329,14 +330,15 @@ def _quadrature_notes(found: Columns, settings: Quadrature) -> list[str]:
     notes = []
     if bool(bad.any()):
         notes.append(
-            f"the quadrature error is above {settings.tolerance:g} nats for {int(bad.sum())} of "
-            f"{len(error)} data (largest {float(error[bad].max()):.2g}); raise max_points, or "
-            "compare with method='annealed'."
+            f"the quadrature error is above {settings.tolerance:g} nats for "
+            f"{data_text(int(bad.sum()), len(error))} (largest {float(error[bad].max()):.2g}); "
+            "raise max_points, or compare with method='annealed'."
         )
     if bool(nothing.any()):
         notes.append(
-            f"no point with a positive density was found for {int(nothing.sum())} of {len(error)} "
-            "data, so log p(x) is minus infinity there as far as the search went."
+            "no point with a positive density was found for "
+            f"{data_text(int(nothing.sum()), len(error))}, so log p(x) is minus infinity there as "
+            "far as the search went."
         )
     return notes
 

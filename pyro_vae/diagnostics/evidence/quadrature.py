@@ -61,7 +61,7 @@ def quadrature_columns(
     """Log evidence of each datum by quadrature, with an estimate of its error in nats.
 
     Two independent searches look for modes, each by draws of the prior (and the guide), a scan of
-    all scales, and climbs from the peaks among these. The error is what the rules of the cells
+    all scales, and optimises from the peaks among these. The error is what the rules of the cells
     differ by, what could hide where a known point is unseen, what the edge cuts off, rounding, and
     what the second search changed. It is infinite where no point of positive density was found.
 
@@ -288,7 +288,7 @@ class _Cells:
     """The cells of every datum, and what each holds; all logs are in nats.
 
     Every datum has as many cells as any other, each its own. Points that are known to be high are
-    kept, and a cell must not overlook those that lie in it: ends of climbs and draws, and the
+    kept, and a cell must not overlook those that lie in it: ends of ascents and draws, and the
     highest nodes on each face, for what goes on across a face may fall between the nodes there.
     """
 

@@ -1,4 +1,4 @@
-r"""The ledger of the ELBO gap: what the family cannot express, and what amortisation lost.
+r"""The ELBO gap decomposed: what the family cannot express, and what amortisation lost.
 
 .. math:: \underbrace{\log p(x) - \mathcal L[q]}_{\text{gap}}
           = \underbrace{\log p(x) - \mathcal L[q^*]}_{\text{approximation}}
@@ -44,10 +44,10 @@ from pyro_vae.inference.refit import (
 )
 from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 
-__all__ = ["LEDGER", "data_hash", "elbo_gap"]
+__all__ = ["GAP_VARIABLES", "data_hash", "elbo_gap"]
 
-LEDGER = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
-"""The variables that every ledger has."""
+GAP_VARIABLES = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
+"""The variables that every result has."""
 
 _OF_EVIDENCE = ("log_evidence", "gap", "approximation_gap")  # whose error is that of the evidence
 _NAMES = {"same": "refitted", "full": "full", "flow": "flow"}
@@ -124,9 +124,9 @@ def elbo_gap(
         >>> import torch
         >>> from pyro_vae import LinearGaussian
         >>> pair, x = LinearGaussian(data_dim=3, latent_dim=2), torch.zeros(4, 3)
-        >>> ledger = elbo_gap(pair.model, pair.best_diagonal_guide, x, evidence="exact",
+        >>> decomposition = elbo_gap(pair.model, pair.best_diagonal_guide, x, evidence="exact",
         ...                   richer=(), max_steps=60, num_particles=100, progress=False)
-        >>> bool(abs(ledger.amortization_gap).max() < 0.1)
+        >>> bool(abs(decomposition.amortization_gap).max() < 0.1)
         True
     """
     seed = as_seed(seed)
@@ -149,7 +149,7 @@ def elbo_gap(
             )
         )
         weights = paired_log_weights(pair, [guide, *fitted], num_particles, max_memory)
-    columns = _ledger(weights, fitted, known)
+    columns = _decompose(weights, fitted, known)
     columns["converged"] = torch.stack([f.converged for f in fitted]).all(0)
     return _result(
         columns,
@@ -183,7 +183,7 @@ def _evidence(
     seed: int,
     progress: bool,
 ) -> Result | None:
-    """The given evidence or that of the given method; None where the ledger draws its own."""
+    """The given evidence or that of the given method; None where the gap draws its own."""
     if isinstance(evidence, Result):
         return evidence
     if evidence == "importance":
@@ -192,7 +192,7 @@ def _evidence(
     if options.get("method") in (None, "importance"):
         raise ValueError(
             "a mapping of evidence names a method other than 'importance', whose proposal and "
-            "particles are the ledger's own; pass evidence='importance', or a Result"
+            "particles are the gap's own; pass evidence='importance', or a Result"
         )
     return log_evidence(model, guide, x, **{"seed": seed, "progress": progress, **options})
 
@@ -232,12 +232,12 @@ def data_hash(x: Any) -> str:
     return sha256_of(*tensors_of(x))
 
 
-def _ledger(
+def _decompose(
     weights: Sequence[Float[Tensor, "particles batch"]],
     fitted: Sequence[RefittedGuide],
     known: Result | None,
 ) -> dict[str, Tensor]:
-    """Every number of the ledger, with the standard errors of paired draws."""
+    """Every number of the decomposition, with the standard errors of paired draws."""
     amortised, refitted = weights[0], weights[1]
     if known is None:
         # Which family proposes was settled by other draws, so the choice favours none.

@@ -18,7 +18,7 @@ __all__ = ["GapOnBoth", "gap_on_both"]
 
 @dataclass(frozen=True, repr=False)
 class GapOnBoth:
-    """The ledgers of training and test data, and how they differ.
+    """The gaps of training and test data, and how they differ.
 
     Attributes:
         training: Of the training data, from `elbo_gap`.
@@ -36,7 +36,7 @@ class GapOnBoth:
 
     def __repr__(self) -> str:
         data = [f"{part.sizes['datum']:,}" for part in (self.training, self.test)]
-        return f"Ledgers of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
+        return f"ELBO gaps of {data[0]} training and {data[1]} test data.\n{self.summary!r}"
 
     def _repr_html_(self) -> str:
         return self.summary._repr_html_()
@@ -59,7 +59,7 @@ def gap_on_both(
         options: Those of `elbo_gap`; evidence must be a method, not a `Result`.
 
     Returns:
-        Both ledgers and their summary.
+        Both decompositions and their summary.
 
     Raises:
         ProgramError: As `elbo_gap`.
@@ -85,7 +85,7 @@ def _summary(training: Result, test: Result) -> Result:
     ]
     means, errors = {}, {}
     for name in names:
-        both = [ledger.quantity(name) for ledger in (training, test)]
+        both = [decomposition.quantity(name) for decomposition in (training, test)]
         means[name] = np.array([q.value for q in both])
         errors[name] = np.array(
             [math.nan if q.data_standard_error is None else q.data_standard_error for q in both]
@@ -107,7 +107,7 @@ def _summary(training: Result, test: Result) -> Result:
         )
         variables[name] = ((), sign * (means[source][1] - means[source][0]), attrs)
         variables[f"{name}_se"] = ((), np.hypot(*errors[source]), attrs)
-    provenance = [ledger.provenance for ledger in (training, test)]
+    provenance = [decomposition.provenance for decomposition in (training, test)]
     return make_result(
         variables,
         function="gap_on_both",

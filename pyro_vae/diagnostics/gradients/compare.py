@@ -26,11 +26,11 @@ import torch
 
 from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
-from pyro_vae.diagnostics.gradients.candidates import candidates_of
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
 from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
 from pyro_vae.diagnostics.gradients.references import Reference
-from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError, own_parameters
+from pyro_vae.diagnostics.gradients.sampler import CannotMakeError, GradientSampler, own_parameters
+from pyro_vae.diagnostics.gradients.specs import specs_of
 from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
 from pyro_vae.inference.programs import (
     FilledGaps,
@@ -138,26 +138,26 @@ def compare_estimators(
         raise ValueError(
             f"reference is {reference!r}, but must be gradients by name, a function, 'none' or None"
         )
-    candidates = candidates_of(estimators, joint)
+    specs = specs_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
     with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
-        bench = Bench.of(model, guide, x, parameters, joint, seed, candidates)
-        count = _repeats_of(bench, particles) if repeats is None else repeats
-        with bench.keep_gradients():
-            found = measure(bench, candidates, particles, count, reference, progress)
+        sampler = GradientSampler.of(model, guide, x, parameters, joint, seed, specs)
+        count = _repeats_of(sampler, particles) if repeats is None else repeats
+        with sampler.keep_gradients():
+            found = measure(sampler, specs, particles, count, reference, progress)
     given = "pooled" if reference is None else "given"
     return _as_result(
         found,
-        bench,
+        sampler,
         config={
-            "estimators": [candidate.name for candidate in candidates],
+            "estimators": [spec.name for spec in specs],
             "num_particles": list(particles),
             "repeats": count,
-            "parameters": {name: list(group) for name, group in bench.groups.items()},
+            "parameters": {name: list(group) for name, group in sampler.groups.items()},
             "reference": reference if isinstance(reference, str) else given,
             "joint": joint,
-            "num_data": bench.num_data,
+            "num_data": sampler.num_data,
         },
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),
@@ -212,20 +212,20 @@ def gradient_draws(
     seed = as_seed(seed)
     particles = _check_particles(num_particles)
     check_count("num_draws", num_draws, 8)
-    candidates = candidates_of(estimators, joint)
+    specs = specs_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
-    drawn = np.full((len(candidates), len(particles), num_draws), math.nan)
+    drawn = np.full((len(specs), len(particles), num_draws), math.nan)
     with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
-        bench = Bench.of(model, guide, x, [parameter], joint, seed, candidates)
-        _check_entry(bench, parameter, entry)
-        with bench.keep_gradients():
+        sampler = GradientSampler.of(model, guide, x, [parameter], joint, seed, specs)
+        _check_entry(sampler, parameter, entry)
+        with sampler.keep_gradients():
             for column, count in enumerate(particles):
                 made = {}
-                for row, candidate in enumerate(candidates):
+                for row, spec in enumerate(specs):
                     with suppress(CannotMakeError):
-                        made[row] = bench.make(candidate, count)
-                found = bench.draw(list(made.values()), num_draws, seed, lambda _: None)
+                        made[row] = sampler.make(spec, count)
+                found = sampler.draw(list(made.values()), num_draws, seed, lambda _: None)
                 for place, draws in found:
                     row = list(made)[place]
                     drawn[row, column] = draws.gradients[parameter][:, entry].numpy()
@@ -235,15 +235,15 @@ def gradient_draws(
         config={"parameter": parameter, "entry": entry, "num_draws": num_draws, "joint": joint},
         seed=seed,
         data_sha256=sha256_of(*tensors_of(x)),
-        coords={"estimator": [c.name for c in candidates], "num_particles": np.array(particles)},
+        coords={"estimator": [c.name for c in specs], "num_particles": np.array(particles)},
     )
 
 
-def _check_entry(bench: Bench, parameter: str, entry: int) -> None:
-    names = bench.groups[parameter]
+def _check_entry(sampler: GradientSampler, parameter: str, entry: int) -> None:
+    names = sampler.groups[parameter]
     if len(names) > 1:
         raise ValueError(f"{parameter!r} names {len(names)} parameters; give the name of one")
-    size = bench.leaves[names[0]].numel()
+    size = sampler.leaves[names[0]].numel()
     if not 0 <= entry < size:
         raise ValueError(f"entry must lie between 0 and {size - 1}, not at {entry!r}")
 
@@ -272,9 +272,9 @@ def _columns_of_draws(drawn: np.ndarray, joint: bool) -> dict[str, Any]:
     }
 
 
-def _repeats_of(bench: Bench, particles: tuple[int, ...]) -> int:
+def _repeats_of(sampler: GradientSampler, particles: tuple[int, ...]) -> int:
     """How many gradients are drawn where the caller does not say."""
-    if bench.structure is None or bench.structure.vectorizable:
+    if sampler.structure is None or sampler.structure.vectorizable:
         return _MOST_REPEATS
     return min(max(_RUNS_ONE_BY_ONE // max(particles), _LEAST_REPEATS), _MOST_REPEATS)
 
@@ -310,18 +310,23 @@ _OF_A_GROUP = {  # unit and description
 
 
 def _as_result(
-    found: Measured, bench: Bench, *, config: Mapping[str, Any], seed: int, data_sha256: str
+    found: Measured,
+    sampler: GradientSampler,
+    *,
+    config: Mapping[str, Any],
+    seed: int,
+    data_sha256: str,
 ) -> EstimatorComparison:
-    flat, deep = _numbers_of_estimators(found), _numbers_of_groups(found, list(bench.groups))
+    flat, deep = _numbers_of_estimators(found), _numbers_of_groups(found, list(sampler.groups))
     _add_efficiency(flat, deep)
     floor = 1 / math.sqrt(found.repeats)
     threshold = bias_threshold(int(np.isfinite(deep["bias"]).sum()) or 1, found.repeats)
-    kinds = {candidate.bound_kind for candidate in found.candidates}
-    reduction = "total" if bench.joint else "per datum"
+    kinds = {spec.bound_kind for spec in found.specs}
+    reduction = "total" if sampler.joint else "per datum"
     of_value = label(
         bound=next(iter(kinds)) if len(kinds) == 1 else "none",
         reduction=reduction,
-        measure=bench.structure.measure if bench.structure is not None else None,
+        measure=sampler.structure.measure if sampler.structure is not None else None,
         description="the bound that the estimator reports; which one: see 'bound'",
     )
     of_value |= {"bound_by": "bound_kind", "objective_by": "bound"}
@@ -344,7 +349,7 @@ def _as_result(
     variables["snr"][-1]["noise_floor"] = floor
     variables["bias_z"][-1]["threshold"] = threshold
     variables["snr_is_noise"] = (dims, deep["snr"] < floor, {})
-    variables["verdict"] = (dims, _verdicts(deep, found, bench, threshold), {})
+    variables["verdict"] = (dims, _verdicts(deep, found, sampler, threshold), {})
     notes = [*found.notes, f"Seconds are those of one thread of {processor_name()}."]
     if len(kinds) > 1:
         notes.append("Values bound different things: see the coordinate bound_kind.")
@@ -359,12 +364,12 @@ def _as_result(
         seed=seed,
         data_sha256=data_sha256,
         coords={
-            "estimator": [c.name for c in found.candidates],
+            "estimator": [c.name for c in found.specs],
             "num_particles": np.array(found.particles),
-            "parameter": list(bench.groups),
-            "bound": ("estimator", [c.bound for c in found.candidates]),
-            "bound_kind": ("estimator", [c.bound_kind for c in found.candidates]),
-            "claims_unbiased": ("estimator", [c.claims_unbiased for c in found.candidates]),
+            "parameter": list(sampler.groups),
+            "bound": ("estimator", [c.bound for c in found.specs]),
+            "bound_kind": ("estimator", [c.bound_kind for c in found.specs]),
+            "claims_unbiased": ("estimator", [c.claims_unbiased for c in found.specs]),
         },
         notes=notes,
     )
@@ -373,11 +378,11 @@ def _as_result(
 
 def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:
     """By name, [estimators, num_particles]; nan where nothing was measured."""
-    shape = (len(found.candidates), len(found.particles))
+    shape = (len(found.specs), len(found.particles))
     names = ("value", "value_se", "passes", "seconds", "seconds_se", "bytes")
     flat = {name: np.full(shape, math.nan) for name in names}
     for row in found.rows:
-        place = found.candidates.index(row.candidate), found.particles.index(row.num_particles)
+        place = found.specs.index(row.spec), found.particles.index(row.num_particles)
         for name, number in row.numbers.items():
             flat[name][place] = number
     return flat
@@ -385,11 +390,11 @@ def _numbers_of_estimators(found: Measured) -> dict[str, np.ndarray]:
 
 def _numbers_of_groups(found: Measured, groups: Sequence[str]) -> dict[str, np.ndarray]:
     """By name, [estimators, num_particles, groups]; nan where nothing was measured."""
-    shape = (len(found.candidates), len(found.particles), len(groups))
+    shape = (len(found.specs), len(found.particles), len(groups))
     names = [n for main in _OF_A_GROUP for n in (main, f"{main}_se") if n != "bias_z_se"]
     deep = {name: np.full(shape, math.nan) for name in names}
     for row in found.rows:
-        place = found.candidates.index(row.candidate), found.particles.index(row.num_particles)
+        place = found.specs.index(row.spec), found.particles.index(row.num_particles)
         for g, group in enumerate(groups):
             for name, number in row.groups[group].items():
                 deep[name][(*place, g)] = number
@@ -403,10 +408,10 @@ def _add_efficiency(flat: Mapping[str, np.ndarray], deep: dict[str, np.ndarray])
 
 
 def _verdicts(
-    deep: Mapping[str, np.ndarray], found: Measured, bench: Bench, threshold: float
+    deep: Mapping[str, np.ndarray], found: Measured, sampler: GradientSampler, threshold: float
 ) -> np.ndarray:
-    epsilon = max(torch.finfo(leaf.dtype).eps for leaf in bench.leaves.values())
-    scales = np.array([found.scales[group] for group in bench.groups])
+    epsilon = max(torch.finfo(leaf.dtype).eps for leaf in sampler.leaves.values())
+    scales = np.array([found.scales[group] for group in sampler.groups])
     visible = deep["bias"] > _ROUNDING * epsilon * scales
     biased = visible & (deep["bias_z"] > threshold)
     words = np.where(biased, "biased", "no bias seen").astype("U16")

@@ -10,8 +10,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.diagnostics.gradients.candidates import TRUSTED, Candidate, option_text
-from pyro_vae.diagnostics.gradients.sampler import Bench, CannotMakeError
+from pyro_vae.diagnostics.gradients.sampler import CannotMakeError, GradientSampler
+from pyro_vae.diagnostics.gradients.specs import TRUSTED, EstimatorSpec, option_text
 from pyro_vae.diagnostics.gradients.statistics import ReferenceRows
 from pyro_vae.inference.programs import ProgramError
 
@@ -28,7 +28,7 @@ class References:
     """True gradients of bounds: exact ones that were given, or means of blocks of further draws.
 
     Args:
-        bench: Where gradients are drawn.
+        sampler: Where gradients are drawn.
         given: The caller's exact gradients, "none", or None.
         pairs: The estimators with their numbers of particles.
         repeats: Gradients of each estimator.
@@ -36,63 +36,63 @@ class References:
 
     def __init__(
         self,
-        bench: Bench,
+        sampler: GradientSampler,
         given: Reference | None,
-        pairs: Sequence[tuple[Candidate, int]],
+        pairs: Sequence[tuple[EstimatorSpec, int]],
         repeats: int,
     ) -> None:
-        self.bench, self.given = bench, given
+        self.sampler, self.given = sampler, given
         self.most = max(k for _, k in pairs)
         self.known: dict[tuple[str, int], dict[str, ReferenceRows] | None] = {}
         self.pooled: dict[tuple[str, int], ELBO] = {}
         self.notes: list[str] = []
-        one_by_one = bench.structure is not None and not bench.structure.vectorizable
+        one_by_one = sampler.structure is not None and not sampler.structure.vectorizable
         self.blocks = min(_BLOCKS, repeats)
         factor = _FACTOR_ONE_BY_ONE if one_by_one else _FACTOR
         self.block_size = math.ceil(factor * repeats / self.blocks)
         if given == "none":
             self.notes.append("Bias was not measured: reference='none'.")
         else:
-            for candidate, k in pairs:
-                self._find(candidate, k)
+            for spec, k in pairs:
+                self._find(spec, k)
 
     @property
     def num_gradients(self) -> int:
         """How many `draw` makes."""
         return len(self.pooled) * self.blocks * self.block_size
 
-    def get(self, candidate: Candidate, num_particles: int) -> dict[str, ReferenceRows] | None:
+    def get(self, spec: EstimatorSpec, num_particles: int) -> dict[str, ReferenceRows] | None:
         """For each group the reference: one row if exact, else independent rows to average."""
-        return self.known.get(self._key(candidate, num_particles))
+        return self.known.get(self._key(spec, num_particles))
 
     def draw(self, advance: Callable[[int], Any]) -> None:
         """Draws what was not given, all of it from the same draws where that can be."""
-        stream = int(np.random.SeedSequence((self.bench.seed, 1)).generate_state(1)[0])
+        stream = int(np.random.SeedSequence((self.sampler.seed, 1)).generate_state(1)[0])
         keys, elbos = list(self.pooled), list(self.pooled.values())
-        means: list[dict[str, list[Tensor]]] = [{g: [] for g in self.bench.groups} for _ in keys]
+        means: list[dict[str, list[Tensor]]] = [{g: [] for g in self.sampler.groups} for _ in keys]
         for block in range(self.blocks if keys else 0):
-            for place, drawn in self.bench.draw(elbos, self.block_size, stream + block, advance):
+            for place, drawn in self.sampler.draw(elbos, self.block_size, stream + block, advance):
                 for group, gradients in drawn.gradients.items():
                     means[place][group].append(gradients.mean(0))
         for key, rows in zip(keys, means, strict=True):
             self.known[key] = {group: torch.stack(drawn) for group, drawn in rows.items()}
 
-    def _key(self, candidate: Candidate, num_particles: int) -> tuple[str, int]:
+    def _key(self, spec: EstimatorSpec, num_particles: int) -> tuple[str, int]:
         """The bound with its options, and K; the gradient of the ELBO does not depend on K."""
-        family, options = candidate.bound_at(num_particles)
+        family, options = spec.bound_at(num_particles)
         bound = family + (option_text(options) if options else "")
         return bound, max(self.most, 2) if family == "ELBO" else num_particles
 
-    def _find(self, candidate: Candidate, num_particles: int) -> None:
-        bound, k = key = self._key(candidate, num_particles)
+    def _find(self, spec: EstimatorSpec, num_particles: int) -> None:
+        bound, k = key = self._key(spec, num_particles)
         if key in self.known:
             return
         self.known[key] = self._exact(bound, k)
         if self.known[key] is None:
-            self._trust(candidate, *candidate.bound_at(num_particles), key)
+            self._trust(spec, *spec.bound_at(num_particles), key)
 
     def _exact(self, bound: str, k: int) -> dict[str, ReferenceRows] | None:
-        bench = self.bench
+        sampler = self.sampler
         if self.given is None or isinstance(self.given, str):
             return None
         found: Any
@@ -105,20 +105,20 @@ class References:
         of = bound if bound == "ELBO" else f"{bound} with K = {k}"
         self.notes.append(f"Bias of estimators of the {of}: against the exact gradient given.")
         if isinstance(found, Tensor):
-            leaves = list(bench.leaves.values())
-            total = found.sum() if bench.joint else found.mean()
+            leaves = list(sampler.leaves.values())
+            total = found.sum() if sampler.joint else found.mean()
             grads = torch.autograd.grad(total, leaves, allow_unused=True)
             found = {
                 name: torch.zeros_like(leaf) if grad is None else grad
-                for (name, leaf), grad in zip(bench.leaves.items(), grads, strict=True)
+                for (name, leaf), grad in zip(sampler.leaves.items(), grads, strict=True)
             }
-        return {group: self._flat(group, found)[None] for group in bench.groups}
+        return {group: self._flat(group, found)[None] for group in sampler.groups}
 
     def _flat(self, group: str, found: Mapping[str, Tensor]) -> Tensor:
         given = {name.replace("$$$", "."): value for name, value in found.items()}
         parts = []
-        for name in self.bench.groups[group]:
-            shape = self.bench.leaves[name].shape
+        for name in self.sampler.groups[group]:
+            shape = self.sampler.leaves[name].shape
             if name not in given:
                 raise ValueError(f"the reference lacks the gradient of parameter '{name}'; add it")
             if given[name].shape != shape:
@@ -127,23 +127,23 @@ class References:
                     f"unconstrained parameter {tuple(shape)}; give it that shape"
                 )
             parts.append(given[name].detach().reshape(-1))
-        return self.bench.select(group, torch.cat(parts)).cpu().double()
+        return self.sampler.select(group, torch.cat(parts)).cpu().double()
 
     def _trust(
-        self, candidate: Candidate, family: str, options: Mapping[str, Any], key: tuple[str, int]
+        self, spec: EstimatorSpec, family: str, options: Mapping[str, Any], key: tuple[str, int]
     ) -> None:
         """Finds an estimator of the bound that is known to be unbiased and takes the pair."""
-        bench, (bound, k) = self.bench, key
-        for kind in TRUSTED.get(family, ()) if bench.structure is not None else ():
-            trusted = Candidate(
+        sampler, (bound, k) = self.sampler, key
+        for kind in TRUSTED.get(family, ()) if sampler.structure is not None else ():
+            trusted = EstimatorSpec(
                 kind.__name__,
-                partial(kind, joint=bench.joint, **options),
+                partial(kind, joint=sampler.joint, **options),
                 family,
                 kind.bound_kind,
             )
             try:
-                elbo = bench.make(trusted, k)
-                bench.step(elbo)
+                elbo = sampler.make(trusted, k)
+                sampler.step(elbo)
             except (ProgramError, CannotMakeError):  # the next that is trusted may take this pair
                 continue
             self.pooled[key] = elbo
@@ -155,6 +155,6 @@ class References:
             )
             return
         self.notes.append(
-            f"{candidate.name} has no reference for the bound '{bound}' with K = {k}, so its bias "
+            f"{spec.name} has no reference for the bound '{bound}' with K = {k}, so its bias "
             "is unknown; pass reference=."
         )

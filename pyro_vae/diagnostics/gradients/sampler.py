@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.diagnostics.gradients.candidates import Candidate
+from pyro_vae.diagnostics.gradients.specs import EstimatorSpec
 from pyro_vae.diagnostics.gradients.statistics import Gradients
 from pyro_vae.inference.estimators import Objective, Terms, can_share, scale_of
 from pyro_vae.inference.programs import (
@@ -39,7 +39,7 @@ from pyro_vae.inference.programs import (
     weighted_sites,
 )
 
-__all__ = ["Bench", "CannotMakeError", "Draws", "count_passes", "own_parameters"]
+__all__ = ["CannotMakeError", "Draws", "GradientSampler", "count_passes", "own_parameters"]
 
 _MAX_ENTRIES = 50_000  # of a group, so that all repeats fit in memory
 _ROOM_FOR_REPEATS = 2**29  # bytes of the gradients of estimators that share their draws
@@ -60,7 +60,7 @@ class Draws:
 
 
 @dataclass
-class Bench:
+class GradientSampler:
     """A pair of programs, its parameters and how to draw gradients from it."""
 
     model: Program
@@ -88,8 +88,8 @@ class Bench:
         parameters: Sequence[str] | Mapping[str, Sequence[str]] | None,
         joint: bool,
         seed: int,
-        candidates: list[Candidate],
-    ) -> "Bench":
+        specs: list[EstimatorSpec],
+    ) -> "GradientSampler":
         """Looks the programs over; the parameters must be the store's own by then.
 
         Raises:
@@ -99,13 +99,13 @@ class Bench:
         arguments = as_arguments(x)
         check_module_names(model, guide)
         structure = None
-        ours = any(not candidate.name.startswith("Pyro ") for candidate in candidates)
+        ours = any(not spec.name.startswith("Pyro ") for spec in specs)
         try:
             structure = inspect_programs(model, guide, arguments, joint=joint, num_particles=2)
         except ProgramError as error:
             if ours or isinstance(error, PointMassError):  # Pyro would call a MAP objective an ELBO
                 raise
-        enumerates = all(candidate.enumerates for candidate in candidates)
+        enumerates = all(spec.enumerates for spec in specs)
         check_parameters(model, guide, arguments, enumerates)
         leaves, users = _leaves_of(model, guide, arguments)
         groups = _group(users, parameters)
@@ -279,14 +279,14 @@ class Bench:
                 break
         return np.array(seconds)
 
-    def make(self, candidate: Candidate, num_particles: int) -> ELBO:
+    def make(self, spec: EstimatorSpec, num_particles: int) -> ELBO:
         """The estimator for so many particles.
 
         Raises:
             CannotMakeError: If it does not take that number.
         """
         try:
-            elbo = candidate.make(num_particles)
+            elbo = spec.make(num_particles)
         except ValueError as error:  # too few particles, or groups that do not divide them
             raise CannotMakeError(str(error)) from error
         if isinstance(elbo, Objective):

@@ -16,11 +16,11 @@ from torch import Tensor
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.results import ShortRepr
 
-__all__ = ["Finding", "Limits", "Verdict", "judge"]
+__all__ = ["Thresholds", "Verdict", "Violation", "assess"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Thresholds:
     """What counts as good enough.
 
     A datum passes where every error is within its limit, and known to within it: z standard errors
@@ -69,7 +69,7 @@ class Limits:
 
 
 @dataclass(frozen=True, repr=False)
-class Finding(ShortRepr):
+class Violation(ShortRepr):
     """One reason against some of the data.
 
     Attributes:
@@ -95,8 +95,8 @@ class Verdict:
         num_comparisons: How many errors were looked at.
     """
 
-    guide: tuple[Finding, ...]
-    weights: tuple[Finding, ...]
+    guide: tuple[Violation, ...]
+    weights: tuple[Violation, ...]
     threshold: float
     standard_errors: float
     num_comparisons: int
@@ -104,12 +104,12 @@ class Verdict:
     @property
     def trust_guide(self) -> Bool[Tensor, " batch"]:
         """Whether the guide's draws may be used as they are."""
-        return ~torch.stack([finding.which for finding in self.guide]).any(0)
+        return ~torch.stack([violation.which for violation in self.guide]).any(0)
 
     @property
     def trust_weights(self) -> Bool[Tensor, " batch"]:
         """Whether importance-weighted draws may be used."""
-        return ~torch.stack([finding.which for finding in self.weights]).any(0)
+        return ~torch.stack([violation.which for violation in self.weights]).any(0)
 
     @property
     def trustworthy(self) -> Bool[Tensor, " batch"]:
@@ -122,11 +122,11 @@ class Verdict:
 
     def _reason(self, datum: int) -> str:
         guide, weights = (
-            list(dict.fromkeys(f.say(datum) for f in findings if bool(f.which[datum])))
-            for findings in (self.guide, self.weights)
+            list(dict.fromkeys(f.say(datum) for f in violations if bool(f.which[datum])))
+            for violations in (self.guide, self.weights)
         )
         if not guide and not weights:
-            return "Nothing that was checked speaks against it"
+            return "It passes every check that was made"
         if guide == weights:
             return f"Either way: {'; '.join(guide)}"
         said = [
@@ -137,8 +137,11 @@ class Verdict:
         return ". ".join(said)
 
 
-def judge(
-    columns: Mapping[str, Tensor], latents: Sequence[str], num_particles: int, limits: Limits
+def assess(
+    columns: Mapping[str, Tensor],
+    latents: Sequence[str],
+    num_particles: int,
+    thresholds: Thresholds,
 ) -> Verdict:
     """Answers both questions for each datum.
 
@@ -146,27 +149,27 @@ def judge(
         columns: From `weighted_columns`, and from `reference_columns` where there is a reference.
         latents: Names of the latents.
         num_particles: Draws behind the weights.
-        limits: What counts as good enough.
+        thresholds: What counts as good enough.
     """
     threshold = khat_threshold(num_particles)
-    tail = list(_tail_findings(columns, threshold, limits))
-    usable = ~torch.stack([finding.which for finding in tail]).any(0)
+    tail = list(_tail_violations(columns, threshold, thresholds))
+    usable = ~torch.stack([violation.which for violation in tail]).any(0)
     # Errors that say something about a datum, with the words for them.
-    errors = list(_errors(columns, latents, limits, usable))
+    errors = list(_errors(columns, latents, thresholds, usable))
     count = sum(int(error.known.sum()) for error in errors)
-    bound = _standard_errors(limits.level, count)
-    found = [error.findings(bound) for error in errors]
+    bound = _standard_errors(thresholds.level, count)
+    found = [error.violations(bound) for error in errors]
     guide = [sure for error, (sure, _) in zip(errors, found, strict=True) if error.of_guide]
     # Doubts count where nothing is sure. Weights have diagnostics of their own, which a reference
     # may contradict; that it is too coarse to is not held against them.
-    open_ = ~torch.stack([finding.which for finding in guide]).any(0)
+    open_ = ~torch.stack([violation.which for violation in guide]).any(0)
     for error, (_, doubt) in zip(errors, found, strict=True):
         if error.of_guide and error.decides:
             guide.append(replace(doubt, which=doubt.which & open_))
     weights = [
         *tail,
-        _heavy_squares(columns, limits.khat_moments, usable),
-        _too_narrow(columns, limits.widening, usable),
+        _heavy_squares(columns, thresholds.khat_moments, usable),
+        _too_narrow(columns, thresholds.widening, usable),
     ]
     weights += [s for error, (s, _) in zip(errors, found, strict=True) if not error.of_guide]
     if "reference_converged" in columns:
@@ -174,7 +177,7 @@ def judge(
         guide, weights = [astray, *guide], [astray, *weights]
         usable = usable | columns["reference_converged"] | astray.which
     guide.append(
-        Finding(
+        Violation(
             "nothing to compare them with, for the weights are unusable",
             ~usable,
             lambda _: "they cannot be checked, for the weights are unusable",
@@ -186,28 +189,28 @@ def judge(
 # --- the weights' own diagnostics -----------------------------------------------------------------
 
 
-def _tail_findings(
-    columns: Mapping[str, Tensor], threshold: float, limits: Limits
-) -> Iterator[Finding]:
+def _tail_violations(
+    columns: Mapping[str, Tensor], threshold: float, thresholds: Thresholds
+) -> Iterator[Violation]:
     khat, ess = columns["khat"], columns["ess"]
 
     def high(n: int) -> str:
         return f"k-hat {float(khat[n]):.2f} is above {threshold:.2f}"
 
-    yield Finding(
+    yield Violation(
         "k-hat is unknown (too few draws, or weights that are not finite)",
         khat.isnan() | (khat == torch.inf),
         lambda n: "k-hat cannot be fitted (too few draws, or weights that are not finite)",
     )
-    yield Finding(f"k-hat is above {threshold:.2f}", khat.isfinite() & (khat > threshold), high)
-    yield Finding(
-        f"fewer than {limits.ess:g} draws are effective",
-        ~(ess >= limits.ess),
-        lambda n: f"only {float(ess[n]):.3g} draws are effective, fewer than {limits.ess:g}",
+    yield Violation(f"k-hat is above {threshold:.2f}", khat.isfinite() & (khat > threshold), high)
+    yield Violation(
+        f"fewer than {thresholds.ess:g} draws are effective",
+        ~(ess >= thresholds.ess),
+        lambda n: f"only {float(ess[n]):.3g} draws are effective, fewer than {thresholds.ess:g}",
     )
 
 
-def _heavy_squares(columns: Mapping[str, Tensor], limit: float, usable: Tensor) -> Finding:
+def _heavy_squares(columns: Mapping[str, Tensor], limit: float, usable: Tensor) -> Violation:
     """Weights may be light where the squares that standard deviations sum up are heavy."""
     khat = columns["khat_moments"]
     kind = f"k-hat of weight x squared deviation is above {limit:g}"
@@ -215,10 +218,10 @@ def _heavy_squares(columns: Mapping[str, Tensor], limit: float, usable: Tensor) 
     def say(n: int) -> str:
         return f"k-hat {float(khat[n]):.2f} of weight x squared deviation is above {limit:g}"
 
-    return Finding(kind, usable & ~(khat <= limit), say)
+    return Violation(kind, usable & ~(khat <= limit), say)
 
 
-def _too_narrow(columns: Mapping[str, Tensor], limit: float, usable: Tensor) -> Finding:
+def _too_narrow(columns: Mapping[str, Tensor], limit: float, usable: Tensor) -> Violation:
     """Weights can look light because the guide never draws where they are heavy."""
     widening = columns["widening"]
 
@@ -229,17 +232,17 @@ def _too_narrow(columns: Mapping[str, Tensor], limit: float, usable: Tensor) -> 
         )
 
     kind = f"weighted draws are more than {limit:.2f} times as wide as the guide's"
-    return Finding(kind, usable & (widening > limit), say)
+    return Violation(kind, usable & (widening > limit), say)
 
 
-def _not_converged(columns: Mapping[str, Tensor]) -> Finding:
+def _not_converged(columns: Mapping[str, Tensor]) -> Violation:
     rhat, ess = columns.get("rhat"), columns["reference_ess"]
 
     def say(n: int) -> str:
         r = "" if rhat is None else f"R-hat {float(rhat[n]):.3f}, "
         return f"the reference did not converge ({r}{float(ess[n]):.0f} effective draws)"
 
-    return Finding("the reference did not converge", ~columns["reference_converged"], say)
+    return Violation("the reference did not converge", ~columns["reference_converged"], say)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ class _Error:
     def known(self) -> Tensor:
         return ~self.value.isnan()
 
-    def findings(self, bound: float) -> tuple[Finding, Finding]:
+    def violations(self, bound: float) -> tuple[Violation, Violation]:
         """Where the error is beyond its limit, and where it is not known to within it."""
         excess = self.value.abs() - self.limit
         noise = bound * self.se
@@ -274,8 +277,8 @@ class _Error:
             return self.words(datum, int(beyond[datum].argmax()))
 
         return (
-            Finding(self.kind, (beyond > 0).any(1), say),
-            Finding(doubt, (self.known & ~sure).any(1), lambda _: doubt),
+            Violation(self.kind, (beyond > 0).any(1), say),
+            Violation(doubt, (self.known & ~sure).any(1), lambda _: doubt),
         )
 
 
@@ -286,7 +289,7 @@ class _Compared:
     column: str
     kind: str
     words: str
-    limit: str  # a field of `Limits`
+    limit: str  # a field of `Thresholds`
     of_guide: bool = True
     by_weights: bool = False  # left out where these are unusable, which needs no further reason
 
@@ -345,11 +348,11 @@ _COMPARED = (
 
 
 def _errors(
-    columns: Mapping[str, Tensor], latents: Sequence[str], limits: Limits, usable: Tensor
+    columns: Mapping[str, Tensor], latents: Sequence[str], thresholds: Thresholds, usable: Tensor
 ) -> Iterator[_Error]:
     for row in _COMPARED:
         if row.column in columns:  # some are beside a reference only
-            yield _error(row, columns, latents, limits, usable if row.by_weights else None)
+            yield _error(row, columns, latents, thresholds, usable if row.by_weights else None)
     if "c2st_accuracy" in columns:
         accuracy = columns["c2st_accuracy"]
         yield _Error(
@@ -357,7 +360,7 @@ def _errors(
             # A classifier that is wrong more often than not has seen nothing.
             (2 * accuracy - 1).clamp_min(0.0)[:, None],
             2 * columns["c2st_accuracy_se"][:, None],
-            limits.total_variation,
+            thresholds.total_variation,
             True,
             lambda n, i: f"a classifier tells {float(accuracy[n]):.0%} of the draws apart",
             decides=False,  # the other errors say it more precisely
@@ -368,7 +371,7 @@ def _error(
     row: _Compared,
     columns: Mapping[str, Tensor],
     latents: Sequence[str],
-    limits: Limits,
+    thresholds: Thresholds,
     keep: Tensor | None,
 ) -> _Error:
     value, se = columns[row.column], columns[f"{row.column}_se"]
@@ -383,7 +386,7 @@ def _error(
         latent = latents[i] if value.shape[1] == len(latents) else ""
         return row.words.format(latent=latent, value=shown)
 
-    return _Error(row.kind, value, se, getattr(limits, row.limit), row.of_guide, say)
+    return _Error(row.kind, value, se, getattr(thresholds, row.limit), row.of_guide, say)
 
 
 def _standard_errors(level: float, count: int) -> float:

@@ -108,8 +108,8 @@ class QualityWork:
             draws,
             moments,
             reference,
-            max_rhat=options.limits.rhat,
-            min_ess=options.limits.reference_ess,
+            max_rhat=options.thresholds.rhat,
+            min_ess=options.thresholds.reference_ess,
             checks=[check for check in CHECKS_OF_REFERENCE if options.runs(check)],
             num_test_draws=options.num_test_draws,
             num_permutations=options.num_permutations,
@@ -120,7 +120,7 @@ class QualityWork:
     def _resolve(self) -> float | None:
         """The p-value that a single datum needs to be found among all."""
         options = self.options
-        return None if options.joint else options.limits.level / self.plan.num_data
+        return None if options.joint else options.thresholds.level / self.plan.num_data
 
     def _stein(self, part: Pair) -> tuple[Columns, list[str]]:
         """The kernel Stein discrepancy, or why there is none."""

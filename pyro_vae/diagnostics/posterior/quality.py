@@ -9,7 +9,7 @@ import torch
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.calibration import calibrate
 from pyro_vae.diagnostics.evidence import plan_chunks
-from pyro_vae.diagnostics.posterior.assess import Limits, judge
+from pyro_vae.diagnostics.posterior.assess import Thresholds, assess
 from pyro_vae.diagnostics.posterior.labels import labelled_variables
 from pyro_vae.diagnostics.posterior.measure import Measured, QualityWork
 from pyro_vae.diagnostics.posterior.settings import (
@@ -50,7 +50,7 @@ def posterior_quality(
     seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
-    limits: Limits | None = None,
+    thresholds: Thresholds | None = None,
     num_test_draws: int = 500,
     num_permutations: int = 500,
     **settings: Any,
@@ -58,7 +58,7 @@ def posterior_quality(
     r"""Measures the guide's posterior of each datum, and says whether it can be trusted.
 
     Two questions are kept apart. `trust_guide`: may the guide's draws be used as they are? Yes,
-    unless a mean, a spread or the total variation is off by more than `limits` allow, by the
+    unless a mean, a spread or the total variation is off by more than `thresholds` allow, by the
     evidence of importance weights (where these are usable) or of a reference that converged; no,
     too, where neither is at hand. `trust_weights`: may importance-weighted draws be used? Yes,
     where k-hat is at most min(1 - 1/log10 S, 0.7), that of weight x squared deviation too is
@@ -84,7 +84,7 @@ def posterior_quality(
         seed: Seeds everything; the caller's random state is left alone.
         max_memory: Roughly the memory that one chunk of data and draws may take, in GiB.
         progress: Shows a bar on stderr where that is a terminal.
-        limits: What counts as good enough; `verdict.Limits()` if None.
+        thresholds: What counts as good enough; `Thresholds()` if None.
         num_test_draws: Draws of each side for the checks, at most.
         num_permutations: Behind the p-values of energy distance and MMD, and signs behind that of
             the Stein discrepancy. Data that none of them reaches get as many more as it takes to
@@ -105,7 +105,7 @@ def posterior_quality(
         `corrected_scale_error`), `covariance_error`, `wasserstein_1`, `wasserstein_2` (in units of
         the latent), `energy`, `mmd` (of latents in pooled sds), `c2st_accuracy`, with p-values
         `energy_p_value`, `mmd_p_value`, `c2st_p_value`. These are nan for a datum whose reference
-        did not converge (see `verdict.Limits`), `covariance_error` also where latents are bound to
+        did not converge (see `Thresholds`), `covariance_error` also where latents are bound to
         one another, as on a simplex. Latents are in constrained space. Simulations add the
         variables of `calibrate`, the predictive check those of `predictive_check` as
         ``predictive_...``.
@@ -135,8 +135,8 @@ def posterior_quality(
         np.True_
     """
     seed = as_seed(seed)
-    if limits is not None and not isinstance(limits, Limits):
-        raise TypeError(f"limits is {limits!r}; pass verdict.Limits(mean=...), or leave it out")
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise TypeError(f"thresholds is {thresholds!r}; pass Thresholds(mean=...), or leave it out")
     options = QualityOptions(
         num_particles,
         chosen_checks(checks, reference),
@@ -145,7 +145,7 @@ def posterior_quality(
         progress,
         num_test_draws,
         num_permutations,
-        limits or Limits(),
+        thresholds or Thresholds(),
         hmc_settings(reference, settings),
     )
     with torch.no_grad(), program_scope(seed):
@@ -204,7 +204,7 @@ def _result(
     seed: int,
 ) -> Result:
     columns, joint, size = found.columns, options.joint, options.num_particles
-    verdict = judge(columns, found.names, size, options.limits)
+    verdict = assess(columns, found.names, size, options.thresholds)
     answers = {
         "trustworthy": verdict.trustworthy,
         "trust_guide": verdict.trust_guide,
@@ -241,11 +241,11 @@ def _result(
             "num_test_draws": options.num_test_draws,
             "num_permutations": options.num_permutations,
             "joint": joint,
-            "limits": asdict(options.limits),
+            "thresholds": asdict(options.thresholds),
         },
         seed=seed,
         data_sha256=sha256_of(*tensors) if tensors else None,
         coords=coords,
         notes=notes,
-        verdict=verdict_notes(columns, verdict, options.limits, size, joint=joint) + words,
+        verdict=verdict_notes(columns, verdict, options.thresholds, size, joint=joint) + words,
     )

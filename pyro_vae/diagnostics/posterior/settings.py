@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pyro_vae.checks import check_count, check_max_memory
-from pyro_vae.diagnostics.posterior.assess import Limits
+from pyro_vae.diagnostics.posterior.assess import Thresholds
 from pyro_vae.diagnostics.posterior.reference import HmcReference
 
 __all__ = [
@@ -44,7 +44,7 @@ class QualityOptions:
     progress: bool
     num_test_draws: int
     num_permutations: int
-    limits: Limits
+    thresholds: Thresholds
     hmc: HmcReference
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.diagnostics.posterior.assess import Finding, Limits, Verdict
+from pyro_vae.diagnostics.posterior.assess import Thresholds, Verdict, Violation
 from pyro_vae.diagnostics.posterior.pairs import MOST_RESAMPLES
 from pyro_vae.results import Result
 
@@ -26,7 +26,7 @@ _SAID = {
 def verdict_notes(
     columns: Mapping[str, Tensor],
     verdict: Verdict,
-    limits: Limits,
+    thresholds: Thresholds,
     num_particles: int,
     *,
     joint: bool,
@@ -35,8 +35,8 @@ def verdict_notes(
 
     Args:
         columns: The numbers by name, `[batch]` or `[batch, latent]`.
-        verdict: From `judge`.
-        limits: What it was judged by.
+        verdict: From `assess`.
+        thresholds: What it was judged by.
         num_particles: Draws of the guide.
         joint: Whether there is one posterior for all data.
     """
@@ -45,12 +45,12 @@ def verdict_notes(
     notes = [_answer(verdict, size, joint)]
     notes += _why("the guide's draws as they are", verdict.guide, joint)
     notes += _why("importance-weighted draws", verdict.weights, joint)
-    notes.append(_thresholds(verdict, limits, num_particles))
+    notes.append(_thresholds(verdict, thresholds, num_particles))
     notes += _worst(columns, verdict, joint)
     notes += _border(columns, verdict, joint)
-    notes += _tests(columns, limits, joint)
+    notes += _tests(columns, thresholds, joint)
     if "reference_converged" in columns:
-        notes += _beside_the_reference(columns, limits, joint)
+        notes += _beside_the_reference(columns, thresholds, joint)
     return notes
 
 
@@ -120,11 +120,11 @@ def _answer(verdict: Verdict, size: int, joint: bool) -> str:
     )
 
 
-def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
+def _why(title: str, violations: Sequence[Violation], joint: bool) -> list[str]:
     """Counts of each reason; a datum may have several."""
     merged: dict[str, Tensor] = {}
-    for finding in findings:
-        merged[finding.kind] = merged.get(finding.kind, finding.which) | finding.which
+    for violation in violations:
+        merged[violation.kind] = merged.get(violation.kind, violation.which) | violation.which
     found = [(kind, int(which.sum())) for kind, which in merged.items() if bool(which.any())]
     if not found:
         return []
@@ -133,21 +133,21 @@ def _why(title: str, findings: Sequence[Finding], joint: bool) -> list[str]:
     return [f"against {title}{where}: {listed}."]
 
 
-def _thresholds(verdict: Verdict, limits: Limits, num_particles: int) -> str:
+def _thresholds(verdict: Verdict, thresholds: Thresholds, num_particles: int) -> str:
     limits_said = (
         f"the limits: k-hat at most min(1 - 1/log10 S, 0.7) = {verdict.threshold:.2f} at S = "
-        f"{num_particles} draws ({limits.khat_moments:g} for weight x squared deviation), "
-        f"{limits.ess:g} effective draws, at most {limits.widening:.2f} times as wide as the "
-        f"guide's; means within {limits.mean:g} sd, sds within a factor of "
-        f"{math.exp(limits.scale):.2f}, total variation at most {limits.total_variation:g}."
+        f"{num_particles} draws ({thresholds.khat_moments:g} for weight x squared deviation), "
+        f"{thresholds.ess:g} effective draws, at most {thresholds.widening:.2f} times as wide as "
+        f"the guide's; means within {thresholds.mean:g} sd, sds within a factor of "
+        f"{math.exp(thresholds.scale):.2f}, total variation at most {thresholds.total_variation:g}."
     )
     if not verdict.num_comparisons:
         return f"{limits_said} No error could be checked."
     return (
         f"{limits_said} Each of the {verdict.num_comparisons} errors checked must be within its "
         f"limit, and {verdict.standard_errors:.1f} standard errors too. So, if all posteriors were "
-        f"exact, any would be called wrong in at most {100 * limits.level:.3g} % of such results; "
-        "and what passes is within twice the limits."
+        f"exact, any would be called wrong in at most {100 * thresholds.level:.3g} % of such "
+        "results; and what passes is within twice the limits."
     )
 
 
@@ -204,7 +204,7 @@ def _border(columns: Mapping[str, Tensor], verdict: Verdict, joint: bool) -> lis
     return notes
 
 
-def _tests(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[str]:
+def _tests(columns: Mapping[str, Tensor], thresholds: Thresholds, joint: bool) -> list[str]:
     """How often tests that find any difference found one."""
     from scipy.stats import false_discovery_control
 
@@ -213,14 +213,16 @@ def _tests(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[s
         if name not in columns or bool(columns[name].isnan().all()):
             continue
         p = columns[name][~columns[name].isnan()].numpy()
-        rejected = int((false_discovery_control(p) <= limits.level).sum())
+        rejected = int((false_discovery_control(p) <= thresholds.level).sum())
         found.append(
             f"{title} (p = {p[0]:.2g})" if joint else f"{title} for {rejected} of {len(p)} data"
         )
     if not found:
         return []
-    how = "" if joint else f" at a false discovery rate of {limits.level:g}"
-    fewest = math.ceil(len(next(iter(columns.values()))) / (limits.level * (1 + MOST_RESAMPLES)))
+    how = "" if joint else f" at a false discovery rate of {thresholds.level:g}"
+    fewest = math.ceil(
+        len(next(iter(columns.values()))) / (thresholds.level * (1 + MOST_RESAMPLES))
+    )
     if fewest > 1:
         how += f" ({MOST_RESAMPLES:,} permutations cannot find fewer than {fewest} data)"
     return [
@@ -232,12 +234,14 @@ def _tests(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[s
     ]
 
 
-def _beside_the_reference(columns: Mapping[str, Tensor], limits: Limits, joint: bool) -> list[str]:
+def _beside_the_reference(
+    columns: Mapping[str, Tensor], thresholds: Thresholds, joint: bool
+) -> list[str]:
     converged = columns["reference_converged"]
     good, size = int(converged.sum()), len(converged)
     rule = (
-        f"R-hat at most {limits.rhat:g} and " if "rhat" in columns else ""
-    ) + f"at least {limits.reference_ess:g} effective draws"
+        f"R-hat at most {thresholds.rhat:g} and " if "rhat" in columns else ""
+    ) + f"at least {thresholds.reference_ess:g} effective draws"
     notes = []
     if good < size and joint:
         notes.append(

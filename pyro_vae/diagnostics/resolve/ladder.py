@@ -1,7 +1,7 @@
 """The rungs of the ladder: ways to draw from a posterior, each started from what the last one left.
 
 A rung works on all data that are still without usable draws, in unconstrained space. `RUNGS` is the
-registry: a row is a name, its paper, and a function from a `Climb` to an `Attempt`.
+registry: a row is a name, its paper, and a function from a `LadderState` to an `Attempt`.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_vae.diagnostics.posterior import Limits, judge
+from pyro_vae.diagnostics.posterior import Thresholds, assess
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
     importance_bound,
@@ -30,7 +30,7 @@ from pyro_vae.inference.refit import (
     weighted_normal,
 )
 
-__all__ = ["RUNGS", "Attempt", "Climb", "Rung"]
+__all__ = ["RUNGS", "Attempt", "LadderState", "Rung"]
 
 _MOST_TEMPERATURES = 60
 _ISLANDS = 4  # populations that are tempered apart, so that their agreement can be judged
@@ -41,13 +41,13 @@ _NUM_LEAPFROG = 6
 
 
 @dataclass
-class Climb:
+class LadderState:
     """What the rungs know of the data that are still on the ladder.
 
     Attributes:
         potential: Log joint of these data.
         num_draws: Draws that each rung makes.
-        limits: What counts as good enough.
+        thresholds: What counts as good enough.
         draws: Of the last rung that has weights.
         normal: The last fitted normal distribution, or None.
         start: Draws that a Markov chain may start from, `[count, batch, dim]`, or None.
@@ -57,18 +57,18 @@ class Climb:
 
     potential: Potential
     num_draws: int
-    limits: Limits
+    thresholds: Thresholds
     draws: WeightedDraws
     normal: Normal | None = None
     start: Tensor | None = None
     scouts: Tensor | None = None
 
-    def of(self, data: Tensor, potential: Potential) -> "Climb":
+    def of(self, data: Tensor, potential: Potential) -> "LadderState":
         """The same for some of the data, whose potential it is."""
         normal = self.normal and Normal(self.normal.loc[data], self.normal.chol[data])
         start, scouts = (None if u is None else u[:, data] for u in (self.start, self.scouts))
         draws = WeightedDraws(*(part[:, data] for part in self.draws))
-        return Climb(potential, self.num_draws, self.limits, draws, normal, start, scouts)
+        return LadderState(potential, self.num_draws, self.thresholds, draws, normal, start, scouts)
 
     def log_joint(self, u: Float[Tensor, "count batch dim"]) -> Float[Tensor, "count batch"]:
         """Log p(x, u) in nats, -inf where it is undefined."""
@@ -121,58 +121,58 @@ class Rung:
         name: As the result calls it.
         description: What it does, for the reader.
         reference: Where it comes from.
-        run: Makes the attempt, and leaves in the `Climb` what the next rung starts from.
+        run: Makes the attempt, and leaves in the `LadderState` what the next rung starts from.
     """
 
     name: str
     description: str
     reference: str
-    run: Callable[[Climb], Attempt]
+    run: Callable[[LadderState], Attempt]
 
 
-def _as_they_are(climb: Climb) -> Attempt:
-    columns, verdict = _judge(climb, climb.draws)
-    passed = verdict.trust_guide & ~climb.misses(climb.draws.u)
-    return _attempt(climb.draws, climb.draws.u, passed, columns)
+def _as_they_are(state: LadderState) -> Attempt:
+    columns, verdict = _assess(state, state.draws)
+    passed = verdict.trust_guide & ~state.misses(state.draws.u)
+    return _attempt(state.draws, state.draws.u, passed, columns)
 
 
-def _weighted(climb: Climb) -> Attempt:
-    return _resample(climb, climb.draws)
+def _weighted(state: LadderState) -> Attempt:
+    return _resample(state, state.draws)
 
 
-def _moments_matched(climb: Climb) -> Attempt:
-    enough = khat_threshold(climb.num_draws) - 0.1  # room for k-hat's own error
-    climb.draws = match_moments(climb.log_joint, climb.draws, enough=enough)
-    return _resample(climb, climb.draws)
+def _moments_matched(state: LadderState) -> Attempt:
+    enough = khat_threshold(state.num_draws) - 0.1  # room for k-hat's own error
+    state.draws = match_moments(state.log_joint, state.draws, enough=enough)
+    return _resample(state, state.draws)
 
 
-def _matched_normal(climb: Climb) -> Attempt:
-    begin = weighted_normal(climb.draws.u, climb.draws.log_weights)
-    plain = weighted_normal(climb.draws.u, torch.zeros_like(climb.draws.log_weights))
+def _matched_normal(state: LadderState) -> Attempt:
+    begin = weighted_normal(state.draws.u, state.draws.log_weights)
+    plain = weighted_normal(state.draws.u, torch.zeros_like(state.draws.log_weights))
     begin = _where_finite(begin, plain)
-    target = _double(Tempered(climb.potential))
-    climb.normal = batch_and_match(target, begin)
-    u = climb.normal.draw(climb.num_draws)
-    climb.draws = WeightedDraws(u, climb.log_joint(u).double(), climb.normal.log_prob(u))
-    return _resample(climb, climb.draws)
+    target = _double(Tempered(state.potential))
+    state.normal = batch_and_match(target, begin)
+    u = state.normal.draw(state.num_draws)
+    state.draws = WeightedDraws(u, state.log_joint(u).double(), state.normal.log_prob(u))
+    return _resample(state, state.draws)
 
 
-def _tempered(climb: Climb, times: int = 1) -> Attempt:
+def _tempered(state: LadderState, times: int = 1) -> Attempt:
     """Sequential Monte Carlo from the prior, in islands; its draws start the chains."""
-    target = _double(Tempered(climb.potential))
-    count = times * (climb.num_draws // _ISLANDS) * _ISLANDS
-    u, log_z = _sequential(target, climb.potential, count, islands=_ISLANDS)
+    target = _double(Tempered(state.potential))
+    count = times * (state.num_draws // _ISLANDS) * _ISLANDS
+    u, log_z = _sequential(target, state.potential, count, islands=_ISLANDS)
     log_evidence = log_z.logsumexp(0) - math.log(_ISLANDS)
     se = (log_z - log_evidence).exp().std(0) / math.sqrt(_ISLANDS)
-    rhat, ess = _mixing(u.unflatten(0, (_ISLANDS, -1)), climb.potential.active)
-    climb.start = u
+    rhat, ess = _mixing(u.unflatten(0, (_ISLANDS, -1)), state.potential.active)
+    state.start = u
     nan = torch.full_like(log_evidence, math.nan)
-    passed = (rhat <= climb.limits.rhat) & (ess >= climb.limits.reference_ess)
-    return Attempt(_spread(u, climb.num_draws), passed, log_evidence, se, nan, ess, rhat)
+    passed = (rhat <= state.thresholds.rhat) & (ess >= state.thresholds.reference_ess)
+    return Attempt(_spread(u, state.num_draws), passed, log_evidence, se, nan, ess, rhat)
 
 
-def _tempered_again(climb: Climb) -> Attempt:
-    return _tempered(climb, times=4)
+def _tempered_again(state: LadderState) -> Attempt:
+    return _tempered(state, times=4)
 
 
 def _spread(u: Float[Tensor, "count batch dim"], num_draws: int) -> Tensor:
@@ -180,23 +180,23 @@ def _spread(u: Float[Tensor, "count batch dim"], num_draws: int) -> Tensor:
     return u[torch.linspace(0, len(u) - 1, num_draws).round().long()]
 
 
-def _chains(climb: Climb) -> Attempt:
+def _chains(state: LadderState) -> Attempt:
     """HMC in the coordinates of the normal distribution of the tempered draws."""
-    assert climb.start is not None
-    u, length = climb.start[torch.randperm(len(climb.start))], _CHAIN_LENGTH
+    assert state.start is not None
+    u, length = state.start[torch.randperm(len(state.start))], _CHAIN_LENGTH
     starts = u[:_NUM_CHAINS]
     for _ in range(3):  # chains that have not mixed go on, with a covariance of their own
         around = weighted_normal(u, torch.zeros_like(u[..., 0]))
-        target = _Whitened(_double(Tempered(climb.potential)), around)
+        target = _Whitened(_double(Tempered(state.potential)), around)
         kept = _run_chains(target, around.to_noise(starts), num_warmup=150, num_samples=length)
-        rhat, ess = _mixing(kept, climb.potential.active)
-        passed = (rhat <= climb.limits.rhat) & (ess >= climb.limits.reference_ess)
+        rhat, ess = _mixing(kept, state.potential.active)
+        passed = (rhat <= state.thresholds.rhat) & (ess >= state.thresholds.reference_ess)
         u = around.from_noise(kept.transpose(0, 1).flatten(0, 1))
         starts, length = u[-_NUM_CHAINS:], 2 * length
         if bool(passed.all()):
             break
     nan = torch.full_like(rhat, math.nan)
-    return Attempt(_spread(u, climb.num_draws), passed, nan, nan, nan, ess, rhat)
+    return Attempt(_spread(u, state.num_draws), passed, nan, nan, nan, ess, rhat)
 
 
 RUNGS = (
@@ -239,14 +239,14 @@ RUNGS = (
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _judge(climb: Climb, draws: WeightedDraws):  # noqa: ANN202
+def _assess(state: LadderState, draws: WeightedDraws):  # noqa: ANN202
     columns = weighted_columns(draws.u, draws.log_weights)
     names = [f"u[{i}]" for i in range(draws.u.shape[-1])]
-    return columns, judge(columns, names, len(draws.u), climb.limits)
+    return columns, assess(columns, names, len(draws.u), state.thresholds)
 
 
-def _resample(climb: Climb, draws: WeightedDraws) -> Attempt:
-    columns, verdict = _judge(climb, draws)
+def _resample(state: LadderState, draws: WeightedDraws) -> Attempt:
+    columns, verdict = _assess(state, draws)
     share = (draws.log_weights.double() - draws.log_weights.logsumexp(0)).exp()
     share = torch.nan_to_num(share, nan=0.0).clamp_min(1e-300)
     marks = (torch.arange(len(share)) + torch.rand(share.shape[1], 1)) / len(share)
@@ -254,7 +254,7 @@ def _resample(climb: Climb, draws: WeightedDraws) -> Attempt:
     index = torch.searchsorted(heights / heights[:, -1:], marks.to(heights)).T
     index = index.clamp_max(len(share) - 1)
     u = draws.u.gather(0, index[..., None].expand_as(draws.u))
-    passed = verdict.trust_weights & ~climb.misses(u)
+    passed = verdict.trust_weights & ~state.misses(u)
     return _attempt(draws, u[torch.randperm(len(u))], passed, columns)
 
 

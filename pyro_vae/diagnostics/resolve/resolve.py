@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import plan_chunks
-from pyro_vae.diagnostics.posterior import Limits
-from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, Climb
+from pyro_vae.diagnostics.posterior import Thresholds
+from pyro_vae.diagnostics.resolve.ladder import RUNGS, Attempt, LadderState
 from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
     LabelledSites,
@@ -30,7 +30,7 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.refit import WeightedDraws
 from pyro_vae.progress import progress_bar
-from pyro_vae.results import ArvizGroups, Result, label, make_result, sha256_of
+from pyro_vae.results import ArvizGroups, Result, data_text, label, make_result, sha256_of
 
 __all__ = ["ResolvedDraws", "resolve"]
 
@@ -109,7 +109,7 @@ def resolve(
     *,
     num_draws: int = 1000,
     budget: float | None = None,
-    limits: Limits | None = None,
+    thresholds: Thresholds | None = None,
     joint: bool = False,
     seed: Seed = 0,
     max_memory: float = 1.0,
@@ -121,7 +121,7 @@ def resolve(
     weights; moved to the moments of the weighted ones; a normal distribution of full covariance
     fitted to the datum, weighted; Hamiltonian Monte Carlo, started from tempered draws. Every rung
     works on all data that are still on it and starts from what the last one found. Draws pass by
-    the rule of `posterior_quality`'s verdict (`Limits`), chains by R-hat and effective draws.
+    the rule of `posterior_quality`'s verdict (`Thresholds`), chains by R-hat and effective draws.
 
     Args:
         model: The generative program.
@@ -129,7 +129,7 @@ def resolve(
         x: The data; a tuple for several arguments, a dict for keywords.
         num_draws: Draws for each datum.
         budget: Seconds after which no further rung is begun; None for no limit.
-        limits: What counts as good enough.
+        thresholds: What counts as good enough.
         joint: True for models with global latents: one posterior on the full data.
         seed: Seeds everything; the caller's random state is left alone.
         max_memory: Of the data worked on at once, in GiB, roughly.
@@ -182,8 +182,8 @@ def resolve(
         with shown:
             for first, part in plan.parts():
                 pyro.set_rng_seed((seed + 7919 * first) % 2**31)
-                work = _Part(part, num_draws, limits or Limits())
-                parts.append(work.climb(seconds, deadline))
+                work = _Part(part, num_draws, thresholds or Thresholds())
+                parts.append(work.resolve(seconds, deadline))
                 shown.update(len(parts[-1].rung))
     latents = {
         name: torch.cat([part.latents[name] for part in parts], 0 if joint else 1)
@@ -221,7 +221,7 @@ class _Part:
         self,
         pair: Pair,
         num_draws: int,
-        limits: Limits,
+        thresholds: Thresholds,
     ) -> None:
         self.pair = pair
         self.potential = Potential(pair)
@@ -229,7 +229,7 @@ class _Part:
             u = self.potential.draw(num_draws, "guide")
             found = self.potential.log_densities(u, "guide")
         draws = WeightedDraws(u.double(), found.joint.double(), found.start.double())
-        self.state = Climb(self.potential, num_draws, limits, draws)
+        self.state = LadderState(self.potential, num_draws, thresholds, draws)
         self.state.send_scouts()
         self.open = torch.arange(self.potential.num_data)
         self.u = u.double().clone()
@@ -239,7 +239,7 @@ class _Part:
             for name in (*_COLUMNS, "log_evidence_se")
         }
 
-    def climb(self, seconds: np.ndarray, deadline: float | None) -> _Resolved:
+    def resolve(self, seconds: np.ndarray, deadline: float | None) -> _Resolved:
         """Goes up the ladder with what is left after each rung; adds to the rungs' seconds."""
         for number, rung in enumerate(RUNGS):
             if not len(self.open) or (deadline is not None and time.monotonic() > deadline):
@@ -309,7 +309,7 @@ def _result(
     variables["log_evidence_se"] = (dims, of(columns["log_evidence_se"]), {})
     left = torch.nonzero(rung < 0)[:, 0].tolist()
     count, total = len(rung) - len(left), len(rung)
-    verdict = [f"usable draws for {count} of {total} data"]
+    verdict = [f"usable draws for {data_text(count, total)}"]
     if left:
         listed = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
         verdict.append(f"no rung gave usable draws for datum {listed}")

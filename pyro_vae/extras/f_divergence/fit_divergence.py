@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pyro_vae.checks import check_count, check_positive
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.f_divergence.divergences import divergence_bound, get_divergence
-from pyro_vae.extras.f_divergence.generation import generated
+from pyro_vae.extras.f_divergence.generation import prior_predictive_draw
 from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
@@ -128,13 +128,14 @@ def fit_divergence(
     where the critic is weak, so they do not compare generators whose critics differ.
 
     Args:
-        generator: The generative program, called as `model(x)` and run as `generate` runs it.
+        generator: The generative program, called as `model(x)` and run as by `prior_predictive`.
         x: The data.
         divergence: A key of `f_divergences.F_DIVERGENCES`.
         critic: A module from rows (batch, features) to (batch, 1) real numbers; a perceptron with
             two hidden layers of 128 units if None. One that is passed in is trained in place.
-        mean: Whether means of the observed site stand in place of draws; see `generate`. With means
-            the divergence is that of the law of means: say so when it is compared.
+        mean: Whether means of the observed site stand in place of draws; see
+            `prior_predictive`. With means the divergence is that of the law of means: say so
+            when it is compared.
         epochs: Passes over the data.
         batch_size: Data in a mini-batch, and samples; what is left over of an epoch is not used.
         learning_rate: Of the generator.
@@ -156,8 +157,8 @@ def fit_divergence(
         "interrupted").
 
     Raises:
-        ProgramError: As `generate`; or if a parameter was never registered, none moves the samples,
-            or the samples depend on the data.
+        ProgramError: As `prior_predictive`; or if a parameter was never registered, none moves
+            the samples, or the samples depend on the data.
         TrainingError: If the bound or a gradient is not finite.
         ValueError: If an argument is out of its range.
 
@@ -271,8 +272,8 @@ class _Run:
         self.critic = critic
         if self._judge(rows).shape != (self.batch_size,):
             raise ValueError("the critic must map rows (batch, features) to (batch, 1) numbers")
-        self.climber = _Player("critic", critic.parameters(), settings.critic_learning_rate)
-        self.descender = _Player("generator", self.used.values(), settings.learning_rate)
+        self.critic_player = _Player("critic", critic.parameters(), settings.critic_learning_rate)
+        self.generator_player = _Player("generator", self.used.values(), settings.learning_rate)
         self.rows: list[dict[str, float]] = []
         self.epoch, self.seconds = 0, 0.0
 
@@ -299,17 +300,17 @@ class _Run:
             bound = divergence_bound(
                 self.settings.divergence, self._judge(batch), self._judge(samples)
             )
-            self.climber.step(-bound)
+            self.critic_player.step(-bound)
             if (place + 1) % self.settings.critic_steps == 0:
                 # All of the bound that depends on the generator.
-                self.descender.step(
+                self.generator_player.step(
                     -self.divergence.penalty(self._judge(self._samples(batch))).mean()
                 )
         self.epoch += 1
         self.seconds += time.perf_counter() - started
 
     def _samples(self, x: Tensor) -> Tensor:
-        return generated(self.generator, x, self.settings.mean)[0]
+        return prior_predictive_draw(self.generator, x, self.settings.mean)[0]
 
     def _judge(self, x: Tensor) -> Float[Tensor, " batch"]:
         if self.settings.noise:
@@ -443,7 +444,7 @@ def _inspect(generator: Program, x: Tensor, mean: bool | None) -> tuple[dict[str
     for rows in (x, x.flip(0)):
         with keep_random_state(), poutine.trace(param_only=True) as params:
             pyro.set_rng_seed(0)
-            value, takes_mean = generated(generator, rows, mean)
+            value, takes_mean = prior_predictive_draw(generator, rows, mean)
         values.append(value)
     if not torch.equal(*values):
         raise ProgramError(

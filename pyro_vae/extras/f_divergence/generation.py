@@ -10,10 +10,10 @@ from torch import Tensor
 from pyro_vae.inference.programs import Program, ProgramError, program_scope, warn_of_unfitted
 from pyro_vae.inference.svi import without_validation
 
-__all__ = ["generate", "generated"]
+__all__ = ["prior_predictive", "prior_predictive_draw"]
 
 
-def generate(
+def prior_predictive(
     model: Program, x: Float[Tensor, "batch *event"], *, mean: bool | None = None
 ) -> Float[Tensor, "batch *event"]:
     """Draws from a model as many data as x has rows, through which gradients pass.
@@ -40,12 +40,12 @@ def generate(
         >>> import torch
         >>> from pyro_vae import VAE
         >>> vae = VAE(data_dim=6, latent_dim=2, hidden=(5,))
-        >>> generate(vae.model, torch.zeros(4, 6)).shape
+        >>> prior_predictive(vae.model, torch.zeros(4, 6)).shape
         torch.Size([4, 6])
     """
     with program_scope():
         warn_of_unfitted(model)
-        return generated(model, x, mean)[0]
+        return prior_predictive_draw(model, x, mean)[0]
 
 
 class _DrawObserved(Messenger):
@@ -93,8 +93,8 @@ class _DrawObserved(Messenger):
             self.values[msg["name"]] = (msg["value"], self.values[msg["name"]][1])
 
 
-def generated(model: Program, x: Tensor, mean: bool | None) -> tuple[Tensor, bool]:
-    """What `generate` returns, in the parameter store at hand, and whether it is the mean."""
+def prior_predictive_draw(model: Program, x: Tensor, mean: bool | None) -> tuple[Tensor, bool]:
+    """What `prior_predictive` returns, with the parameters at hand, and whether it is the mean."""
     drawn = _DrawObserved(mean)
     with without_validation(), drawn:  # x is not scored, so it need not lie on the support
         model(x)

@@ -14,7 +14,7 @@ from pyro_vae.inference.programs import (
     EnumeratedProgram,
     FilledGaps,
     Program,
-    climb,
+    gradient_m_step,
     keep_random_state,
     measure_of,
     no_guide,
@@ -33,7 +33,7 @@ def fit_generalized(model: StatisticsModel | Program, x: Any, settings: EMSettin
         return _best_of_restarts(model, x, settings)
     if not callable(model):
         raise ValueError(f"the model is called as model(x), but {type(model).__name__} cannot be")
-    return _climb_once(model, no_guide, x, settings)
+    return _fit_once(model, no_guide, x, settings)
 
 
 def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> Ending:
@@ -44,7 +44,7 @@ def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> E
         if settings.initialization != "given":
             generator = random_stream(settings.seed, attempt)
             problem.write(problem.initialize(settings.initialization, generator))
-        ending = _climb_once(model.model, model.guide, x, settings)
+        ending = _fit_once(model.model, model.guide, x, settings)
         ends.append(ending.reached.objective / problem.total_weight)
         if best is None or ending.reached.objective > best[0].reached.objective:
             best = ending, problem.read()
@@ -61,7 +61,7 @@ def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> E
     )
 
 
-def _climb_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> Ending:
+def _fit_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> Ending:
     """One start to its end."""
     start, model, guide = unwrap_programs(model, guide)
     with program_scope(settings.seed), FilledGaps(), torch.enable_grad():
@@ -109,6 +109,6 @@ def _generalized(
         yield Reached(None, evidence, record)
         if iteration < settings.max_iterations:
             steps = settings.num_gradient_steps
-            joint, passes = climb(program, marginals, joint, optimizer, steps)
+            joint, passes = gradient_m_step(program, marginals, joint, optimizer, steps)
             record.passes += passes
             waiting = {"stamp": record.stamp("M", iteration + 1), "elbo": joint + entropy}

@@ -22,7 +22,7 @@ class MonteCarloEM(Objective):
     r"""Monte-Carlo EM as a loss for `fit`: the guide has no part in it.
 
     For each mini-batch `num_particles` chains of HMC start at draws of the prior and move
-    `num_steps` times towards p(z | x); the model then climbs the mean of log p(x, z) where they
+    `num_steps` times towards p(z | x); the model then maximises the mean of log p(x, z) where they
     stand, whose gradient is that of log p(x) once the chains have forgotten their start (Fisher's
     identity). The step size follows the acceptance, from one call to the next.
 

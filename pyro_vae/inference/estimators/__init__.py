@@ -6,7 +6,7 @@ module            what it holds
 `table`           one small class a row: value and detached coefficients, each with its paper
 `base`            what makes a loss of a row: theta, score and path terms of the log weights
 `direct`          estimators that have no log-weight coefficients
-`objectives`      what trains like a bound and bounds nothing: beta-ELBO, free bits, InfoVAE
+`not_bounds`      what trains like a bound and bounds nothing: beta-ELBO, free bits, InfoVAE
 `registry`        all of them by name, with their options
 ================  ================================================================================
 """
@@ -20,7 +20,7 @@ from pyro_vae.inference.estimators.base import (
     scale_of,
     sites_without_path,
 )
-from pyro_vae.inference.estimators.objectives import (
+from pyro_vae.inference.estimators.not_bounds import (
     BetaELBO,
     FreeBits,
     InfoVAE,

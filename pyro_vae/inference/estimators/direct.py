@@ -1,4 +1,4 @@
-r"""Estimators that are no row of the table: analytic KL, relaxed latents, the sleep phase."""
+r"""Direct estimators, which have no log-weight coefficients: analytic KL, relaxation, sleep."""
 
 import math
 from typing import Any, final
@@ -179,7 +179,7 @@ class _Relaxed(Messenger):
         msg["done"] = True
 
 
-class _Dreamt(Messenger):
+class _Simulated(Messenger):
     """Draws what is observed; leaves alone what is computed (poutine.uncondition does not)."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -189,7 +189,7 @@ class _Dreamt(Messenger):
 
 @final
 class SleepPhi(Objective):
-    """The sleep phase: the guide learns to infer the latents of data that the model dreamt.
+    """The sleep phase: the guide learns to infer the latents of data simulated from the model.
 
     Its value is E_p(x,z) log q(z | x), an objective that bounds nothing; the model gets no
     gradient.
@@ -214,14 +214,15 @@ class SleepPhi(Objective):
 class WakeSleep(Estimator):
     r"""The wake-sleep algorithm: awake the model learns, asleep the guide.
 
-    Awake, the model climbs :math:`\mathbb E_q \log p(x, z)` at latents that the guide drew, which
-    is its gradient of the ELBO. Asleep, the guide climbs
-    :math:`\mathbb E_{p(x, z)} \log q(z \mid x)` on as many dreams of the model (`SleepPhi`): it
-    descends KL(p || q) over dreamt data, so both together are the gradient of no function. Both
-    moves are made at the same parameters. Latents need not be reparameterised. The value is the
-    ELBO of the wake phase.
+    Awake, the model follows the gradient of :math:`\mathbb E_q \log p(x, z)` at latents that the
+    guide drew, its gradient of the ELBO. Asleep, the guide follows that of
+    :math:`\mathbb E_{p(x, z)} \log q(z \mid x)` on as many data simulated from the model
+    (`SleepPhi`), which lowers KL(p || q) over simulated data; both together are the gradient of no
+    function. Both moves are made at the same parameters. Latents need not be reparameterised. The
+    value is the ELBO of the wake phase.
 
-    Note: parameters that both programs use are moved by both phases. A dream has as many data as x.
+    Note: parameters that both programs use are moved by both phases. As many data are simulated as
+        x has.
 
     References:
         Hinton, Dayan, Frey & Neal (1995), The wake-sleep algorithm for unsupervised neural
@@ -241,8 +242,8 @@ class WakeSleep(Estimator):
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], float]:
         value, wake, scale = super()._surrogate(model, guide, arguments)
         structure = self.structure_of(model, guide, arguments)
-        asleep, dreamt_scale = _sleep(self, model, guide, arguments, structure)
-        return value, wake + dreamt_scale / scale * asleep.sum(), scale
+        asleep, sleep_scale = _sleep(self, model, guide, arguments, structure)
+        return value, wake + sleep_scale / scale * asleep.sum(), scale
 
 
 def _sleep(
@@ -252,37 +253,37 @@ def _sleep(
     arguments: Arguments,
     structure: ProgramStructure,
 ) -> tuple[Float[Tensor, " batch"], float]:
-    """Mean over dreams of log q(z | x), attached to the guide, and the factor N/B."""
+    """Mean over simulated data of log q(z | x), attached to the guide, and the factor N/B."""
     estimator.check_replayable(structure)
-    dreams = [
-        _log_q_of_dream(estimator, model, guide, arguments, structure)
+    parts = [
+        _log_q_of_simulated(estimator, model, guide, arguments, structure)
         for _ in range(estimator.num_particles)
     ]
-    return torch.cat([log_q for log_q, _ in dreams]).mean(0), dreams[0][1]
+    return torch.cat([log_q for log_q, _ in parts]).mean(0), parts[0][1]
 
 
-def _log_q_of_dream(
+def _log_q_of_simulated(
     estimator: Objective,
     model: Program,
     guide: Program,
     arguments: Arguments,
     structure: ProgramStructure,
 ) -> tuple[Weights, float]:
-    """Log q at the latents of one dream, and the factor N/B."""
+    """Log q at the latents of one simulated set, and the factor N/B."""
     args, kwargs = arguments
     name = type(estimator).__name__
     with torch.no_grad():
-        dream = poutine.trace(_Dreamt()(model)).get_trace(*args, **kwargs)
-    x = dream.nodes[structure.observed[0]]["value"]
+        simulated = poutine.trace(_Simulated()(model)).get_trace(*args, **kwargs)
+    x = simulated.nodes[structure.observed[0]]["value"]
     if len(structure.observed) != 1 or len(args) != 1 or kwargs or args[0].shape != x.shape:
         raise ProgramError(
-            f"{name} puts what the model dreams at its one observed site in place of x, so the "
+            f"{name} puts what the model simulates at its one observed site in place of x, so the "
             f"programs must take x alone and observe it at one site, not at {structure.observed}"
         )
-    dreamt = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(x.to(args[0].dtype))
-    if any(s["infer"].get("is_auxiliary") for s in weighted_sites(dreamt).values()):
+    replayed = poutine.trace(poutine.replay(guide, trace=simulated)).get_trace(x.to(args[0].dtype))
+    if any(s["infer"].get("is_auxiliary") for s in weighted_sites(replayed).values()):
         raise ProgramError(
             f"{name} needs log q at latents of the model's choice, which a guide with auxiliary "
             "sites cannot give"
         )
-    return sum_sites(dreamt, structure, 1), scale_of([(dreamt, dream, 1)], estimator.joint)
+    return sum_sites(replayed, structure, 1), scale_of([(replayed, simulated, 1)], estimator.joint)

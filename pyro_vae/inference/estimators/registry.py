@@ -8,7 +8,7 @@ from typing import Any
 from pyro.infer import ELBO, RenyiELBO
 
 from pyro_vae.inference.estimators.base import Objective
-from pyro_vae.inference.estimators.objectives import BetaELBO, FreeBits, InfoVAE
+from pyro_vae.inference.estimators.not_bounds import BetaELBO, FreeBits, InfoVAE
 from pyro_vae.inference.estimators.table import estimator_names, make_estimator
 
 __all__ = ["bounds_nothing", "loss_options", "loss_text", "make_objective", "objective_names"]

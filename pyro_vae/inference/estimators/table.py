@@ -31,7 +31,7 @@ MIWAE               mean of M bounds    v               v                    -v
 CIWAE               b ELBO + (1-b) IWAE b/K + (1 - b) w the same             minus the same
 =================== =================== =============== ==================== ==================
 
-`AnalyticELBO`, `StraightThrough`, `SleepPhi` and `WakeSleep` stand beside the table (`direct.py`).
+`AnalyticELBO`, `StraightThrough`, `SleepPhi` and `WakeSleep` are direct estimators (`direct.py`).
 In a guide that mixes both kinds of latents, those that cannot be reparameterised add the score
 weight of `LeaveOneOut` or `VIMCO`, as the value has it. The factor N/B of a mini-batch stands
 outside the reduction, so a subsampled bound stays a bound.
@@ -255,7 +255,7 @@ class RenyiDReG(_RenyiBound):
 
 @final
 class ReweightedWakeSleep(Estimator):
-    """Wake-theta climbs the importance bound, wake-phi descends KL(p || q) by importance weighting.
+    """Wake-theta maximises the importance bound, wake-phi lowers KL(p || q) by reweighting draws.
 
     The guide's gradient is not that of the value; at finite K it is a biased estimate of grad KL(p
     || q).
@@ -328,7 +328,7 @@ class MIWAE(_Grouped):
 
 @final
 class PIWAE(_Grouped):
-    """The model climbs the importance bound of all K particles, the guide the MIWAE bound.
+    """The model maximises the importance bound of all K particles, the guide the MIWAE bound.
 
     The guide's gradient is not that of the value, which is the bound of all K.
 

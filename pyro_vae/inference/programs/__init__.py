@@ -19,7 +19,12 @@ from pyro_vae.inference.programs.arguments import (
     take,
     tensors_of,
 )
-from pyro_vae.inference.programs.enumerate import EnumeratedProgram, climb, measure_of, no_guide
+from pyro_vae.inference.programs.enumerate import (
+    EnumeratedProgram,
+    gradient_m_step,
+    measure_of,
+    no_guide,
+)
 from pyro_vae.inference.programs.inspection import Pair, inspect_programs
 from pyro_vae.inference.programs.refusals import (
     FirstRun,
@@ -111,7 +116,6 @@ __all__ = [
     "bytes_of_run",
     "check_module_names",
     "check_parameters",
-    "climb",
     "common_owner",
     "common_scale",
     "count_data",
@@ -121,6 +125,7 @@ __all__ = [
     "evaluation_mode",
     "first_run",
     "fixed_draws",
+    "gradient_m_step",
     "ieee_precision",
     "in_particle_plate",
     "inspect_programs",

@@ -22,7 +22,7 @@ from pyro_vae.inference.programs.scope import keep_random_state
 from pyro_vae.inference.programs.sites import count_data
 from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
 
-__all__ = ["EnumeratedProgram", "climb", "measure_of", "no_guide"]
+__all__ = ["EnumeratedProgram", "gradient_m_step", "measure_of", "no_guide"]
 
 _HALVINGS = 30
 
@@ -170,7 +170,7 @@ def _measure_of_support(fn: Any) -> str:
     return "counts" if support.is_discrete else "real"
 
 
-def climb(
+def gradient_m_step(
     program: EnumeratedProgram,
     marginals: Mapping[str, Tensor],
     before: float,

@@ -57,8 +57,8 @@ from pyro_vae.results import ShortRepr
 __all__ = [
     "FAMILIES",
     "RefittedGuide",
-    "climb_each",
     "inspect_refittable",
+    "maximize_per_datum",
     "paired_log_weights",
     "refit_guide",
     "refits",
@@ -502,8 +502,8 @@ def _spline(values: Mapping[str, Tensor]) -> Any:
 
 
 @dataclass(repr=False)
-class Climb(ShortRepr):
-    """Where `climb_each` came to, per datum.
+class Maximized(ShortRepr):
+    """Where `maximize_per_datum` came to, per datum.
 
     Attributes:
         last: The last iterates.
@@ -518,7 +518,7 @@ class Climb(ShortRepr):
     converged: Bool[Tensor, " batch"]
 
 
-def climb_each(
+def maximize_per_datum(
     value: Callable[[dict[str, Tensor]], Float[Tensor, " batch"]],
     start: Mapping[str, Tensor],
     axes: Mapping[str, int],
@@ -526,7 +526,7 @@ def climb_each(
     max_steps: int,
     step_size: float,
     advance: Callable[[int], object] = lambda steps: None,
-) -> Climb:
+) -> Maximized:
     """Maximises a noisy value for each datum by Adam, with a step size and an end of its own.
 
     The value of a datum may depend on its own slice of each tensor alone. Its step size falls to a
@@ -576,7 +576,7 @@ def climb_each(
                 break
     assert plateau is not None
     last = {name: tensor.detach() for name, tensor in now.items()}
-    return Climb(last, mean, plateau.steps, ~plateau.active)
+    return Maximized(last, mean, plateau.steps, ~plateau.active)
 
 
 def _along(per_datum: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -805,17 +805,17 @@ def _refit(
     what = f"refitting ({guide.family})"
     shown = progress_bar(max_steps, "step", show=progress, what=what)
     with shown, pyro.validation_enabled(False):  # one datum that leaves a support stops no other
-        climb = climb_each(
+        reached = maximize_per_datum(
             value, start, axes, max_steps=max_steps, step_size=step_size, advance=shown.update
         )
-        candidates = (start, climb.last, climb.mean)
+        candidates = (start, reached.last, reached.mean)
         chosen, log_weight = _choose(pair, guide, axes, candidates, max_memory)
     values = {**guide.values, **chosen}
     return replace(
         guide,
         values=values,
-        steps=climb.steps.cpu(),
-        converged=climb.converged.cpu(),
+        steps=reached.steps.cpu(),
+        converged=reached.converged.cpu(),
         log_weight=log_weight,
     )
 

@@ -39,9 +39,9 @@ __all__ = [
     "SavedParameters",
     "check_same_run",
     "check_same_settings",
+    "complete_run",
     "holds_run",
     "load_tensors",
-    "mend_run",
     "model_card",
     "read_json",
     "read_rows",
@@ -374,7 +374,7 @@ def write_run(
         write_text(folder / name, text)
 
 
-def mend_run(
+def complete_run(
     folder: str | Path,
     *,
     config: Mapping[str, Any],

@@ -30,8 +30,8 @@ from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
     check_same_run,
+    complete_run,
     load_tensors,
-    mend_run,
     write_run,
 )
 from pyro_vae.inference.svi.history import best_row, history_result
@@ -181,11 +181,9 @@ class TrainingRun:
             return
         steps = math.ceil(self.data.length / self.prepared.batch_size)
         if progress:
-            threads = torch.get_num_threads()
-            say(
-                f"training: {asked.epochs} epochs of {steps} steps on {threads} "
-                f"thread{'s' * (threads > 1)}"
-            )
+            counted = {"epoch": asked.epochs, "step": steps, "thread": torch.get_num_threads()}
+            epochs, each, threads = (f"{n} {what}{'s' * (n != 1)}" for what, n in counted.items())
+            say(f"training: {epochs} of {each} on {threads}")
         bar = progress_bar(
             asked.epochs * steps,
             "step",
@@ -220,7 +218,7 @@ class TrainingRun:
         self._go_back()
         say(f"nothing is left to train: {self.state.epoch} epochs were made before")
         if ended and self.settings.checkpoint is not None and self.saved_config is not None:
-            mend_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
+            complete_run(self.settings.checkpoint, config=self.saved_config, **self._derived())
 
     def _keeps_best(self) -> bool:
         """Whether the parameters at the end are those of the best row, not of the last."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.diagnostics.evidence.importance import Importance, importance_notes
 from pyro_vae.diagnostics.evidence.table import evidence_table
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.svi import CheckpointError, save_tensors
@@ -539,3 +540,10 @@ def test_settings_of_another_method_are_refused(linear, x):
         log_evidence(linear.model, linear.guide, x, num_chains=3)
     with pytest.raises(ValueError, match="draws from the guide"):
         log_evidence(linear.model, None, x)
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "for the one datum: "), (3, "for 3 of 3 data: ")])
+def test_notes_count_the_data_in_words(count: int, words: str) -> None:
+    found = {"error_reliable": torch.zeros(count, dtype=torch.bool), "khat": torch.ones(count)}
+    first, *_ = importance_notes(found, Importance(num_particles=100))
+    assert words in first

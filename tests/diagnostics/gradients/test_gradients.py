@@ -21,7 +21,7 @@ from pyro_vae.diagnostics.gradients import (
     snr_slopes,
 )
 from pyro_vae.diagnostics.gradients import measurement as gradient_measurement
-from pyro_vae.diagnostics.gradients import sampler as gradient_bench
+from pyro_vae.diagnostics.gradients import sampler as gradient_sampler
 from pyro_vae.diagnostics.gradients.statistics import cross_fitted
 from pyro_vae.inference.estimators import Estimator, make_estimator
 from pyro_vae.inference.estimators.table import Coefficients, LeaveOneOut, Renyi
@@ -421,7 +421,7 @@ def test_a_large_group_is_represented_by_some_of_its_entries(monkeypatch):
 
     pair, x = Wide(), torch.zeros(3, 40)
     whole = compare(pair, x, ["PathwiseELBO"], [1], repeats=40, reference="none")
-    monkeypatch.setattr(gradient_bench, "_MAX_ENTRIES", 10)
+    monkeypatch.setattr(gradient_sampler, "_MAX_ENTRIES", 10)
     part = compare(pair, x, ["PathwiseELBO"], [1], repeats=40, reference="none")
     assert any("10 of the 40 entries of 'guide'" in n for n in part.provenance["notes"])
     # Every entry has the variance 4 / 3, so the total scaled up from ten is that of all.
@@ -588,7 +588,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_shared_draws_give_each_estimator_its_own_gradient(x, at_once, monkeypatch):
     names = ["PathwiseELBO", "ScoreFunction", "ImportanceWeighted", "VIMCO", "ReweightedWakeSleep"]
-    monkeypatch.setattr(gradient_bench, "_ROOM_AT_ONCE", 2**26 if at_once else 0)
+    monkeypatch.setattr(gradient_sampler, "_ROOM_AT_ONCE", 2**26 if at_once else 0)
     pair = Mixed()
     found = compare(pair, x, names, [3], repeats=8, reference="none", parameters={"all": ["*"]})
     for name in names:
@@ -735,7 +735,7 @@ def test_recommendations_rank_what_is_unbiased_by_variance_and_passes(x):
     assert by_bound["ELBO"]["next"].startswith("ScoreFunction (")
     assert by_bound["IWAE"]["recommended"] == "DReG"
     assert by_bound["IWAE"]["biased"] == "WakeDReG"
-    # Of use to nobody who climbs this bound, however quiet it is.
+    # Of use to nobody who maximises this bound, however quiet it is.
     guide = found.sel(parameter="guide", num_particles=4)
     assert guide.verdict.sel(estimator="WakeDReG") == "biased"
 

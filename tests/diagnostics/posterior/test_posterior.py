@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_vae import load_result, posterior_quality
 from pyro_vae.diagnostics.posterior import worst_data
-from pyro_vae.diagnostics.posterior.assess import Limits
+from pyro_vae.diagnostics.posterior.assess import Thresholds
 from pyro_vae.inference.mcmc import sample_posterior
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.models import LinearGaussian
@@ -81,7 +81,7 @@ def test_the_exact_posterior_passes_everything(linear):
     assert "The posteriors of 30 of 30 data are trustworthy" in text
     assert "All weights are equal for 30 of 30 data" in text
     assert "= 0.67 at S = 1000 draws" in text
-    assert set(found.reason.values) == {"Nothing that was checked speaks against it"}
+    assert set(found.reason.values) == {"It passes every check that was made"}
 
 
 def test_exact_posteriors_fail_at_most_at_the_stated_rate(x):
@@ -96,7 +96,7 @@ def test_exact_posteriors_fail_at_most_at_the_stated_rate(x):
             x,
             reference=exact_draws(x),
             checks=[],
-            limits=Limits(level=0.2),
+            thresholds=Thresholds(level=0.2),
             seed=seed,
             progress=False,
         )
@@ -214,7 +214,9 @@ def test_hmc_gives_the_moments_of_the_linear_gaussian_posterior(linear):
         reference="hmc",
         num_samples=300,
         num_warmup=100,
-        limits=Limits(rhat=1.05, reference_ess=100.0, mean=0.6, scale=0.6, total_variation=2.0),
+        thresholds=Thresholds(
+            rhat=1.05, reference_ess=100.0, mean=0.6, scale=0.6, total_variation=2.0
+        ),
         **FAST,
     )
     assert found.reference_converged.all()
@@ -234,9 +236,9 @@ def test_a_reference_that_did_not_converge_is_marked_and_not_averaged(linear, tm
     )
     sample.rhat[:] = 1.0
     sample.rhat[2] = 1.4
-    limits = Limits(reference_ess=30.0, mean=1.0, scale=1.0, total_variation=2.0)
+    thresholds = Thresholds(reference_ess=30.0, mean=1.0, scale=1.0, total_variation=2.0)
     found = posterior_quality(
-        linear.model, linear.exact_guide, data, reference=sample, limits=limits, **FAST
+        linear.model, linear.exact_guide, data, reference=sample, thresholds=thresholds, **FAST
     )
     assert found.reference_converged.values.tolist() == [True, True, False, True, True]
     assert (
@@ -274,9 +276,9 @@ def test_a_latent_that_a_mask_switches_off_is_not_compared():
 
     data = torch.tensor([1.0, -2.0, 0.5])
     settings = {"num_samples": 200, "num_warmup": 80, "num_leapfrog": 5}
-    limits = Limits(rhat=1.1, reference_ess=50.0, mean=1.0, scale=1.0, total_variation=2.0)
+    thresholds = Thresholds(rhat=1.1, reference_ess=50.0, mean=1.0, scale=1.0, total_variation=2.0)
     found = posterior_quality(
-        model, guide, data, reference="hmc", limits=limits, **FAST, **settings
+        model, guide, data, reference="hmc", thresholds=thresholds, **FAST, **settings
     )
     assert found.trustworthy.all()
     assert found.mean_error.isnull().values.tolist() == [[False] * 2, [False, True], [False] * 2]
@@ -331,9 +333,16 @@ def test_global_latents_jointly():
         pyro.sample("slope", dist.Normal(mean, precision**-0.5))
 
     settings = {"num_samples": 200, "num_warmup": 80, "num_leapfrog": 5}
-    limits = Limits(rhat=1.1, reference_ess=50.0, mean=1.0, scale=1.0, total_variation=2.0)
+    thresholds = Thresholds(rhat=1.1, reference_ess=50.0, mean=1.0, scale=1.0, total_variation=2.0)
     found = posterior_quality(
-        fixed_noise, exact, data, joint=True, reference="hmc", limits=limits, **FAST, **settings
+        fixed_noise,
+        exact,
+        data,
+        joint=True,
+        reference="hmc",
+        thresholds=thresholds,
+        **FAST,
+        **settings,
     )
     assert bool(found.trustworthy)
     assert bool(found.reference_converged)
@@ -584,6 +593,6 @@ def test_a_model_without_latents_has_no_posterior(x):
 @pytest.mark.parametrize("field", ["mean", "scale", "total_variation", "ess", "rhat"])
 def test_limits_are_positive(field):
     with pytest.raises(ValueError, match=f"{field} must be positive"):
-        Limits(**{field: 0.0})
+        Thresholds(**{field: 0.0})
     with pytest.raises(ValueError, match="level is a probability"):
-        Limits(level=1.0)
+        Thresholds(level=1.0)

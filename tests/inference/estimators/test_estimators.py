@@ -208,7 +208,7 @@ def exact_bits(
     chance = log_q.sum(0).exp()
     value = (chance * reduce(log_p - log_q)).sum(0)
     target = value
-    if wake:  # theta climbs the bound; phi climbs sum_k w_k log q(z_k), all else held
+    if wake:  # theta maximises the bound; phi maximises sum_k w_k log q(z_k), all else held
         held = (log_p - log_q).detach()
         target = (chance.detach() * (held.softmax(0) * (log_p + log_q)).sum(0)).sum(0)
     gradient = torch.autograd.grad(target.sum(), list(v.values()))

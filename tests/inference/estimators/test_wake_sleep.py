@@ -119,7 +119,7 @@ def test_the_value_is_the_elbo_of_the_wake_phase() -> None:
     assert worst_score(value, (log_q.exp() * (log_p - log_q)).sum(1)) < ERRORS
 
 
-def test_programs_that_dream_something_else_than_x_are_refused_by_the_own_name() -> None:
+def test_programs_that_simulate_something_else_than_x_are_refused_by_the_own_name() -> None:
     def model(x: Tensor, extra: int) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

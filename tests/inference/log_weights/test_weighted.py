@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from pyro_vae.diagnostics.posterior.assess import Limits
+from pyro_vae.diagnostics.posterior.assess import Thresholds
 from pyro_vae.inference.log_weights import weighted_columns
 
 S, N, H = 4000, 6, 2
@@ -120,7 +120,7 @@ def test_squares_can_be_heavy_where_weights_look_light():
     found = weighted_columns(z, w)
     assert (found["khat_moments"] >= found["khat"]).all()
     threshold = 1 - 1 / 3
-    limit = Limits().khat_moments
+    limit = Thresholds().khat_moments
     passing = found["khat"] <= threshold
     assert passing.sum() > 5
     assert (passing & (found["khat_moments"] <= limit)).sum() < passing.sum() / 2
@@ -150,14 +150,14 @@ def mean_field():
 def test_weights_that_widen_a_guide_much_are_not_trusted(draw):
     """They give wrong standard deviations, and k-hat does not see it where few latents are narrow.
 
-    The rates are stated by `Limits`: 0.17 or more without this rule, 0.01 or less with it.
+    The rates are stated by `Thresholds`: 0.17 or more without this rule, 0.01 or less with it.
     """
-    found, limits = weighted_columns(*draw()), Limits()
-    off = (found["corrected_sd"].log().abs() > limits.scale).any(1)
-    passing = (found["khat"] <= 1 - 1 / 3) & (found["ess"] >= limits.ess)
+    found, thresholds = weighted_columns(*draw()), Thresholds()
+    off = (found["corrected_sd"].log().abs() > thresholds.scale).any(1)
+    passing = (found["khat"] <= 1 - 1 / 3) & (found["ess"] >= thresholds.ess)
     false = off & passing
     assert false.sum() > 200 * 0.08
-    assert (false & (found["widening"] <= limits.widening)).sum() < 200 * 0.03
+    assert (false & (found["widening"] <= thresholds.widening)).sum() < 200 * 0.03
 
 
 @pytest.mark.parametrize(("scale", "dim"), [(0.97, 20), (0.85, 2), (1.4, 3)])
@@ -165,7 +165,7 @@ def test_guides_that_are_right_a_little_narrow_or_wide_are_hardly_widened(scale,
     q = Normal(torch.tensor(0.0), torch.tensor(scale))
     z = q.sample((1000, 30, dim))
     found = weighted_columns(z, (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1))
-    assert (found["widening"] <= Limits().widening).all()
+    assert (found["widening"] <= Thresholds().widening).all()
 
 
 def test_the_widening_is_that_of_gaussians():
@@ -187,7 +187,7 @@ def test_squares_of_latents_with_few_values_or_none_are_not_heavy():
     z[..., 1] = 2.0
     found = weighted_columns(z, 0.1 * torch.randn(1000, N))
     assert found["khat_moments"].isfinite().all()
-    assert (found["khat_moments"] <= Limits().khat_moments).all()
+    assert (found["khat_moments"] <= Thresholds().khat_moments).all()
     tilted = weighted_columns(z, 0.85 * z[..., 0])  # which widens the first latent
     assert (tilted["corrected_sd"][:, 0] > 1.05 * tilted["sd"][:, 0]).all()
     assert (tilted["widening"] == 0).all()

@@ -45,7 +45,7 @@ from pyro_vae import (
     log_weights,
 )
 from pyro_vae.extras.f_divergence import fit_divergence
-from pyro_vae.extras.f_divergence.generation import generate
+from pyro_vae.extras.f_divergence.generation import prior_predictive
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.inference.predictive import draw_prior
 from pyro_vae.inference.programs import ProgramError, UnfittedWarning
@@ -698,7 +698,7 @@ MEASURES = {
     "elbo_gap": partial(elbo_gap, num_particles=10, max_steps=1),
     "draw_posterior": partial(draw_posterior, num_draws=2),
     "draw_prior": lambda model, guide, x: draw_prior(model, x, num_draws=2),
-    "generate": lambda model, guide, x: generate(model, x),
+    "prior_predictive": lambda model, guide, x: prior_predictive(model, x),
     "partial": lambda model, guide, x: log_weights(partial(model), guide, x),
     "handled": lambda model, guide, x: log_weights(poutine.scale(model, scale=1.0), guide, x),
 }
@@ -758,7 +758,7 @@ def test_methods_and_generators_are_watched_too():
     model, _ = copies()
     fit_divergence(model, x, epochs=1)
     with pytest.warns(UnfittedWarning, match="'bare_model'"):
-        generate(model, x)
+        prior_predictive(model, x)
 
 
 def test_two_programs_with_modules_of_one_name_both_train():

@@ -12,7 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 from pyro_vae import fit, log_evidence
-from pyro_vae.inference.estimators.objectives import (
+from pyro_vae.inference.estimators.not_bounds import (
     BetaELBO,
     FreeBits,
     InfoVAE,

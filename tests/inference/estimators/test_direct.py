@@ -485,7 +485,7 @@ def test_temperatures_out_of_range_are_refused(temperature):
 # --- sleep ----------------------------------------------------------------------------------------
 
 
-class Dream:
+class Simulated:
     """Linear Gaussian with a guide N(A x + b, S) that can be the exact posterior."""
 
     noise = 0.7
@@ -527,10 +527,10 @@ class Dream:
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_sleep_phase_has_the_closed_form_value_and_gradient(exact):
     repeats = 20_000
-    dream = Dream(exact, repeats)
-    value, expected = dream.closed_form()
-    assert_unbiased(SleepPhi(1).bound(dream.model, dream.guide, dream.x), value)
-    found = gradients(SleepPhi(2), dream.model, dream.guide, dream.leaves, dream.x)
+    simulated = Simulated(exact, repeats)
+    value, expected = simulated.closed_form()
+    assert_unbiased(SleepPhi(1).bound(simulated.model, simulated.guide, simulated.x), value)
+    found = gradients(SleepPhi(2), simulated.model, simulated.guide, simulated.leaves, simulated.x)
     lower = torch.ones(H, H).tril()
     kept = [torch.ones(H, D), torch.ones(H), lower]  # a Cholesky factor is lower triangular
     for g, e, keep in zip(found, expected, kept, strict=True):
@@ -563,12 +563,12 @@ def test_sleeping_trains_the_guide_and_leaves_the_model():
 
 
 def test_the_sleep_phase_has_the_factor_of_the_subsample_at_hand():
-    dream, loss, size = Dream(exact=True, repeats=6), SleepPhi(1), [6]
+    simulated, loss, size = Simulated(exact=True, repeats=6), SleepPhi(1), [6]
 
     def model(x):
         with pyro.plate("data", size[0], subsample=torch.arange(6)):
             z = pyro.sample("z", dist.Normal(torch.zeros(H), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ dream.w.T, 0.7).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z @ simulated.w.T, 0.7).to_event(1), obs=x)
 
     def guide(x):
         with pyro.plate("data", size[0], subsample=torch.arange(6)):
@@ -577,11 +577,11 @@ def test_the_sleep_phase_has_the_factor_of_the_subsample_at_hand():
     totals = []
     for size[0] in (6, 24, 12):
         pyro.set_rng_seed(7)
-        totals.append(loss.loss(model, guide, dream.x))
+        totals.append(loss.loss(model, guide, simulated.x))
     assert [t / totals[0] for t in totals] == pytest.approx([1.0, 4.0, 2.0])
 
 
-def test_what_a_model_computes_is_no_part_of_the_dream():
+def test_what_a_model_computes_is_no_part_of_the_simulation():
     x = torch.zeros(20_000)
 
     def model(x):
@@ -598,7 +598,7 @@ def test_what_a_model_computes_is_no_part_of_the_dream():
     assert_unbiased(SleepPhi(1).bound(model, guide, x), exact)
 
 
-def test_programs_that_dream_something_else_than_x_are_refused():
+def test_programs_that_simulate_something_else_than_x_are_refused():
     def model(x, extra):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -260,8 +260,8 @@ class InfoVAE(_BoundsNothing):
         drawn = torch.cat([_vectors(guide, run.structure) for guide, _, _ in run.traces])
         args, kwargs = run.arguments
         same_data = poutine.replay(run.model, trace=subsamples(run.traces[0][1]))
-        dream = poutine.trace(poutine.uncondition(same_data)).get_trace(*args, **kwargs)
-        prior = _vectors(dream, run.structure)
+        simulated = poutine.trace(poutine.uncondition(same_data)).get_trace(*args, **kwargs)
+        prior = _vectors(simulated, run.structure)
         bandwidth = self.bandwidth or math.sqrt(drawn.shape[1])
         distance = maximum_mean_discrepancy(drawn, prior, bandwidth)
         objective = (likelihood - (1 - self.alpha) * kl).mean(0)

@@ -13,7 +13,7 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_E
 from pyro_vae.inference import estimators as table
 from pyro_vae.inference.estimators import Objective, estimator_names
 
-__all__ = ["TRUSTED", "Candidate", "candidates_of", "option_text"]
+__all__ = ["TRUSTED", "EstimatorSpec", "option_text", "specs_of"]
 
 _DEFAULT = (
     "PathwiseELBO",
@@ -40,7 +40,7 @@ TRUSTED: dict[str, tuple[type[Objective], ...]] = {
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EstimatorSpec:
     """A row of the comparison: how to make it for K particles, and what its value is."""
 
     name: str
@@ -64,7 +64,7 @@ class Candidate:
         return self.family, self.options
 
 
-def candidates_of(given: Sequence[Any] | Mapping[str, Any] | None, joint: bool) -> list[Candidate]:
+def specs_of(given: Sequence[Any] | Mapping[str, Any] | None, joint: bool) -> list[EstimatorSpec]:
     """The rows that `compare_estimators` was asked for; None is a common set.
 
     Raises:
@@ -81,8 +81,8 @@ def candidates_of(given: Sequence[Any] | Mapping[str, Any] | None, joint: bool) 
         named = [(None, one) for one in given]
     if not named:
         raise ValueError("there is no estimator to compare; name some, or pass None for a set")
-    found = [_candidate(name, one, joint, given is not None) for name, one in named]
-    names = [candidate.name for candidate in found]
+    found = [_spec(name, one, joint, given is not None) for name, one in named]
+    names = [spec.name for spec in found]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(
@@ -91,7 +91,7 @@ def candidates_of(given: Sequence[Any] | Mapping[str, Any] | None, joint: bool) 
     return found
 
 
-def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> Candidate:
+def _spec(name: str | None, one: Any, joint: bool, asked_for: bool) -> EstimatorSpec:
     if isinstance(one, str):
         if one not in estimator_names():
             raise ValueError(
@@ -101,7 +101,7 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> Cand
     if isinstance(one, type) and issubclass(one, ELBO) and not issubclass(one, Objective):
         one = one()
     if isinstance(one, ELBO) and not isinstance(one, Objective):
-        return _pyro_candidate(name, one)
+        return _pyro_spec(name, one)
     kind = one if isinstance(one, type) else type(one)
     if not issubclass(kind, Objective):
         raise ValueError(
@@ -116,7 +116,7 @@ def _candidate(name: str | None, one: Any, joint: bool, asked_for: bool) -> Cand
     options = _options(kind, one)
     changed = {k: v for k, v in options.items() if v != _defaults(kind)[k]}
     of_bound = {} if kind.value_name in ("ELBO", "IWAE", "sleep") else options
-    return Candidate(
+    return EstimatorSpec(
         name=name or kind.__name__ + (option_text(changed) if changed else ""),
         make=partial(kind, joint=joint, **options),
         family=kind.value_name,
@@ -149,7 +149,7 @@ def option_text(options: Mapping[str, Any]) -> str:
     return "(" + ", ".join(f"{name}={value!r}" for name, value in options.items()) + ")"
 
 
-def _pyro_candidate(name: str | None, one: ELBO) -> Candidate:
+def _pyro_spec(name: str | None, one: ELBO) -> EstimatorSpec:
     family = type(one).__name__
     options: dict[str, Any] = {}
     if isinstance(one, RenyiELBO):
@@ -158,7 +158,7 @@ def _pyro_candidate(name: str | None, one: ELBO) -> Candidate:
         family = "ELBO"
     known = family in TRUSTED
     shown = f"(alpha={one.alpha:g})" if isinstance(one, RenyiELBO) else ""
-    return Candidate(
+    return EstimatorSpec(
         name=name or f"Pyro {type(one).__name__}{shown}",
         make=partial(_with_particles, one),
         family=family,
