@@ -166,14 +166,14 @@ def load_run(
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: name a run folder, which pyro-vae fit or "
-            "fit(checkpoint=...) writes."
+            "fit(checkpoint=...) writes"
         )
     config = read_json(folder / "config.json")
     version = config.get("format")
     if not isinstance(version, int) or version > FORMAT:
         raise CheckpointError(
             f"{folder / 'config.json'} has format {version!r}, but this version of pyro_vae reads "
-            f"up to {FORMAT}: install a newer pyro_vae."
+            f"up to {FORMAT}: install a newer pyro_vae"
         )
     if (model is None) != (guide is None):
         raise ValueError("a run has a model and a guide: pass both, or neither")
@@ -225,18 +225,18 @@ def _build(folder: Path, described: Any) -> Any:
         raise CheckpointError(
             f"{folder} holds the weights of a program of its own "
             f"({described.get('program', 'unknown')}), not of a class of pyro_vae.models: build "
-            "the programs yourself, and pass them, load_run(path, model=model, guide=guide)."
+            "the programs yourself, and pass them, load_run(path, model=model, guide=guide)"
         )
     if name not in CLASSES:
         raise CheckpointError(
             f"{folder} holds a {name!r}, which this version of pyro_vae does not know (it knows "
-            f"{', '.join(CLASSES)}): install the version that wrote it."
+            f"{', '.join(CLASSES)}): install the version that wrote it"
         )
     try:
         return CLASSES[name](**described.get("arguments", {})).eval()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"config.json of {folder} does not describe a {name} ({error}): restore it from a copy."
+            f"config.json of {folder} does not describe a {name} ({error}): restore it from a copy"
         ) from error
 
 
@@ -249,13 +249,13 @@ def _fill(folder: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> Non
         raise CheckpointError(
             f"the weights in {folder} do not fit the model in its config.json: {name} is "
             f"{found.get(name, 'missing')} there and {wanted.get(name, 'unknown')} here "
-            f"({len(wrong)} of {len(wanted)} differ). Restore both files from one run."
+            f"({len(wrong)} of {len(wanted)} differ). Restore both files from one run"
         )
     dtypes = {value.dtype for value in weights.values()}
     if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
         raise CheckpointError(
             f"the weights in {folder} are of {sorted(map(str, dtypes))}, but must be of one "
-            "floating-point type: restore model.safetensors from a copy."
+            "floating-point type: restore model.safetensors from a copy"
         )
     module.load_state_dict(dict(weights), assign=True)
 
@@ -270,12 +270,12 @@ def _give(
     if owner is None and left_out:
         raise CheckpointError(
             f"{folder} lacks the running statistics of its {', '.join(left_out)}, which are no "
-            "parameters: make model and guide methods of one nn.Module, and train that."
+            "parameters: make model and guide methods of one nn.Module, and train that"
         )
     if twice := [name for name in weights if "#" in name]:
         raise CheckpointError(
             f"in {folder} two modules were registered as {twice[0].partition('$$$')[0]!r}, so that "
-            "nothing tells their weights apart: give each a name of its own, and train again."
+            "nothing tells their weights apart: give each a name of its own, and train again"
         )
     if owner is not None:
         own = owner.state_dict()
@@ -304,7 +304,7 @@ def _check_weights(folder: Path, wanted: Mapping[str, Tensor], found: Mapping[st
         if here != there:
             raise CheckpointError(
                 f"the weights in {folder} do not fit the programs that were passed: {name} is "
-                f"{there} there and {here} here. Pass the programs that the run was trained with."
+                f"{there} there and {here} here. Pass the programs that the run was trained with"
             )
 
 
@@ -382,7 +382,7 @@ def load_run_data(
     if "sha256" not in described:
         raise CheckpointError(
             f"{run.path} was trained on data of the caller, not on a named data set: pass them to "
-            "log_evidence(run.model, run.guide, x) yourself."
+            "log_evidence(run.model, run.guide, x) yourself"
         )
     dataset = load_training_data(
         described["name"], root, binarization=described["binarization"], download=download
@@ -390,7 +390,7 @@ def load_run_data(
     if dataset.sha256() != described["sha256"]:
         raise CheckpointError(
             f"the data set {described['name']!r} found here is not the one that {run.path} was "
-            "trained on (its sha256 differs): name the folder that holds those data."
+            "trained on (its sha256 differs): name the folder that holds those data"
         )
     return dataset
 
@@ -582,7 +582,7 @@ def _choose_loss(
             raise ValueError(
                 f"the {name} autoencoder takes no {wrong[0]}: its guide is a point, so what it "
                 "maximises is a MAP objective, with nothing to draw and no KL term. Leave it out, "
-                "or use the model 'vae'."
+                "or use the model 'vae'"
             )
         return None
     if objective is None and num_particles in (None, 1):
@@ -630,7 +630,7 @@ def resume_run(
     if not isinstance(settings["learning_rate"], int | float):
         raise CheckpointError(
             f"{run.path} was trained with a learning rate that is a function, which its folder "
-            "does not hold: resume it with fit(..., resume=True) and that function."
+            "does not hold: resume it with fit(..., resume=True) and that function"
         )
     dataset = load_run_data(run, root)
     train, held_out = split_training(dataset)
@@ -670,7 +670,7 @@ def _begun_run(folder: Path) -> Run:
     if holds_run(folder) is None:
         raise CheckpointError(
             f"{folder} holds no run to go on with (one that was killed very early leaves none): "
-            "repeat the command that started it, with --resume, and it starts anew."
+            "repeat the command that started it, with --resume, and it starts anew"
         )
     _, metadata = load_tensors(folder / "training.safetensors")
     config, state = metadata.get("config", {}), metadata.get("state", {})
@@ -694,7 +694,7 @@ def _loss_of(run: Run) -> ELBO | None:
     if settings["loss"] not in objective_names():
         raise CheckpointError(
             f"{run.path} was trained with {settings['loss']}, which is not chosen by name: resume "
-            "it with fit(..., loss=..., resume=True) and that loss."
+            "it with fit(..., loss=..., resume=True) and that loss"
         )
     return make_objective(
         {"name": settings["loss"], **settings["loss_options"]}, settings["num_particles"]
@@ -739,7 +739,7 @@ def evaluate_run(
     if len(test) == 0:
         raise CheckpointError(
             f"the data set {run.data_name!r} has no test set: pass data to log_evidence(run.model, "
-            "run.guide, x) yourself."
+            "run.guide, x) yourself"
         )
     like = next(run.module.parameters())
     x = test[:num_data].to(like)

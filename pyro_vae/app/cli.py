@@ -433,7 +433,7 @@ def fit(
     if (found := holds_run(folder)) and not (overwrite or resume):
         raise ValueError(
             f"{folder} holds a run already (its {found}): go on with it (--resume {folder}), name "
-            "another folder (--out), or replace it (--overwrite)."
+            "another folder (--out), or replace it (--overwrite)"
         )
     dataset = load_training_data(data, data_root, binarization=how, download=download)
     dataset, parts["likelihood"] = on_levels(dataset, parts["likelihood"])
@@ -507,10 +507,10 @@ def _check_resume(given: dict[str, Any]) -> None:
     if given["data"] is not None:
         if resume is not None and (given["overwrite"] or out not in (None, resume)):
             option = "--overwrite" if given["overwrite"] else f"--out {out}"
-            raise ValueError(f"--resume {resume} goes on with that run: leave out {option}.")
+            raise ValueError(f"--resume {resume} goes on with that run: leave out {option}")
         return
     if resume is None:
-        raise ValueError(f"name a data set, as in --data mnist; there are {_DATA}.")
+        raise ValueError(f"name a data set, as in --data mnist; there are {_DATA}")
     defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
     changed = [
         name
@@ -521,7 +521,7 @@ def _check_resume(given: dict[str, Any]) -> None:
         option = f"--{changed[0].replace('_', '-')}"
         raise ValueError(
             f"a resumed run keeps the settings it was begun with: leave out {option}, or repeat "
-            "the whole command that started the run, with --data."
+            "the whole command that started the run, with --data"
         )
 
 
@@ -530,7 +530,7 @@ def _parse_hidden(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(
-            f"--hidden is {text!r}, but must be whole numbers with commas, as in 200,100."
+            f"--hidden is {text!r}, but must be whole numbers with commas, as in 200,100"
         ) from None
 
 
@@ -541,7 +541,7 @@ def _check_device(device: str | None) -> None:
 
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "torch finds no CUDA device here: leave out --device, or look at pyro-vae doctor."
+            "torch finds no CUDA device here: leave out --device, or look at pyro-vae doctor"
         )
 
 
@@ -654,18 +654,18 @@ def sample(
     if not hasattr(loaded.module, "sample"):
         raise ValueError(
             f"{run} is an {type(loaded.module).__name__.lower()}, which has no prior to draw from: "
-            "train a VAE (--model vae), or look at its reconstructions in pyro-vae report."
+            "train a VAE (--model vae), or look at its reconstructions in pyro-vae report"
         )
     about = loaded.config.get("data", {})
     shape, pixels = about.get("image_shape"), about.get("pixels", "ink")
     if not shape:
         raise ValueError(
             f"{run} was trained on {loaded.data_name}, which are not images: draw from it in "
-            "Python, with load_run(RUN).module.sample(10)."
+            "Python, with load_run(RUN).module.sample(10)"
         )
     target = out if out is not None else run / "samples.png"
     if target.suffix != ".png":
-        raise ValueError(f"--out is {target}, but a picture is written as PNG: name it FILE.png.")
+        raise ValueError(f"--out is {target}, but a picture is written as PNG: name it FILE.png")
     ax: Any = plot_samples(
         loaded.module,
         shape,
@@ -703,7 +703,7 @@ def report(
     and needs no network. Evaluate the runs first.
     """
     if out is None and len(runs) > 1:
-        raise ValueError("a report on several runs needs a file: --out FILE.html.")
+        raise ValueError("a report on several runs needs a file: --out FILE.html")
     _import("pyro_vae.app.report")
     from pyro_vae.app.report import write_report
 
@@ -771,7 +771,7 @@ def data_check(
     if bad:
         raise ValueError(
             f"{', '.join(bad)}: missing or damaged files. Delete damaged ones, then run "
-            f"pyro-vae data get {bad[0]}, or name the folder with --data-root."
+            f"pyro-vae data get {bad[0]}, or name the folder with --data-root"
         )
 
 

@@ -122,12 +122,12 @@ def write_report(
     given = [runs] if isinstance(runs, Run | str | os.PathLike) else list(runs)
     loaded = [run if isinstance(run, Run) else load_run(run) for run in given]
     if not loaded:
-        raise ValueError("there is no run to report on: pass one.")
+        raise ValueError("there is no run to report on: pass one")
     if path is None and len(loaded) > 1:
-        raise ValueError("a report on several runs lies in no run's folder: pass path=FILE.html.")
+        raise ValueError("a report on several runs lies in no run's folder: pass path=FILE.html")
     target = Path(path) if path is not None else loaded[0].path / "report.html"
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first.")
+        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first")
     if title is None:
         names = list(dict.fromkeys(run.data_name for run in loaded))
         title = (

@@ -90,12 +90,12 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.measure not in get_args(Measure):
-            raise ValueError(f"measure must be one of {get_args(Measure)}, not {self.measure!r}.")
+            raise ValueError(f"measure must be one of {get_args(Measure)}, not {self.measure!r}")
         for part, x in self._parts():
             if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.train.shape[1]:
                 raise ValueError(
                     f"{part} of data set {self.name!r} must be float32 of shape [N, D] with the "
-                    f"D of train, not {x.dtype} of shape {list(x.shape)}."
+                    f"D of train, not {x.dtype} of shape {list(x.shape)}"
                 )
         for part, x, labels in (
             ("train", self.train, self.train_labels),
@@ -104,12 +104,12 @@ class Dataset:
             if labels is not None and (labels.dtype != torch.int64 or labels.shape != x.shape[:1]):
                 raise ValueError(
                     f"{part}_labels of data set {self.name!r} must be int64 of shape "
-                    f"[{len(x)}], not {labels.dtype} of shape {list(labels.shape)}."
+                    f"[{len(x)}], not {labels.dtype} of shape {list(labels.shape)}"
                 )
         if self.image_shape is not None and math.prod(self.image_shape) != self.train.shape[1]:
             raise ValueError(
                 f"image_shape {self.image_shape} of data set {self.name!r} does not have the "
-                f"{self.train.shape[1]} pixels of its rows."
+                f"{self.train.shape[1]} pixels of its rows"
             )
 
     def binarize(self, method: str | None, generator: torch.Generator | None = None) -> "Dataset":
@@ -146,7 +146,7 @@ class Dataset:
             if not bool(((x >= 0) & (x <= 1)).all()):  # written so that nan fails too
                 raise ValueError(
                     f"{part} of data set {self.name!r} has values outside [0, 1]: divide grey "
-                    "levels by their maximum before binarize()."
+                    "levels by their maximum before binarize()"
                 )
 
         def draw(x: Tensor) -> Tensor:
@@ -274,23 +274,23 @@ def _check_binarization(
 ) -> None:
     """Refuses what cannot be done, before any file is read."""
     if method is not None and method not in _BINARIZATIONS:
-        raise ValueError(f"binarize must be one of {_BINARIZATIONS} or None, not {method!r}.")
+        raise ValueError(f"binarize must be one of {_BINARIZATIONS} or None, not {method!r}")
     if method is not None and measure == "binary":
-        raise ValueError(f"data set {name!r} is already binary: leave out binarize.")
+        raise ValueError(f"data set {name!r} is already binary: leave out binarize")
     if method is not None and measure != "grey":
         raise ValueError(
             f"data set {name!r} is of measure {measure!r}: only grey levels in [0, 1] can be "
-            "binarised."
+            "binarised"
         )
     draws = method in ("dynamic", "static")
     if draws and generator is None:
         raise ValueError(
-            f"binarize={method!r} draws pixels: pass generator=torch.Generator().manual_seed(0)."
+            f"binarize={method!r} draws pixels: pass generator=torch.Generator().manual_seed(0)"
         )
     if generator is not None and not draws:
         raise ValueError(
             f"binarize={method!r} draws nothing: leave out the generator, or choose 'dynamic' or "
-            "'static'."
+            "'static'"
         )
 
 

@@ -80,7 +80,7 @@ def find_folder(root: str | os.PathLike[str] | None, create: bool = False) -> tu
         return Path(pooch.os_cache("pyro_vae")), whence
     if not os.path.isdir(folder) and (os.path.exists(folder) or not create):
         raise DatasetError(
-            f"{folder}, {whence}, is not a folder: name the one that holds the data files."
+            f"{folder}, {whence}, is not a folder: name the one that holds the data files"
         )
     return folder, whence
 
@@ -122,7 +122,7 @@ def require_files(info: DatasetInfo, folder: Path, whence: str) -> None:
             remedy = f"delete it and {again}"
         raise DatasetError(
             f"file {file.path} of data set {info.name!r} {fault} in {folder} ({whence}): {remedy}; "
-            f"{info.obtain}."
+            f"{info.obtain}"
         )
 
 
@@ -134,7 +134,7 @@ def fetch_missing(info: DatasetInfo, folder: Path) -> None:
     if info.name not in _FETCHERS:
         raise DatasetError(
             f"file {missing[0].path} of data set {info.name!r} cannot be downloaded to "
-            f"{folder}: {info.obtain}."
+            f"{folder}: {info.obtain}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def fetch_missing(info: DatasetInfo, folder: Path) -> None:
                     raise DatasetError(
                         f"file {file.path} of data set {info.name!r} came from the network with "
                         f"fault '{status}' and was not kept: try again later, or copy it to "
-                        f"{folder} by hand."
+                        f"{folder} by hand"
                     )
                 (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(scratch / file.path, folder / file.path)
@@ -156,7 +156,7 @@ def fetch_missing(info: DatasetInfo, folder: Path) -> None:
     except Exception as error:  # whatever the network, the disk or a downloader raises
         raise DatasetError(
             f"data set {info.name!r} could not be downloaded to {folder} ({error}): check the "
-            "network and the folder, or copy its files there by hand."
+            "network and the folder, or copy its files there by hand"
         ) from error
 
 

@@ -150,11 +150,11 @@ class Denoising(AutoencoderKind):
 
     def __init__(self, noise: str = "mask", level: float = 0.3) -> None:
         if noise not in ("mask", "gaussian"):
-            raise ValueError(f"noise is 'mask' or 'gaussian', not {noise!r}.")
+            raise ValueError(f"noise is 'mask' or 'gaussian', not {noise!r}")
         self.noise = noise
         self.level = _positive("level", level)
         if noise == "mask" and self.level >= 1:
-            raise ValueError(f"A masking probability lies between 0 and 1, not at {level}.")
+            raise ValueError(f"a masking probability lies between 0 and 1, not at {level}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def make_kind(kind: str | Mapping[str, Any] | AutoencoderKind) -> AutoencoderKin
     arguments = {"name": kind} if isinstance(kind, str) else dict(kind)
     name = str(arguments.pop("name", None))
     if name not in _KINDS:
-        raise ValueError(f"Unknown kind of autoencoder {name!r}: choose one of {sorted(_KINDS)}.")
+        raise ValueError(f"Unknown kind of autoencoder {name!r}: choose one of {sorted(_KINDS)}")
     return _KINDS[name](**arguments)
 
 
@@ -272,9 +272,9 @@ class Autoencoder(nn.Module):
         self.likelihood = make_likelihood(likelihood)
         if isinstance(self.kind, Undercomplete) and code_dim >= data_dim:
             raise ValueError(
-                f"An undercomplete code has fewer than the data's {data_dim} features, not "
+                f"an undercomplete code has fewer than the data's {data_dim} features, not "
                 f"{code_dim}: with as many it learns the identity. Use a smaller code_dim or "
-                "another kind."
+                "another kind"
             )
         self.encoder = self.network.encoder(data_dim, self.hidden, code_dim, activation)
         num_outputs = self.likelihood.num_parameters(data_dim)
@@ -395,5 +395,5 @@ def squared_jacobian_norm(
 
 def _positive(name: str, value: float) -> float:
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, not {value}.")
+        raise ValueError(f"{name} must be positive and finite, not {value}")
     return float(value)

@@ -115,7 +115,7 @@ def choose_likelihood(measure: str, likelihood: Part | None = None, pixels: str 
     grey = ", or leave them grey" if measure == "binary" else ""
     raise ValueError(
         f"a {name} likelihood on {measure} data is not a probability or density of these data: "
-        f"use {way_out}{binarise}{grey}."
+        f"use {way_out}{binarise}{grey}"
     )
 
 
@@ -162,7 +162,7 @@ def find_levels(dataset: Dataset) -> int:
             return levels
     raise ValueError(
         f"the data set {dataset.name!r} has no grid of up to {_MOST_LEVELS} grey levels k / (L - 1)"
-        f" in [0, 1]: use {_either(_LIKELIHOODS['grey'][:2])}."
+        f" in [0, 1]: use {_either(_LIKELIHOODS['grey'][:2])}"
     )
 
 
@@ -248,7 +248,7 @@ def build_model(
         if given:
             raise ValueError(
                 f"the {name} autoencoder takes no {given[0]}: its guide is a point, and its kind "
-                "says which prior it has. Leave it out, or use the model 'vae'."
+                "says which prior it has. Leave it out, or use the model 'vae'"
             )
         kind = make_checked("autoencoder", make_kind, model)
         return _at_mean(
@@ -306,7 +306,7 @@ def _network(dataset: Dataset, network: Part) -> Part:
     if shape is None:
         raise ValueError(
             f"the data set {dataset.name!r} has no pictures to convolve: use the network 'mlp' or "
-            "'residual', or name the shape, conv:image_shape=ROWS-COLUMNS."
+            "'residual', or name the shape, conv:image_shape=ROWS-COLUMNS"
         )
     return {**own, "name": "conv", "image_shape": list(shape)}
 
@@ -324,7 +324,7 @@ def _only(model: Part, known: Collection[str]) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ValueError(f"the model {name_of(model)!r} has no argument {unknown[0]!r}: {has}.")
+        raise ValueError(f"the model {name_of(model)!r} has no argument {unknown[0]!r}: {has}")
 
 
 def data_pseudo_inputs(module: nn.Module, x: Tensor) -> None:

@@ -65,10 +65,10 @@ class LinearGaussian(nn.Module):
     def __init__(self, data_dim: int, latent_dim: int, *, covariance: str = "isotropic") -> None:
         super().__init__()
         if covariance not in ("isotropic", "diagonal"):
-            raise ValueError(f"covariance is 'isotropic' or 'diagonal', not {covariance!r}.")
+            raise ValueError(f"covariance is 'isotropic' or 'diagonal', not {covariance!r}")
         if data_dim < 1 or latent_dim < 1:
             raise ValueError(
-                f"data_dim and latent_dim must be positive, not {data_dim} and {latent_dim}."
+                f"data_dim and latent_dim must be positive, not {data_dim} and {latent_dim}"
             )
         self.data_dim = data_dim
         self.latent_dim = latent_dim
@@ -103,10 +103,10 @@ class LinearGaussian(nn.Module):
             raise ValueError(
                 f"With a weight of shape {tuple(weight.shape)}, bias must have shape ({data_dim},) "
                 f"and noise_variance () or ({data_dim},), not {tuple(bias.shape)} and "
-                f"{tuple(noise_variance.shape)}."
+                f"{tuple(noise_variance.shape)}"
             )
         if not (noise_variance > 0).all():
-            raise ValueError("Every noise variance must be positive.")
+            raise ValueError("every noise variance must be positive")
         covariance = "isotropic" if noise_variance.ndim == 0 else "diagonal"
         model = cls(data_dim, latent_dim, covariance=covariance).to(weight)
         model.generative.set(weight, bias, noise_variance.sqrt())
@@ -188,7 +188,7 @@ class LinearGaussian(nn.Module):
         if not 0 < latent_dim <= data.shape[1]:
             raise ValueError(
                 f"latent_dim must lie between 1 and {data.shape[1]}, the features of the data, "
-                f"not {latent_dim}."
+                f"not {latent_dim}"
             )
         bias, variance = data.mean(0), data.var(0, correction=0)
         noise = torch.ones_like(variance)
@@ -473,8 +473,8 @@ def _cholesky(matrix: Float[Tensor, "*stack dim dim"]) -> Float[Tensor, "*stack 
         return torch.linalg.cholesky(matrix)
     except torch.linalg.LinAlgError as error:
         raise ValueError(
-            f"A covariance or precision is not positive definite in {matrix.dtype}; check it, or "
-            "use float64 (`model.double()`)."
+            f"a covariance or precision is not positive definite in {matrix.dtype}; check it, or "
+            "use float64 (`model.double()`)"
         ) from error
 
 
@@ -490,7 +490,7 @@ def _ppca_spectrum(
     if not 0 < latent_dim < data_dim:
         raise ValueError(
             f"latent_dim must lie between 1 and {data_dim - 1} for data with {data_dim} features, "
-            f"not {latent_dim}."
+            f"not {latent_dim}"
         )
     check_finite(x)
     centred = x.detach().double() - x.detach().double().mean(0)
@@ -499,7 +499,7 @@ def _ppca_spectrum(
     noise_variance = eigenvalues[latent_dim:].mean()
     if noise_variance <= data_dim * torch.finfo(torch.float64).eps * eigenvalues[0]:
         raise ValueError(
-            f"The data leave no variance for the noise: they lie in {latent_dim} dimensions. Use a "
-            "smaller latent_dim, or more data."
+            f"the data leave no variance for the noise: they lie in {latent_dim} dimensions. Use a "
+            "smaller latent_dim, or more data"
         )
     return eigenvalues, axes, noise_variance

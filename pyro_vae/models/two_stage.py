@@ -73,7 +73,7 @@ class TwoStageVAE(_VariationalAutoencoder):
         if type(first) is not VAE:
             raise ValueError(
                 f"first is a trained VAE or its config, not a {type(first).__name__}: a second "
-                "stage needs an encoder with one layer of latents."
+                "stage needs an encoder with one layer of latents"
             )
         upper = first.latent_dim if latent_dim is None else latent_dim
         self.data_dim = first.data_dim

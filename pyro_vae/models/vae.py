@@ -293,12 +293,12 @@ class TwoLayerVAE(_VariationalAutoencoder):
         if len(latent_dims) != 2 or len(hidden) != 2:
             raise ValueError(
                 f"latent_dims and hidden each have two entries, below and on top, not "
-                f"{len(latent_dims)} and {len(hidden)}."
+                f"{len(latent_dims)} and {len(hidden)}"
             )
         if isinstance(posterior, Posterior):
             raise ValueError(
-                "Each layer needs a posterior of its own: pass a name or a mapping, such as "
-                f"posterior={posterior.config}."
+                "each layer needs a posterior of its own: pass a name or a mapping, such as "
+                f"posterior={posterior.config}"
             )
         lower, upper = latent_dims
         self.data_dim = data_dim

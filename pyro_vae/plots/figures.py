@@ -101,7 +101,7 @@ def plot_bound(history: xr.Dataset, ax: Axes | None = None, *, data: str = "") -
         ValueError: If the history has no rows yet.
     """
     if "bound" not in history or not history.sizes["epoch"]:
-        raise ValueError("the history has no rows: train for an epoch first.")
+        raise ValueError("the history has no rows: train for an epoch first")
     ax = _axes(ax, _WIDE)
     epoch = history["epoch"].values
     marker = "o" if len(epoch) < 4 else ""  # one point makes no line
@@ -164,7 +164,7 @@ def plot_evidence(result: xr.Dataset, ax: Axes | None = None, *, data: str = "")
     if "khat" not in result or result["khat"].dims != ("datum",):
         raise ValueError(
             "this result has no ELBO and k-hat for each datum: pass one of log_evidence with "
-            "method='importance' and joint=False."
+            "method='importance' and joint=False"
         )
     ax = _axes(ax, (6.0, 4.9))
     elbo, evidence = result["elbo"].values, result["log_evidence"].values
@@ -540,7 +540,7 @@ def plot_manifold(
     if getattr(module, "latent_dim", None) != 2:
         raise ValueError(
             f"a manifold is drawn for 2 latent dimensions, not {getattr(module, 'latent_dim', '?')}"
-            ": use plot_samples."
+            ": use plot_samples"
         )
     like = next(module.parameters())
     share = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
@@ -680,7 +680,7 @@ def _call(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     if method is None:
         raise TypeError(
             f"a {type(module).__name__} has no method {name}, which this figure needs: pass a VAE, "
-            "or a module with one."
+            "or a module with one"
         )
     return method(*args, **kwargs)
 
@@ -697,7 +697,7 @@ def _images(
     if len(image_shape) != 2 or math.prod(image_shape) != x.shape[1]:
         raise ValueError(
             f"rows of {x.shape[1]} numbers are not images of {' x '.join(map(str, image_shape))} "
-            "pixels: pass the data set's image_shape."
+            "pixels: pass the data set's image_shape"
         )
     return x.detach().cpu().float().reshape(-1, *image_shape)
 
@@ -727,7 +727,7 @@ def _look_of(pixels: str) -> dict[str, Any]:
 
 def _pixels(pixels: str) -> tuple[str, str]:
     if pixels not in _PIXELS:
-        raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset.")
+        raise ValueError(f"pixels is {pixels!r}, but must be 'ink' or 'light', as in Dataset")
     return _PIXELS[pixels]
 
 

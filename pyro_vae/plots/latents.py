@@ -77,7 +77,7 @@ def plot_picture_rows(
     if len(names) != down or (columns and len(columns) != across):
         raise ValueError(
             f"{down} rows of {across} pictures have {len(names)} and {len(columns)} names: give "
-            "one for each row, and one or none for each column."
+            "one for each row, and one or none for each column"
         )
     images = _images(rows.flatten(0, 1), image_shape)
     size = (0.62 * across + 1.6, 0.62 * down * image_shape[0] / image_shape[1] + 0.7)
@@ -123,7 +123,7 @@ def plot_paths(
         ValueError: If there are not two latents.
     """
     if codes.shape[1] != 2 or paths.sizes["latent"] != 2:
-        raise ValueError(f"paths are drawn for 2 latents, not {codes.shape[1]}.")
+        raise ValueError(f"paths are drawn for 2 latents, not {codes.shape[1]}")
     ax = _axes(ax, _SQUARE)
     corners = torch.cat([codes, torch.as_tensor(paths["points"].values).reshape(-1, 2).to(codes)])
     low, high = corners.amin(0), corners.amax(0)

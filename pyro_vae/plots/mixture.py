@@ -154,7 +154,7 @@ def plot_decoder(
     if vae.latent_dim != 1 or not isinstance(likelihood, Gaussian):
         raise ValueError(
             f"a curve is drawn for 1 latent and a Gaussian likelihood, not for {vae.latent_dim} "
-            f"and {type(likelihood).__name__}: use plot_samples."
+            f"and {type(likelihood).__name__}: use plot_samples"
         )
     ax = _axes(ax, _SQUARE)
     pair = list(features)

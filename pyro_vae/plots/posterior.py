@@ -128,9 +128,7 @@ def plot_khat_by_class(
     khat, threshold = _khat(result)
     classes = labels.cpu().numpy()
     if len(classes) != len(khat):
-        raise ValueError(
-            f"there are {len(classes)} labels for {len(khat)} data: pass one for each."
-        )
+        raise ValueError(f"there are {len(classes)} labels for {len(khat)} data: pass one for each")
     ax = _axes(ax, _WIDE)
     jitter = np.random.default_rng(seed).uniform(-0.28, 0.28, len(khat))
     present = np.unique(classes)
@@ -169,7 +167,7 @@ def plot_khat_plane(result: Result, ax: Axes | None = None) -> Axes:
     khat, threshold = _khat(result)
     if result.sizes["latent"] != 2:
         raise ValueError(
-            f"a plane is drawn for 2 latents, not {result.sizes['latent']}: use plot_khat."
+            f"a plane is drawn for 2 latents, not {result.sizes['latent']}: use plot_khat"
         )
     ax = _axes(ax, _SQUARE)
     mean = result["mean"].transpose("datum", "latent").values
@@ -201,7 +199,7 @@ def _khat(result: Result) -> tuple[np.ndarray, float]:
     if "khat" not in result or result["khat"].dims != ("datum",):
         raise ValueError(
             "this result has no k-hat for each datum: pass one of posterior_quality with "
-            "joint=False."
+            "joint=False"
         )
     return result["khat"].values, khat_threshold(int(result["khat"].attrs["num_particles"]))
 
@@ -294,7 +292,7 @@ def _normalised(log_density: Tensor) -> np.ndarray:
     flat = log_density.detach().cpu().double().flatten()
     shares = torch.softmax(flat, 0)
     if not bool(shares.isfinite().all()):
-        raise ValueError("a density on the grid is zero everywhere or nan: choose another grid.")
+        raise ValueError("a density on the grid is zero everywhere or nan: choose another grid")
     return shares.reshape(log_density.shape).numpy()
 
 
@@ -394,7 +392,7 @@ def plot_coverage(
         ValueError: If there is no result, or nothing was simulated.
     """
     if not results:
-        raise ValueError("there is nothing to plot: pass at least one result.")
+        raise ValueError("there is nothing to plot: pass at least one result")
     ax = _axes(ax, _WIDE)
     for i, (name, result) in enumerate(results.items()):
         _check_simulated(result)
@@ -431,7 +429,7 @@ def plot_coverage(
 def _check_simulated(result: Result) -> None:
     if "ecdf" not in result:
         raise ValueError(
-            "this result has no ranks: call posterior_quality with num_simulations, or calibrate."
+            "this result has no ranks: call posterior_quality with num_simulations, or calibrate"
         )
 
 
@@ -502,7 +500,7 @@ def plot_worst(
     if result.sizes.get("datum") != len(x):
         raise ValueError(
             f"the result has {result.sizes.get('datum')} data and x {len(x)}: pass the result's "
-            "data."
+            "data"
         )
     images = _images(x, image_shape)
     numbered = result.assign_coords(datum=np.arange(len(x)))

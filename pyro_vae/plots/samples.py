@@ -46,7 +46,7 @@ def plot_sample_rows(
         ValueError: If there is no source, or the rows are not images of that shape.
     """
     if not images:
-        raise ValueError("there are no images to show: pass at least one source.")
+        raise ValueError("there are no images to show: pass at least one source")
     count = min(num_images, *(len(x) for x in images.values()))
     rows = torch.stack([_images(x[:count], image_shape) for x in images.values()])
     _, height, _ = _grid(image_shape)

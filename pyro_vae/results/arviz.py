@@ -142,7 +142,7 @@ def _joined(
         for group, variables in part.items():
             if group in joined and group not in ("fit", "constant_data", "observed_data"):
                 raise ValueError(
-                    f"two parts have the group {group}: convert each set of draws by itself."
+                    f"two parts have the group {group}: convert each set of draws by itself"
                 )
             joined.setdefault(group, {}).update(variables)
     return joined
@@ -158,10 +158,10 @@ def _per_datum(khat: Any, groups: Groups) -> Variable:
 
 def _sample_dims(groups: Groups, asked: Sequence[str]) -> tuple[str, ...]:
     if tuple(asked) not in (_CHAINS, _NO_CHAINS):
-        raise ValueError(f"sample_dims is {tuple(asked)}, but must be {_NO_CHAINS} or {_CHAINS}.")
+        raise ValueError(f"sample_dims is {tuple(asked)}, but must be {_NO_CHAINS} or {_CHAINS}")
     chains = any("chain" in names for group in groups.values() for names, _ in group.values())
     if chains and tuple(asked) != _CHAINS:
-        raise ValueError(f"these draws come in chains: leave sample_dims out, or pass {_CHAINS}.")
+        raise ValueError(f"these draws come in chains: leave sample_dims out, or pass {_CHAINS}")
     return tuple(asked)
 
 
@@ -180,7 +180,7 @@ def _datasets(
     }
     for site, names in dims.items():
         if not {(site, dim) for dim in names} <= named:
-            raise ValueError(f"dims names an event of {site!r}, but no site of that name has one.")
+            raise ValueError(f"dims names an event of {site!r}, but no site of that name has one")
     _check_dims(arrays, coords)
     datasets = {}
     for group, variables in arrays.items():
@@ -206,7 +206,7 @@ def _array(
     if len(event) != left:
         raise ValueError(
             f"dims names {len(event)} dimensions of {name}, but its event has {left} beside "
-            f"{', '.join(names)}."
+            f"{', '.join(names)}"
         )
     every = (*names, *event)
     taken = {*_CHAINS, *_NO_CHAINS} - set(leading)
@@ -214,7 +214,7 @@ def _array(
     if clash is not None:
         raise ValueError(
             f"a dimension of {name} is called {clash!r} like another one that stands for draws or "
-            "data: give its plate or event another name."
+            "data: give its plate or event another name"
         )
     return xr.DataArray(numbers, dims=every)
 
@@ -233,20 +233,20 @@ def _check_dims(
             if size != known:
                 raise ValueError(
                     f"the dimension {dim!r} has {known} entries in {other} and {size} in {name}: "
-                    "give each an own name with dims."
+                    "give each an own name with dims"
                 )
     reserved = {*sizes, *_CHAINS, *_NO_CHAINS, "datum"}
     for name, _ in every:
         if name in reserved:
             raise ValueError(
                 f"the site {name!r} has the name of a dimension, and a dataset can hold only one "
-                "of them: rename the site in model and guide."
+                "of them: rename the site in model and guide"
             )
     for dim, values in coords.items():
         if dim not in sizes:
-            raise ValueError(f"coords names {dim!r}, but the dimensions are {sorted(sizes)}.")
+            raise ValueError(f"coords names {dim!r}, but the dimensions are {sorted(sizes)}")
         if len(values) != sizes[dim][1]:
-            raise ValueError(f"coords has {len(values)} values for {sizes[dim][1]} of {dim!r}.")
+            raise ValueError(f"coords has {len(values)} values for {sizes[dim][1]} of {dim!r}")
 
 
 def _numbers(values: Any) -> np.ndarray:

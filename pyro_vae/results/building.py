@@ -59,7 +59,7 @@ def make_result(
         _check_variable(result, str(name))
     for what, sentences in (("notes", notes), ("verdict", verdict)):
         if isinstance(sentences, str):
-            raise TypeError(f"{what} is one string, but must be a sequence of sentences.")
+            raise TypeError(f"{what} is one string, but must be a sequence of sentences")
     provenance = {
         "function": str(function),
         "seed": None if seed is None else int(seed),
@@ -82,12 +82,12 @@ def _as_array(name: str, values: Any) -> np.ndarray:
     """A copy in numpy; text in its shortest type, which is what NetCDF gives back."""
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a masked array, and NetCDF drops the mask: fill it with nan first."
+            f"{name} is a masked array, and NetCDF drops the mask: fill it with nan first"
         )
     array = np.array(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
     if array.dtype.kind in "OTU":
         if not all(isinstance(value, str) for value in array.flat):
-            raise TypeError(f"{name} holds Python objects: make it numeric, or text throughout.")
+            raise TypeError(f"{name} holds Python objects: make it numeric, or text throughout")
         return array.astype(str) if array.dtype.kind != "U" else np.array(array.tolist(), dtype=str)
     return array
 
@@ -110,15 +110,15 @@ def _check_variable(result: Result, name: str) -> None:
         return
     if len(present) < len(LABELS):
         raise ValueError(
-            f"{name} has no label: give it attributes made by label(unit=..., bound=...)."
+            f"{name} has no label: give it attributes made by label(unit=..., bound=...)"
         )
     if variable.dtype.kind not in "fiub":
-        raise ValueError(f"{name} is labelled as a number, but holds {variable.dtype}.")
+        raise ValueError(f"{name} is labelled as a number, but holds {variable.dtype}")
     known = ("unit", "reduction", "bound", "measure", "num_particles", "seed", "description")
     label(**{key: variable.attrs[key] for key in known if key in variable.attrs})
     if "datum" in variable.dims and variable.attrs["reduction"] == "total":
         raise ValueError(
-            f"{name} has one value per datum, so its reduction is 'per datum', not 'total'."
+            f"{name} has one value per datum, so its reduction is 'per datum', not 'total'"
         )
 
 
@@ -127,13 +127,13 @@ def _check_error(result: Result, name: str) -> None:
     said = {"se": "standard error", "bias": "bias"}[kind]
     if owner not in result.data_vars:
         raise ValueError(
-            f"{name} is the {said} of {owner}, which is missing: add it or rename {name}."
+            f"{name} is the {said} of {owner}, which is missing: add it or rename {name}"
         )
     if result[name].dims != result[owner].dims:
         raise ValueError(
-            f"{name} has dims {result[name].dims}, but {owner} has {result[owner].dims}."
+            f"{name} has dims {result[name].dims}, but {owner} has {result[owner].dims}"
         )
     if result[name].dtype.kind not in "fiu":
-        raise ValueError(f"{name} is a {said}, so it cannot be anything but numbers.")
+        raise ValueError(f"{name} is a {said}, so it cannot be anything but numbers")
     if kind == "se" and bool((result[name].values < 0).any()):
-        raise ValueError(f"{name} is a standard error, so it cannot be negative.")
+        raise ValueError(f"{name} is a standard error, so it cannot be negative")

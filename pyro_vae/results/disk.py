@@ -19,13 +19,13 @@ def save_dataset(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     if target.suffix != ".nc":
         raise ValueError(
             f"a result is saved as NetCDF: name the file {target.stem or 'result'}.nc, not "
-            f"{target.name or target}."
+            f"{target.name or target}"
         )
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder: name a file in it.")
+        raise IsADirectoryError(f"{target} is a folder: name a file in it")
     target = Path(os.path.realpath(target))  # writes through a link instead of replacing it
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first.")
+        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first")
     with atomic_path(target) as temporary:
         _write(dataset, temporary)
     return Path(path)
@@ -43,7 +43,7 @@ def read_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
         raise
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         raise ValueError(
-            f"{path} is not a NetCDF file or is damaged: make it again ({error})."
+            f"{path} is not a NetCDF file or is damaged: make it again ({error})"
         ) from error
 
 
@@ -71,7 +71,7 @@ def _write(dataset: xr.Dataset, path: Path) -> None:
     if not same:
         raise ValueError(
             "NetCDF would change the result: rename attributes that it gives a meaning (units, "
-            "dtype, scale_factor, _FillValue, ...), and use only numbers, bools and text."
+            "dtype, scale_factor, _FillValue, ...), and use only numbers, bools and text"
         )
 
 
@@ -103,7 +103,7 @@ def _value_to_disk(value: Any, where: str) -> Any:
         return value
     raise TypeError(
         f"{where} is {value!r}, but must be text, a bool or a number of at most 64 bits; "
-        "what belongs to the whole result goes into config."
+        "what belongs to the whole result goes into config"
     )
 
 

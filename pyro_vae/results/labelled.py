@@ -38,12 +38,12 @@ def labelled_variable(dataset: xr.Dataset, name: str) -> xr.DataArray:
     """The variable, if there is one of this name and it has a label."""
     if name not in dataset.data_vars:
         raise KeyError(
-            f"there is no variable {name!r}; there are {', '.join(labelled_names(dataset))}."
+            f"there is no variable {name!r}; there are {', '.join(labelled_names(dataset))}"
         )
     variable = dataset[name]
     if not all(key in variable.attrs for key in LABELS):
         raise ValueError(
-            f"{name} has no label, so its meaning is unknown: make its attributes with label()."
+            f"{name} has no label, so its meaning is unknown: make its attributes with label()"
         )
     return variable
 
@@ -132,16 +132,16 @@ def _is_error_of(name: Hashable, names: Mapping[Hashable, Any]) -> bool:
 def check_has_mean(name: str, values: np.ndarray) -> None:
     """Raises a ValueError that says why there is no mean, where there is none."""
     if values.size == 0:
-        raise ValueError(f"{name} has no data to take a mean over.")
+        raise ValueError(f"{name} has no data to take a mean over")
     bad = count_nan(values)
     if bad:
         raise ValueError(
             f"{name} is {nan_text(bad, values.size)}, so its mean is undefined: look at those "
-            "data, or leave them out with result.isel(datum=...) and say so."
+            "data, or leave them out with result.isel(datum=...) and say so"
         )
     if np.isposinf(values).any() and np.isneginf(values).any():
         raise ValueError(
-            f"{name} is inf for some data and -inf for others, so its mean is undefined."
+            f"{name} is inf for some data and -inf for others, so its mean is undefined"
         )
 
 

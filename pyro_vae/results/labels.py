@@ -73,7 +73,7 @@ def label(
             or num_particles < 1
         ):
             raise ValueError(
-                f"num_particles is {num_particles!r}, but must be a whole number from 1."
+                f"num_particles is {num_particles!r}, but must be a whole number from 1"
             )
         attrs["num_particles"] = int(num_particles)
     if seed is not None:
@@ -88,5 +88,5 @@ def label(
 def _one_of(what: str, word: Any, words: Sequence[str]) -> str:
     if word not in words:
         listed = ", ".join(repr(w) for w in words)
-        raise ValueError(f"{what} is {word!r}, but must be one of {listed}.")
+        raise ValueError(f"{what} is {word!r}, but must be one of {listed}")
     return str(word)

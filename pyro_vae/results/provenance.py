@@ -36,7 +36,7 @@ def sha256_of(*arrays: Any) -> str:
         TypeError: If an array holds Python objects.
     """
     if not arrays:
-        raise ValueError("sha256_of needs at least one array.")
+        raise ValueError("sha256_of needs at least one array")
     digest = sha256()
     for array in arrays:
         dtype, shape, content = _contents(array)
@@ -55,7 +55,7 @@ def _contents(array: Any) -> tuple[str, list[int], memoryview]:
     values = np.asarray(array)
     if values.dtype.hasobject:
         raise TypeError(
-            "an array of Python objects has no bytes to hash: make it numeric or text first."
+            "an array of Python objects has no bytes to hash: make it numeric or text first"
         )
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     raw = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
@@ -82,14 +82,14 @@ def to_json(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(
-                f"{where} has a key that is not text, which JSON would change: use text keys."
+                f"{where} has a key that is not text, which JSON would change: use text keys"
             )
         return {key: to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise TypeError(
         f"{where} is of type {type(value).__name__}, which cannot be recorded: give its name or "
-        "its numbers instead."
+        "its numbers instead"
     )
 
 

@@ -160,7 +160,7 @@ class Quantity:
             advice = "; ".join(dict.fromkeys(_ADVICE[name] for name in differs))
             raise IncomparableError(
                 f"{self.name} and {other.name} cannot be compared, for they differ in {listed}. "
-                f"What to do: {advice}."
+                f"What to do: {advice}"
             )
 
     def difference(self, other: "Quantity") -> "Quantity":
@@ -189,7 +189,7 @@ class Quantity:
         if math.isnan(value):
             raise ValueError(
                 f"{self.name} and {other.name} are both {self.value}, so their difference is "
-                "undefined: look at the data for which they are infinite."
+                "undefined: look at the data for which they are infinite"
             )
         return replace(
             self,
@@ -232,7 +232,7 @@ class Quantity:
         if (self.unit, self.reduction) != ("nats", "per datum"):
             raise ValueError(
                 f"{self.name} is in {self.unit}, {self.reduction}: only nats per datum convert "
-                "to bits per dimension."
+                "to bits per dimension"
             )
         _check_dimensions(num_dimensions)
         factor = 1.0 / (num_dimensions * math.log(2.0))
@@ -251,17 +251,17 @@ class Quantity:
         """
         if self.unit != "bits per dimension":
             raise ValueError(
-                f"{self.name} is in {self.unit}; only bits per dimension convert to nats."
+                f"{self.name} is in {self.unit}; only bits per dimension convert to nats"
             )
         dimensions = self.num_dimensions if num_dimensions is None else num_dimensions
         if dimensions is None:
             raise ValueError(
-                f"{self.name} does not say how many dimensions a datum has: pass num_dimensions."
+                f"{self.name} does not say how many dimensions a datum has: pass num_dimensions"
             )
         if self.num_dimensions not in (None, dimensions):
             raise ValueError(
                 f"{self.name} was converted with {self.num_dimensions} dimensions, not "
-                f"{dimensions}: leave num_dimensions out."
+                f"{dimensions}: leave num_dimensions out"
             )
         _check_dimensions(dimensions)
         return self._scaled(dimensions * math.log(2.0), unit="nats", num_dimensions=None)
@@ -302,9 +302,7 @@ def difference_text(difference: Quantity) -> str:
 
 def _check_dimensions(num_dimensions: int) -> None:
     if int(num_dimensions) != num_dimensions or num_dimensions < 1:
-        raise ValueError(
-            f"num_dimensions is {num_dimensions!r}, but must be a whole number from 1."
-        )
+        raise ValueError(f"num_dimensions is {num_dimensions!r}, but must be a whole number from 1")
 
 
 def _bound_of_difference(first: str, second: str) -> str:

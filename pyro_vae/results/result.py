@@ -107,7 +107,7 @@ class Result(xr.Dataset):
         if others:
             raise ValueError(
                 f"{name} varies over {' and '.join(others)}: select one value of each first, as in "
-                f"result.sel({others[0]}=...).quantity({name!r})."
+                f"result.sel({others[0]}=...).quantity({name!r})"
             )
         values = np.atleast_1d(variable.values.astype(np.float64))
         labelled.check_has_mean(name, values)
@@ -230,7 +230,7 @@ def paired_difference(first: Result, second: Result, name: str) -> Quantity:
     difference = first.quantity(name).difference(second.quantity(name))
     values = [result[name].values.astype(np.float64) for result in (first, second)]
     if first[name].dims != ("datum",):
-        raise ValueError(f"{name} has no value for each datum to pair: compare its quantities.")
+        raise ValueError(f"{name} has no value for each datum to pair: compare its quantities")
     spread = labelled.spread_error(values[0] - values[1], difference.value)
     return replace(difference, data_standard_error=spread)
 
@@ -244,7 +244,7 @@ def load_result(path: str | os.PathLike[str]) -> Result:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"there is no file {path}: check the name, or run the analysis that writes it."
+            f"there is no file {path}: check the name, or run the analysis that writes it"
         )
     dataset = read_dataset(path)
     try:
@@ -254,6 +254,6 @@ def load_result(path: str | os.PathLike[str]) -> Result:
         ours = False
     if not ours:
         raise ValueError(
-            f"{path} was not written by Result.save: open it with xarray.open_dataset instead."
+            f"{path} was not written by Result.save: open it with xarray.open_dataset instead"
         )
     return Result(dataset.data_vars, dataset.coords, dataset.attrs)

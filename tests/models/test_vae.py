@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_vae import fit, load_run, log_evidence
-from pyro_vae.inference.estimators.table import DReG, StickingTheLanding
+from pyro_vae.inference.estimators.bounds import DReG, StickingTheLanding
 from pyro_vae.inference.programs import inspect_programs
 from pyro_vae.inference.svi import load_tensors
 from pyro_vae.models import VAE, FullPosterior, Gaussian, TwoLayerVAE

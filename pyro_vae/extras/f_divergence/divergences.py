@@ -155,7 +155,7 @@ def get_divergence(name: str) -> FDivergence:
         'KL(Q || P) = int q log(q/p)'
     """
     if name not in F_DIVERGENCES:
-        raise ValueError(f"Unknown divergence {name!r}: choose one of {sorted(F_DIVERGENCES)}.")
+        raise ValueError(f"Unknown divergence {name!r}: choose one of {sorted(F_DIVERGENCES)}")
     return F_DIVERGENCES[name]
 
 

@@ -57,7 +57,7 @@ def attribute_vector(
     if not 0 < int(has.sum()) < len(has):
         raise ValueError(
             f"{int(has.sum())} of {len(has)} data have the attribute: a vector needs data with it "
-            "and data without."
+            "and data without"
         )
     return codes[has].mean(0) - codes[~has].mean(0)
 
@@ -99,7 +99,7 @@ def attribute_effect(
     if len(codes) < 2 or num_controls < 2:
         raise ValueError(
             f"{len(codes)} codes and {num_controls} controls give no errors: both must be at "
-            "least 2."
+            "least 2"
         )
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_controls, len(codes), generator=generator).to(codes)
@@ -184,7 +184,7 @@ def unit_effects(
         ValueError: If there are too few codes or values.
     """
     if len(codes) < 2 or num_values < 3:
-        raise ValueError("unit_effects needs at least 2 codes and 3 values.")
+        raise ValueError("unit_effects needs at least 2 codes and 3 values")
     columns: dict[str, list[float]] = {name: [] for name in _UNIT_COLUMNS}
     for unit in range(codes.shape[1]):
         variance = _variance_over_unit(decoder, codes, unit, num_values)
@@ -248,13 +248,13 @@ def relative_error(
     if x.shape != reconstruction.shape or len(x) < 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and its reconstruction {tuple(reconstruction.shape)}: "
-            "both need the same at least 2 rows."
+            "both need the same at least 2 rows"
         )
     x, reconstruction = x.double(), reconstruction.double()
     error = (x - reconstruction).square().sum(1)
     variance = (x - x.mean(0)).square().sum(1)
     if not variance.mean() > 0:
-        raise ValueError("all data are equal, so that there is no variance to compare with.")
+        raise ValueError("all data are equal, so that there is no variance to compare with")
     ratio = error.mean() / variance.mean()
     se = (error - ratio * variance).std() / (variance.mean() * math.sqrt(len(x)))
     return float(ratio), float(se)
@@ -319,7 +319,7 @@ def kl_from_standard_normal(codes: Float[Tensor, "data latent"]) -> float:
     """
     count, size = codes.shape
     if count <= size:
-        raise ValueError(f"{count} codes of {size} latents have no covariance: give more.")
+        raise ValueError(f"{count} codes of {size} latents have no covariance: give more")
     codes = codes.double()
     mean, covariance = codes.mean(0), codes.T.cov(correction=0).reshape(size, size)
     return float(0.5 * (covariance.trace() + mean @ mean - size - covariance.logdet()))

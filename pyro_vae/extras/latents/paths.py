@@ -217,11 +217,11 @@ def shortest_path(
         4.2426
     """
     if num_points < 3:
-        raise ValueError(f"a path has at least 3 points, ends included, not {num_points}.")
+        raise ValueError(f"a path has at least 3 points, ends included, not {num_points}")
     if start.shape != end.shape:
         raise ValueError(
             f"start has shape {tuple(start.shape)} and end {tuple(end.shape)}: pass a start and an "
-            "end for each pair."
+            "end for each pair"
         )
     straight = straight_path(start.detach(), end.detach(), num_points)
     guesses = {"straight": straight}

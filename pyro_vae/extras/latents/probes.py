@@ -148,12 +148,12 @@ def feature_quality(
 def _check(features: Mapping[str, FeatureSets], num_train: int, num_test: int) -> None:
     for name, sets in features.items():
         if not sets:
-            raise ValueError(f"{name!r} has no codes: give those of at least one training.")
+            raise ValueError(f"{name!r} has no codes: give those of at least one training")
         for train, test in sets:
             if (len(train), len(test)) != (num_train, num_test):
                 raise ValueError(
                     f"{name!r} has codes of {len(train)} training and {len(test)} test data, but "
-                    f"there are {num_train} and {num_test} labels: encode the labelled data."
+                    f"there are {num_train} and {num_test} labels: encode the labelled data"
                 )
 
 

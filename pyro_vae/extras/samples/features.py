@@ -81,20 +81,20 @@ def check_rows(
     """
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, but must be one row a datum: flatten images first."
+            f"{name} has shape {tuple(x.shape)}, but must be one row a datum: flatten images first"
         )
     if data_dim is not None and x.shape[1] != data_dim:
         raise ValueError(
-            f"{name} has {x.shape[1]} features, but {data_dim} are needed: give data of one kind."
+            f"{name} has {x.shape[1]} features, but {data_dim} are needed: give data of one kind"
         )
     if len(x) < minimum:
-        raise ValueError(f"{name} has {len(x)} rows, but at least {minimum} are needed: give more.")
+        raise ValueError(f"{name} has {len(x)} rows, but at least {minimum} are needed: give more")
     rows = x.detach().to(device="cpu", dtype=torch.float64)
     bad = int((~rows.isfinite()).any(1).sum())
     if bad:
         raise ValueError(
             f"{name} has values that are not finite in {bad} of {len(x)} rows: look where they "
-            "come from, or leave those rows out and say so."
+            "come from, or leave those rows out and say so"
         )
     return rows
 
@@ -144,7 +144,7 @@ def make_features(
     """
     seed = as_seed(seed)
     if kind not in FEATURES:
-        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(map(repr, FEATURES))}.")
+        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(map(repr, FEATURES))}")
     if dim is not None and (kind == "pixels" or dim < 1):
         raise ValueError(
             "the pixels' space has the dimension of the data: leave dim out."
@@ -168,7 +168,7 @@ def _principal_components(
 
     most = min(len(rows) - 1, rows.shape[1])
     if dim is not None and dim > most:
-        raise ValueError(f"{len(rows)} rows of {rows.shape[1]} features have {most} components.")
+        raise ValueError(f"{len(rows)} rows of {rows.shape[1]} features have {most} components")
     size = min(_DIM["pca"], most) if dim is None else dim
     fitted = PCA(size, svd_solver="covariance_eigh").fit(rows.numpy())
     mean, components = torch.as_tensor(fitted.mean_), torch.as_tensor(fitted.components_)
@@ -200,7 +200,7 @@ def _classifier(
     if len(classes) < 2 or smallest < 5:
         raise ValueError(
             f"a classifier needs two classes of at least 5 rows; there are {len(classes)}, the "
-            f"smallest of {smallest}."
+            f"smallest of {smallest}"
         )
     kept, held_out = train_test_split(
         torch.arange(len(rows)), test_size=_HELD_OUT, random_state=seed, stratify=targets.numpy()

@@ -149,7 +149,7 @@ def frechet_distance_infinity(
     """
     seed = as_seed(seed)
     if num_groups < 2:
-        raise ValueError(f"num_groups is {num_groups}, but must be at least 2.")
+        raise ValueError(f"num_groups is {num_groups}, but must be at least 2")
     first, second = _pair("a", a, "b", b, minimum=max(3, num_groups))
     generator = torch.Generator().manual_seed(seed)
     groups = [
@@ -248,7 +248,7 @@ def precision_recall(
         for assessing generative models, arXiv:1904.06991.
     """
     if k < 1:
-        raise ValueError(f"k is {k}, but must be at least 1.")
+        raise ValueError(f"k is {k}, but must be at least 1")
     first, second = _pair("samples", samples, "data", data, minimum=k + 1)
     precision, precision_se = _covered_share(first, second, k)
     recall, recall_se = _covered_share(second, first, k)
@@ -349,7 +349,7 @@ def high_frequency_power(
     if len(image_shape) not in (2, 3) or math.prod(image_shape) != rows.shape[1]:
         raise ValueError(
             f"image_shape {tuple(image_shape)} does not have the {rows.shape[1]} pixels of a row: "
-            "give (height, width) or (channels, height, width)."
+            "give (height, width) or (channels, height, width)"
         )
     channels, height, width = (1, *image_shape)[-3:]
     pixels = height * width
@@ -360,7 +360,7 @@ def high_frequency_power(
     if not 0 < cutoff < float(radius.max()):
         raise ValueError(
             f"cutoff is {cutoff}, but must lie between 0 and {float(radius.max()):.3f} cycles per "
-            "pixel, the highest frequency of these images."
+            "pixel, the highest frequency of these images"
         )
     stacked = rows.reshape(-1, channels, height, width)
     power = torch.cat(
@@ -445,7 +445,7 @@ def nearest_training_distance(
     (own, own_share), (real, real_share) = _nearest(near, data), _nearest(held_out, data)
     if float(real.mean()) == 0.0:
         raise ValueError(
-            "every held-out datum is a copy of a training datum: hold out data that differ."
+            "every held-out datum is a copy of a training datum: hold out data that differ"
         )
     size, other = len(own), len(real)
     found = mannwhitneyu(own.numpy(), real.numpy(), alternative="less", method="asymptotic")
@@ -636,7 +636,7 @@ def _in_frequencies(own: PowerSpectrum, real: PowerSpectrum, end: str) -> dict[s
     if float(real.high.sum()) == 0.0:
         raise ValueError(
             f"the training data have no power above {real.cutoff:g} cycles per pixel: lower the "
-            "cutoff."
+            "cutoff"
         )
     ratio, error = _ratio_of_means(own.high, real.high)
     rest = own.high - own.fraction * own.total

@@ -1,9 +1,9 @@
-"""Estimators of bounds and their gradients: `table` has a row for each, the rest is around it.
+"""Estimators of bounds and their gradients: `bounds` has a row for each, the rest is around it.
 
 ================  ================================================================================
 module            what it holds
 ================  ================================================================================
-`table`           one small class a row: value and detached coefficients, each with its paper
+`bounds`          one small class a row: value and detached coefficients, each with its paper
 `base`            what makes a loss of a row: theta, score and path terms of the log weights
 `direct`          estimators that have no log-weight coefficients
 `not_bounds`      what trains like a bound and bounds nothing: beta-ELBO, free bits, InfoVAE
@@ -20,20 +20,7 @@ from pyro_vae.inference.estimators.base import (
     scale_of,
     sites_without_path,
 )
-from pyro_vae.inference.estimators.not_bounds import (
-    BetaELBO,
-    FreeBits,
-    InfoVAE,
-    maximum_mean_discrepancy,
-)
-from pyro_vae.inference.estimators.registry import (
-    bounds_nothing,
-    loss_options,
-    loss_text,
-    make_objective,
-    objective_names,
-)
-from pyro_vae.inference.estimators.table import (
+from pyro_vae.inference.estimators.bounds import (
     CIWAE,
     MIWAE,
     PIWAE,
@@ -56,6 +43,19 @@ from pyro_vae.inference.estimators.table import (
     WakeSleep,
     estimator_names,
     make_estimator,
+)
+from pyro_vae.inference.estimators.not_bounds import (
+    BetaELBO,
+    FreeBits,
+    InfoVAE,
+    maximum_mean_discrepancy,
+)
+from pyro_vae.inference.estimators.registry import (
+    bounds_nothing,
+    loss_options,
+    loss_text,
+    make_objective,
+    objective_names,
 )
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any
 from pyro.infer import ELBO, RenyiELBO
 
 from pyro_vae.inference.estimators.base import Objective
+from pyro_vae.inference.estimators.bounds import estimator_names, make_estimator
 from pyro_vae.inference.estimators.not_bounds import BetaELBO, FreeBits, InfoVAE
-from pyro_vae.inference.estimators.table import estimator_names, make_estimator
 
 __all__ = ["bounds_nothing", "loss_options", "loss_text", "make_objective", "objective_names"]
 
@@ -52,7 +52,7 @@ def make_objective(objective: str | Mapping[str, Any], num_particles: int | None
     unknown = sorted(set(options) - set(takes))
     if unknown:
         has = f"it has {', '.join(takes)}" if takes else "it has none"
-        raise ValueError(f"the objective {name} has no argument {unknown[0]!r}: {has}.")
+        raise ValueError(f"the objective {name} has no argument {unknown[0]!r}: {has}")
     if num_particles is None:
         alone = kind.value_name == "ELBO" or name in _BESIDE
         num_particles = 1 if alone and kind.min_particles == 1 else _SEVERAL

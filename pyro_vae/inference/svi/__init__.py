@@ -17,8 +17,8 @@ from pyro_vae.inference.svi.fit import fit
 from pyro_vae.inference.svi.history import history_result
 from pyro_vae.inference.svi.loop import Fit
 from pyro_vae.inference.svi.optimizer import TrainingError
+from pyro_vae.inference.svi.shuffling import TrainingData
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
-from pyro_vae.inference.svi.training_data import TrainingData
 
 __all__ = [
     "FORMAT",

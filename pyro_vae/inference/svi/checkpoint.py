@@ -277,7 +277,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy.") from error
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     return rows
 
 

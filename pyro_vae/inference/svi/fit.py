@@ -30,7 +30,7 @@ from pyro_vae.inference.programs import (
 from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
 from pyro_vae.inference.svi.loop import Fit, TrainingRun
 from pyro_vae.inference.svi.settings import FitSettings
-from pyro_vae.inference.svi.training_data import TrainingData, move_data
+from pyro_vae.inference.svi.shuffling import TrainingData, move_data
 from pyro_vae.progress import say
 
 __all__ = ["fit"]

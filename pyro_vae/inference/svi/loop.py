@@ -38,6 +38,7 @@ from pyro_vae.inference.svi.history import best_row, history_result
 from pyro_vae.inference.svi.optimizer import make_optimizer
 from pyro_vae.inference.svi.preparation import check_held_out, prepare
 from pyro_vae.inference.svi.settings import FitSettings
+from pyro_vae.inference.svi.shuffling import TrainingData
 from pyro_vae.inference.svi.step import (
     Interruptible,
     ScaledLatents,
@@ -45,7 +46,6 @@ from pyro_vae.inference.svi.step import (
     refuse_infinite,
     without_validation,
 )
-from pyro_vae.inference.svi.training_data import TrainingData
 from pyro_vae.progress import progress_bar, say
 from pyro_vae.results import Result, float32_precision, summary_html
 

@@ -42,7 +42,7 @@ from pyro_vae.inference.programs import (
     tensors_of,
     weighted_sites,
 )
-from pyro_vae.inference.svi.training_data import TrainingData
+from pyro_vae.inference.svi.shuffling import TrainingData
 
 __all__ = [
     "Preparation",

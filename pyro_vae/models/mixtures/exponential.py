@@ -75,10 +75,10 @@ class ExponentialMixture(nn.Module, ABC):
         super().__init__()
         if num_components < 1 or dim < 1:
             raise ValueError(
-                f"num_components and dim must be positive, not {num_components} and {dim}."
+                f"num_components and dim must be positive, not {num_components} and {dim}"
             )
         if guide not in ("exact", "amortized"):
-            raise ValueError(f"guide is 'exact' or 'amortized', not {guide!r}.")
+            raise ValueError(f"guide is 'exact' or 'amortized', not {guide!r}")
         self.num_components = num_components
         self.dim = dim
         self.guide_kind = guide
@@ -396,7 +396,7 @@ class BernoulliMixture(_MeanMixture):
     ) -> "BernoulliMixture":
         """Builds the mixture with given weights and probabilities, in the dtype of `probs`."""
         if not bool(((probs > 0) & (probs < 1)).all()):
-            raise ValueError("Every probability must lie between 0 and 1, and be neither.")
+            raise ValueError("every probability must lie between 0 and 1, and be neither")
         mixture = cls._from_means(weights, probs, arguments)
         assert isinstance(mixture, cls)
         return mixture
@@ -414,8 +414,8 @@ class BernoulliMixture(_MeanMixture):
         check_finite(x)
         if not bool(((x == 0) | (x == 1)).all()):
             raise ValueError(
-                f"The data must be 0 or 1, but lie between {x.min():.3g} and {x.max():.3g} with "
-                "values between: binarise them first."
+                f"the data must be 0 or 1, but lie between {x.min():.3g} and {x.max():.3g} with "
+                "values between: binarise them first"
             )
 
     def _distribution(self, natural: Tensor) -> Distribution:
@@ -465,7 +465,7 @@ class PoissonMixture(_MeanMixture):
     ) -> "PoissonMixture":
         """Builds the mixture with given weights and rates, in the dtype of `rates`."""
         if not bool(((rates > 0) & rates.isfinite()).all()):
-            raise ValueError("Every rate must be positive and finite.")
+            raise ValueError("every rate must be positive and finite")
         mixture = cls._from_means(weights, rates, arguments)
         assert isinstance(mixture, cls)
         return mixture
@@ -483,8 +483,8 @@ class PoissonMixture(_MeanMixture):
         check_finite(x)
         if not bool(((x >= 0) & (x == x.floor())).all()):
             raise ValueError(
-                f"The data must be counts 0, 1, 2, ..., but lie between {x.min():.3g} and "
-                f"{x.max():.3g} or are not whole: use a GaussianMixture for real values."
+                f"the data must be counts 0, 1, 2, ..., but lie between {x.min():.3g} and "
+                f"{x.max():.3g} or are not whole: use a GaussianMixture for real values"
             )
 
     def _distribution(self, natural: Tensor) -> Distribution:

@@ -83,9 +83,9 @@ class GaussianMixture(ExponentialMixture):
         enumerate: bool = True,
     ) -> None:
         if covariance not in COVARIANCES:
-            raise ValueError(f"covariance is one of {COVARIANCES}, not {covariance!r}.")
+            raise ValueError(f"covariance is one of {COVARIANCES}, not {covariance!r}")
         if not 0 <= reg_covar < math.inf:
-            raise ValueError(f"reg_covar must be 0 or a positive number, not {reg_covar!r}.")
+            raise ValueError(f"reg_covar must be 0 or a positive number, not {reg_covar!r}")
         self.covariance = covariance
         self.reg_covar = float(reg_covar)
         super().__init__(num_components, dim, guide=guide, hidden=hidden, enumerate=enumerate)
@@ -121,7 +121,7 @@ class GaussianMixture(ExponentialMixture):
             raise ValueError(
                 f"With covariance={covariance!r} and {len(locs)} components of {locs.shape[1]} "
                 f"features, covariances has shape {tuple(mixture.covariances.shape)}, not "
-                f"{tuple(covariances.shape)}."
+                f"{tuple(covariances.shape)}"
             )
         if covariance in ("full", "tied"):
             scales, info = torch.linalg.cholesky_ex(covariances.detach())
@@ -129,7 +129,7 @@ class GaussianMixture(ExponentialMixture):
         else:
             scales, bad = covariances.detach().sqrt(), not bool((covariances > 0).all())
         if bad:
-            raise ValueError("A covariance is not positive definite.")
+            raise ValueError("a covariance is not positive definite")
         mixture.generative.set(weights.detach().log(), locs.detach(), scales)
         return mixture
 
@@ -312,7 +312,7 @@ class _GaussianProblem(MixtureProblem):
         if constant and not (spherical and len(constant) < self._dim):
             raise ValueError(
                 f"Features {constant} are constant, so a covariance would be singular: drop them, "
-                "or pass reg_covar to the mixture."
+                "or pass reg_covar to the mixture"
             )
 
     def _width(self) -> int:

@@ -151,12 +151,12 @@ class MixtureProblem(ABC):
     ) -> None:
         check_batch(x, mixture.dim, like=x)
         if x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"The data are {x.dtype}; convert them, for example x.double().")
+            raise ValueError(f"the data are {x.dtype}; convert them, for example x.double()")
         check_finite(x)
         mixture._check_support(x)
         unknown = sorted(set(hold) - set(self._holdable))
         if isinstance(hold, str) or unknown:
-            raise ValueError(f"hold takes names out of {self._holdable}, not {hold!r}.")
+            raise ValueError(f"hold takes names out of {self._holdable}, not {hold!r}")
         self.mixture = mixture
         self.num_components = mixture.num_components
         self.measure = mixture.measure
@@ -178,7 +178,7 @@ class MixtureProblem(ABC):
         ):
             raise ValueError(
                 f"sample_weights must have shape ({self.num_data},) and be finite and not "
-                "negative, with a positive sum."
+                "negative, with a positive sum"
             )
         return weights
 
@@ -188,7 +188,7 @@ class MixtureProblem(ABC):
         if positive < self.num_components:
             raise ValueError(
                 f"{positive} data cannot hold {self.num_components} components: use fewer "
-                "components, or more data."
+                "components, or more data"
             )
 
     # -- what a family says
@@ -392,7 +392,7 @@ class MixtureProblem(ABC):
     def initialize(self, method: str, generator: torch.Generator) -> MixtureParameters:
         """Parameters to start from; see `models.ExponentialMixture.initialize`."""
         if method not in _STARTS:
-            raise ValueError(f"A start is one of {_STARTS}, not {method!r}.")
+            raise ValueError(f"a start is one of {_STARTS}, not {method!r}")
         centres = self._seeds(generator, spread=method != "random")
         if method == "k-means":
             for _ in range(_LLOYD_STEPS):
@@ -410,8 +410,8 @@ class MixtureProblem(ABC):
             far = distance > 0
             if not bool((far & (weights > 0)).any()):
                 raise ValueError(
-                    f"The data have {number} distinct rows, which cannot start "
-                    f"{self.num_components} components: use fewer components."
+                    f"the data have {number} distinct rows, which cannot start "
+                    f"{self.num_components} components: use fewer components"
                 )
             chances = weights * (distance if spread and number else far.to(weights))
             index = _draw_row(chances, generator)
@@ -490,6 +490,6 @@ def check_weights(weights: Tensor, num_components: int) -> None:
     """Raises unless these are positive weights of so many components."""
     total = float(weights.sum())
     if weights.shape != (num_components,) or not bool((weights > 0).all()):
-        raise ValueError(f"There must be {num_components} positive weights, one a component.")
+        raise ValueError(f"there must be {num_components} positive weights, one a component")
     if abs(total - 1) > 1e-4:
-        raise ValueError(f"The weights sum to {total:.6g}, not to 1: divide them by their sum.")
+        raise ValueError(f"the weights sum to {total:.6g}, not to 1: divide them by their sum")

@@ -201,11 +201,11 @@ class Gaussian(Likelihood):
     def __init__(self, scale: str | float = "shared", min_scale: float = 1e-3) -> None:
         super().__init__()
         if isinstance(scale, str) and scale not in ("shared", "pixel"):
-            raise ValueError(f"scale is 'shared', 'pixel' or a positive number, not {scale!r}.")
+            raise ValueError(f"scale is 'shared', 'pixel' or a positive number, not {scale!r}")
         if not isinstance(scale, str) and not (0 < scale < math.inf):
-            raise ValueError(f"A fixed scale must be positive and finite, not {scale}.")
+            raise ValueError(f"a fixed scale must be positive and finite, not {scale}")
         if not 0 < min_scale < 1:
-            raise ValueError(f"min_scale must lie between 0 and 1, not {min_scale}.")
+            raise ValueError(f"min_scale must lie between 0 and 1, not {min_scale}")
         self._scale = scale if isinstance(scale, str) else float(scale)
         self._min_scale = float(min_scale)
         if scale == "shared":
@@ -253,7 +253,7 @@ class _GreyLevels(Likelihood):
     def __init__(self, levels: int) -> None:
         super().__init__()
         if levels < 2:
-            raise ValueError(f"levels must be at least 2, not {levels}.")
+            raise ValueError(f"levels must be at least 2, not {levels}")
         self.levels = levels
 
     def _on_support(self, x: Float[Tensor, "*batch features"]) -> bool:
@@ -349,11 +349,11 @@ class DiscretizedLogistic(_GreyLevels):
     ) -> None:
         super().__init__(levels)
         if components < 1:
-            raise ValueError(f"components must be positive, not {components}.")
+            raise ValueError(f"components must be positive, not {components}")
         if scale not in ("shared", "pixel"):
-            raise ValueError(f"scale is 'shared' or 'pixel', not {scale!r}.")
+            raise ValueError(f"scale is 'shared' or 'pixel', not {scale!r}")
         if not 0 < min_scale < _START_SCALE:
-            raise ValueError(f"min_scale must lie between 0 and {_START_SCALE}, not {min_scale}.")
+            raise ValueError(f"min_scale must lie between 0 and {_START_SCALE}, not {min_scale}")
         self.components = components
         self._scale = scale
         self._min_scale = float(min_scale)
@@ -436,7 +436,7 @@ def make_likelihood(likelihood: str | Mapping[str, Any] | Likelihood) -> Likelih
     arguments = {"name": likelihood} if isinstance(likelihood, str) else dict(likelihood)
     name = str(arguments.pop("name", None))
     if name not in _LIKELIHOODS:
-        raise ValueError(f"Unknown likelihood {name!r}: choose one of {sorted(_LIKELIHOODS)}.")
+        raise ValueError(f"Unknown likelihood {name!r}: choose one of {sorted(_LIKELIHOODS)}")
     return _LIKELIHOODS[name](**arguments)
 
 
@@ -453,13 +453,13 @@ def check_batch(x: Tensor, data_dim: int, like: Tensor) -> None:
     """
     if x.ndim != 2 or x.shape[1] != data_dim or len(x) == 0:
         raise ValueError(
-            f"The data must have shape (batch, {data_dim}), not {tuple(x.shape)}: flatten each "
-            "observation into one row, and give at least one."
+            f"the data must have shape (batch, {data_dim}), not {tuple(x.shape)}: flatten each "
+            "observation into one row, and give at least one"
         )
     if x.dtype != like.dtype:
         raise ValueError(
-            f"The data are {x.dtype} but the parameters are {like.dtype}: convert one of them, "
-            f"for example x.to({like.dtype})."
+            f"the data are {x.dtype} but the parameters are {like.dtype}: convert one of them, "
+            f"for example x.to({like.dtype})"
         )
 
 
@@ -470,7 +470,7 @@ def check_finite(x: Tensor) -> None:
         ValueError: If it does.
     """
     if not _is_finite(x):
-        raise ValueError("The data hold NaN or infinite values; remove or impute them first.")
+        raise ValueError("the data hold NaN or infinite values; remove or impute them first")
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -94,7 +94,7 @@ def residual(
     """
     _check_sizes((in_dim, *hidden, out_dim), activation)
     if not hidden:
-        raise ValueError("A residual network needs at least one hidden size; give one, or use mlp.")
+        raise ValueError("a residual network needs at least one hidden size; give one, or use mlp")
     sizes = (hidden[0], *hidden)
     blocks = [_ResidualBlock(a, b, activation) for a, b in pairwise(sizes)]
     ends = nn.Linear(in_dim, hidden[0]), nn.Linear(hidden[-1], out_dim)
@@ -205,11 +205,11 @@ class Convolutional(Network):
         self, channels: Sequence[int] = (16, 32), image_shape: Sequence[int] | None = None
     ) -> None:
         if not channels or min(channels) < 1:
-            raise ValueError(f"channels needs positive numbers, not {tuple(channels)}.")
+            raise ValueError(f"channels needs positive numbers, not {tuple(channels)}")
         if image_shape is not None and (len(image_shape) not in (2, 3) or min(image_shape) < 1):
             raise ValueError(
                 "image_shape is (height, width) or (channels, height, width), not "
-                f"{tuple(image_shape)}."
+                f"{tuple(image_shape)}"
             )
         self.channels = tuple(channels)
         self.image_shape = None if image_shape is None else tuple(image_shape)
@@ -238,7 +238,7 @@ class Convolutional(Network):
         """See `Network.decoder`."""
         blocks, rest = divmod(out_dim, data_dim)
         if rest:
-            raise ValueError(f"{out_dim} outputs are not a whole number for each of {data_dim}.")
+            raise ValueError(f"{out_dim} outputs are not a whole number for each of {data_dim}")
         first, *inner = self._shapes(data_dim)
         shapes = [(blocks * first[0], *first[1:]), *inner]
         layers: list[nn.Module] = [ACTIVATIONS[activation]()]
@@ -258,13 +258,13 @@ class Convolutional(Network):
         if self.image_shape is None and side**2 != data_dim:
             raise ValueError(
                 f"{data_dim} features are not a square picture: pass network={{'name': 'conv', "
-                "'image_shape': (height, width)}."
+                "'image_shape': (height, width)}"
             )
         shape = self.image_shape or (side, side)
         if math.prod(shape) != data_dim:
             raise ValueError(
-                f"A picture of shape {shape} has {math.prod(shape)} pixels, but the data have "
-                f"{data_dim} features."
+                f"a picture of shape {shape} has {math.prod(shape)} pixels, but the data have "
+                f"{data_dim} features"
             )
         color, height, width = (1, *shape)[-3:]
         shapes = [(color, height, width)]
@@ -308,7 +308,7 @@ def make_network(network: str | Mapping[str, Any] | Network) -> Network:
     arguments = {"name": network} if isinstance(network, str) else dict(network)
     name = str(arguments.pop("name", None))
     if name not in _NETWORKS:
-        raise ValueError(f"Unknown network {name!r}: choose one of {sorted(_NETWORKS)}.")
+        raise ValueError(f"Unknown network {name!r}: choose one of {sorted(_NETWORKS)}")
     return _NETWORKS[name](**arguments)
 
 
@@ -352,7 +352,7 @@ class Autoregressive(nn.Module):
         super().__init__()
         _check_sizes((dim, *hidden, num_outputs), "elu")
         if not hidden:
-            raise ValueError("A masked perceptron needs at least one hidden layer.")
+            raise ValueError("a masked perceptron needs at least one hidden layer")
         self.dim, self.num_outputs = dim, num_outputs
         self.permutation = list(range(dim))[:: -1 if reverse else 1]
         order = torch.empty(dim, dtype=torch.long, device="cpu")
@@ -406,6 +406,6 @@ class _MaskedLinear(nn.Linear):
 
 def _check_sizes(sizes: Sequence[int], activation: str) -> None:
     if min(sizes) < 1:
-        raise ValueError(f"Every layer needs at least one unit, but the sizes are {tuple(sizes)}.")
+        raise ValueError(f"every layer needs at least one unit, but the sizes are {tuple(sizes)}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation {activation!r}: choose one of {sorted(ACTIVATIONS)}.")
+        raise ValueError(f"Unknown activation {activation!r}: choose one of {sorted(ACTIVATIONS)}")

@@ -41,7 +41,7 @@ class Posterior(nn.Module, ABC):
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         if latent_dim < 1:
-            raise ValueError(f"latent_dim must be positive, not {latent_dim}.")
+            raise ValueError(f"latent_dim must be positive, not {latent_dim}")
         self.latent_dim = latent_dim
 
     @property
@@ -139,7 +139,7 @@ class LowRankPosterior(Posterior):
     def __init__(self, latent_dim: int, rank: int = 2) -> None:
         super().__init__(latent_dim)
         if rank < 1:
-            raise ValueError(f"rank must be positive, not {rank}.")
+            raise ValueError(f"rank must be positive, not {rank}")
         self.rank = rank
 
     @property
@@ -197,11 +197,11 @@ class InverseAutoregressivePosterior(Posterior):
         super().__init__(latent_dim)
         if num_steps < 1 or context_dim < 1:
             raise ValueError(
-                f"num_steps and context_dim must be positive, not {num_steps} and {context_dim}."
+                f"num_steps and context_dim must be positive, not {num_steps} and {context_dim}"
             )
         if latent_dim < 2:
             raise ValueError(
-                "An autoregressive flow of one latent is affine: use posterior='diagonal'."
+                "an autoregressive flow of one latent is affine: use posterior='diagonal'"
             )
         self.num_steps, self.hidden, self.context_dim = num_steps, tuple(hidden), context_dim
         self.steps = nn.ModuleList(
@@ -288,12 +288,12 @@ def make_posterior(posterior: str | Mapping[str, Any] | Posterior, latent_dim: i
     if isinstance(posterior, Posterior):
         if posterior.latent_dim != latent_dim:
             raise ValueError(
-                f"The posterior was made for {posterior.latent_dim} latents, but the model has "
-                f"{latent_dim}: make it with latent_dim={latent_dim}."
+                f"the posterior was made for {posterior.latent_dim} latents, but the model has "
+                f"{latent_dim}: make it with latent_dim={latent_dim}"
             )
         return posterior
     arguments = {"name": posterior} if isinstance(posterior, str) else dict(posterior)
     name = str(arguments.pop("name", None))
     if name not in _POSTERIORS:
-        raise ValueError(f"Unknown posterior {name!r}: choose one of {sorted(_POSTERIORS)}.")
+        raise ValueError(f"Unknown posterior {name!r}: choose one of {sorted(_POSTERIORS)}")
     return _POSTERIORS[name](latent_dim, **arguments)

@@ -46,7 +46,7 @@ class Prior(nn.Module, ABC):
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         if latent_dim < 1:
-            raise ValueError(f"latent_dim must be positive, not {latent_dim}.")
+            raise ValueError(f"latent_dim must be positive, not {latent_dim}")
         self.latent_dim = latent_dim
 
     @property
@@ -100,7 +100,7 @@ class MixturePrior(Prior):
     def __init__(self, latent_dim: int, num_components: int = 10) -> None:
         super().__init__(latent_dim)
         if num_components < 1:
-            raise ValueError(f"num_components must be positive, not {num_components}.")
+            raise ValueError(f"num_components must be positive, not {num_components}")
         self.num_components = num_components
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.locs = nn.Parameter(torch.randn(num_components, latent_dim))
@@ -145,7 +145,7 @@ class VampPrior(Prior):
     ) -> None:
         super().__init__(latent_dim)
         if num_pseudo_inputs < 1:
-            raise ValueError(f"num_pseudo_inputs must be positive, not {num_pseudo_inputs}.")
+            raise ValueError(f"num_pseudo_inputs must be positive, not {num_pseudo_inputs}")
         self.num_pseudo_inputs, self.bounded = num_pseudo_inputs, bounded
         self.raw = nn.Parameter(torch.randn(num_pseudo_inputs, data_dim))
 
@@ -175,8 +175,8 @@ class VampPrior(Prior):
         """
         if x.shape != self.raw.shape:
             raise ValueError(
-                f"There are {len(self.raw)} pseudo-inputs of {self.raw.shape[1]} features, but x "
-                f"has shape {tuple(x.shape)}: pass so many rows of the data."
+                f"there are {len(self.raw)} pseudo-inputs of {self.raw.shape[1]} features, but x "
+                f"has shape {tuple(x.shape)}: pass so many rows of the data"
             )
         self.raw.copy_(x.clamp(0.01, 0.99).logit() if self.bounded else x)
 
@@ -216,11 +216,11 @@ class FlowPrior(Prior):
     ) -> None:
         super().__init__(latent_dim)
         if kind not in ("coupling", "autoregressive"):
-            raise ValueError(f"kind is 'coupling' or 'autoregressive', not {kind!r}.")
+            raise ValueError(f"kind is 'coupling' or 'autoregressive', not {kind!r}")
         if latent_dim < 2:
-            raise ValueError("A flow of one latent is affine: use prior='mixture'.")
+            raise ValueError("a flow of one latent is affine: use prior='mixture'")
         if num_steps < 1:
-            raise ValueError(f"num_steps must be positive, not {num_steps}.")
+            raise ValueError(f"num_steps must be positive, not {num_steps}")
         self.kind, self.num_steps, self.hidden = kind, num_steps, tuple(hidden)
         self.split = latent_dim // 2
         self.networks = nn.ModuleList(self._network(step) for step in range(num_steps))
@@ -349,23 +349,23 @@ def make_prior(
         arguments: dict[str, Any] = {"name": prior} if isinstance(prior, str) else dict(prior)
         name = str(arguments.pop("name", None))
         if name not in _PRIORS:
-            raise ValueError(f"Unknown prior {name!r}: choose one of {sorted(_PRIORS)}.")
+            raise ValueError(f"Unknown prior {name!r}: choose one of {sorted(_PRIORS)}")
         if name == "vamp":
             arguments = {"data_dim": data_dim or 1, "bounded": bounded} | arguments
         prior = _PRIORS[name](latent_dim, **arguments)
     if prior.latent_dim != latent_dim:
         raise ValueError(
-            f"The prior was made for {prior.latent_dim} latents, but the model has {latent_dim}: "
-            f"make it with latent_dim={latent_dim}."
+            f"the prior was made for {prior.latent_dim} latents, but the model has {latent_dim}: "
+            f"make it with latent_dim={latent_dim}"
         )
     if isinstance(prior, VampPrior) and data_dim is None:
         raise ValueError(
-            "A VampPrior mixes posteriors q(z | u), which have no closed form for latents that "
-            "are inferred by way of others: use the 'mixture' or 'flow' prior."
+            "a VampPrior mixes posteriors q(z | u), which have no closed form for latents that "
+            "are inferred by way of others: use the 'mixture' or 'flow' prior"
         )
     if isinstance(prior, VampPrior) and prior.raw.shape[1] != data_dim:
         raise ValueError(
-            f"The VampPrior has pseudo-inputs of {prior.raw.shape[1]} features, but the data have "
-            f"{data_dim}: make it with data_dim={data_dim}."
+            f"the VampPrior has pseudo-inputs of {prior.raw.shape[1]} features, but the data have "
+            f"{data_dim}: make it with data_dim={data_dim}"
         )
     return prior

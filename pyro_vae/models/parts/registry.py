@@ -96,12 +96,12 @@ def make_checked(what: str, make: Callable[[Any], Any], part: Any) -> Any:
         unknown = sorted(set(part) - {"name", *known})
         if unknown:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"the {what} {name!r} has no argument {unknown[0]!r}: {has}.")
+            raise ValueError(f"the {what} {name!r} has no argument {unknown[0]!r}: {has}")
     try:
         return make(part)
     except TypeError as error:  # text where a number belongs
         raise ValueError(
-            f"an argument of the {what} {part_text(part)} is wrong: {error}."
+            f"an argument of the {what} {part_text(part)} is wrong: {error}"
         ) from error
 
 

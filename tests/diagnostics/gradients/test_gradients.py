@@ -24,7 +24,7 @@ from pyro_vae.diagnostics.gradients import measurement as gradient_measurement
 from pyro_vae.diagnostics.gradients import sampler as gradient_sampler
 from pyro_vae.diagnostics.gradients.statistics import cross_fitted
 from pyro_vae.inference.estimators import Estimator, make_estimator
-from pyro_vae.inference.estimators.table import Coefficients, LeaveOneOut, Renyi
+from pyro_vae.inference.estimators.bounds import Coefficients, LeaveOneOut, Renyi
 from pyro_vae.inference.log_weights import elbo
 from pyro_vae.inference.programs import ProgramError, UnfittedWarning
 from pyro_vae.inference.svi import fit

@@ -14,7 +14,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-from pyro_vae.inference.estimators.table import (
+from pyro_vae.inference.estimators.bounds import (
     AnalyticELBO,
     LeaveOneOut,
     PathwiseELBO,

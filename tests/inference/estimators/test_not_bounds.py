@@ -12,13 +12,13 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 from pyro_vae import fit, log_evidence
+from pyro_vae.inference.estimators.bounds import AnalyticELBO, PathwiseELBO
 from pyro_vae.inference.estimators.not_bounds import (
     BetaELBO,
     FreeBits,
     InfoVAE,
     maximum_mean_discrepancy,
 )
-from pyro_vae.inference.estimators.table import AnalyticELBO, PathwiseELBO
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.results import IncomparableError, label, make_result
 

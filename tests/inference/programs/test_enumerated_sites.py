@@ -7,7 +7,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from pyro_vae import fit, log_evidence, log_weights
-from pyro_vae.inference.estimators.table import (
+from pyro_vae.inference.estimators.bounds import (
     AnalyticELBO,
     DReG,
     ImportanceWeighted,

@@ -30,7 +30,7 @@ from pyro_vae import (
     predictive_check,
     sample_posterior,
 )
-from pyro_vae.inference.estimators.table import PathwiseELBO
+from pyro_vae.inference.estimators.bounds import PathwiseELBO
 from pyro_vae.inference.programs import (
     FittedProgram,
     as_arguments,
