@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae import fit
+from pyro_vae.inference.estimators import bounds as table
 from pyro_vae.inference.estimators import estimator_names, make_estimator
-from pyro_vae.inference.estimators import table as table
 from pyro_vae.inference.estimators.bounds import (
     CIWAE,
     MIWAE,
