@@ -242,7 +242,7 @@ def _quantities(size: int, count: int, seed: int) -> Found:
             few = "data_" in name and not found.data_error_reliable
             rows.setdefault(name, []).append((found.value, error, aim, few))
     columns = {name: np.array(values, dtype=float).T for name, values in rows.items()}
-    return {name: interval(*three, few > 0) for name, (*three, few) in columns.items()}
+    return {name: interval(v[0], v[1], v[2], v[3] > 0) for name, v in columns.items()}
 
 
 def _resolve(count: int, seed: int) -> Found:
