@@ -219,11 +219,10 @@ def importance_bound_error(
         Error and bias, nan where fewer than two weights matter. An error is reliable if it is at
         most 0.5 nats and, with `tail`, `khat_limit` is at most `khat_threshold`.
 
-    Note: of 16 normal log weights with an sd of 1, 1.5 or 2 nats, 95, 93 and 93 % hold, and of
-        those that are called reliable (60, 18 and 5 %) 93, 65 and 22 %: an sd of 1.5 that looks
-        like 1 is not told from it. Of 1000 weights of a normal guide with a true k-hat of 0.5,
-        0.6, 0.75 or 0.9, 98, 97, 95 and 84 % hold, and of those called reliable (55, 37, 13 and
-        4 %) 97, 92, 60 and 0 %.
+    Note: of 16 normal log weights with an sd of 1 or 2 nats, 95 and 92 % hold, and of those called
+        reliable (64 and 6 %) 92 and 31 %: an sd of 2 that looks like 1 is not told from it. Of 1000
+        weights of a normal guide with a true k-hat of 0.6 or 0.9, 96 and 82 % hold, and of those
+        called reliable (33 and 4 %) 88 and 1 %. `docs/errors.md` has the bands.
 
     Note: Weights say nothing of a region that was never visited. No error holds for every tail.
 
