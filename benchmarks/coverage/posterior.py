@@ -43,14 +43,13 @@ def _weights(pair: NormalNormal, count: int, seed: int) -> Found:
         "mean_correction": pair.shift,
         "scale_correction": np.log(pair.scale),
     }
+    guards = {name: found[name].attrs.get("reliable_by") for name in truths}
     return {
         f"{name}_se": interval(
             found[name].values.ravel(),
             found[f"{name}_se"].values.ravel(),
             truth,
-            ~found.error_reliable.values
-            if name == "kl_guide_posterior"
-            else ~found.trust_weights.values,
+            False if guards[name] is None else ~found[guards[name]].values,
         )
         for name, truth in truths.items()
     }
@@ -218,18 +217,18 @@ def _test(name: str, **more: Any) -> Row:
     return Row(name, **{"most": 0.055, "breaks": "", "guard": "", **more})
 
 
-_TRUST = "`trust_weights` is False, with a reason"
-_OF_WEIGHTS = (
-    "kl_guide_posterior_se",
-    "kl_posterior_guide_se",
-    "total_variation_se",
-    "mean_se",
-    "sd_se",
-    "corrected_mean_se",
-    "corrected_sd_se",
-    "mean_correction_se",
-    "scale_correction_se",
-)
+_RELIABLE, _MOMENTS = "`error_reliable`", "`moments_reliable`"
+_OF_WEIGHTS = {  # and what then speaks
+    "kl_guide_posterior_se": _RELIABLE,
+    "kl_posterior_guide_se": "`kl_posterior_guide_reliable`",
+    "total_variation_se": _RELIABLE,
+    "mean_se": "",
+    "sd_se": "",
+    "corrected_mean_se": _RELIABLE,
+    "corrected_sd_se": _MOMENTS,
+    "mean_correction_se": _RELIABLE,
+    "scale_correction_se": _MOMENTS,
+}
 _BESIDE = (
     "reference_mean_se",
     "reference_sd_se",
@@ -239,6 +238,7 @@ _BESIDE = (
     "corrected_scale_error_se",
 )
 _HEAVY = "k-hat above its threshold"
+_INFINITE = "infinite variance of the weights"
 
 STUDIES = [
     Study(
@@ -246,12 +246,8 @@ STUDIES = [
         "posterior_quality",
         partial(_weights, NormalNormal()),
         tuple(
-            Row(
-                name,
-                breaks=_HEAVY,
-                guard="`error_reliable`" if name == "kl_guide_posterior_se" else _TRUST,
-            )
-            for name in _OF_WEIGHTS
+            Row(name, breaks=_HEAVY if guard else "never", guard=guard)
+            for name, guard in _OF_WEIGHTS.items()
         ),
     ),
     Study(
@@ -261,13 +257,13 @@ STUDIES = [
         (
             Row("mean_se", breaks="never", guard=""),
             *(
-                Row(name, 0.95, None, "infinite variance of the weights", _TRUST, speaks=0.6)
-                for name in (
-                    "kl_posterior_guide_se",
-                    "total_variation_se",
-                    "corrected_mean_se",
-                    "corrected_sd_se",
-                    "scale_correction_se",
+                Row(name, 0.95, None, _INFINITE, _OF_WEIGHTS[name], speaks=speaks)
+                for name, speaks in (
+                    ("kl_posterior_guide_se", 0.85),
+                    ("total_variation_se", 0.5),
+                    ("corrected_mean_se", 0.5),
+                    ("corrected_sd_se", 0.75),
+                    ("scale_correction_se", 0.75),
                 )
             ),
         ),
@@ -298,7 +294,9 @@ STUDIES = [
         "posterior_quality",
         _hmc,
         tuple(
-            Row(name, most=0.1, breaks="100 draws a chain", guard="`reference_converged`, from 400")
+            Row(
+                name, most=0.08, breaks="100 draws a chain", guard="`reference_converged`, from 400"
+            )
             for name in _BESIDE
         ),
         quick=40,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pyro_vae.intervals import enough_for_a_mean, mean_factor
 from pyro_vae.results.labels import LABELS
 from pyro_vae.results.provenance import sha256_of_index
 
@@ -25,6 +26,7 @@ __all__ = [
     "num_unreliable",
     "provenance",
     "spread_error",
+    "spread_reliable",
     "standard_error",
 ]
 
@@ -156,8 +158,13 @@ def nan_text(bad: int, size: int) -> str:
 
 
 def spread_error(values: np.ndarray, mean: float) -> float | None:
-    """Standard error of the mean over the population the data were drawn from."""
+    """Error of the mean over the population the data were drawn from; see `Result.quantity`."""
     if values.size < 2 or not math.isfinite(mean):
         return None
     with np.errstate(over="ignore"):
-        return float(values.std(ddof=1)) / math.sqrt(values.size)
+        return float(values.std(ddof=1)) / math.sqrt(values.size) * mean_factor(values)
+
+
+def spread_reliable(values: np.ndarray, mean: float) -> bool:
+    """Whether `spread_error` is to be relied upon: enough data for how skewed they are."""
+    return values.size < 2 or not math.isfinite(mean) or enough_for_a_mean(values)

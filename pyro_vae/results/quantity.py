@@ -59,7 +59,8 @@ class Quantity:
         standard_error: Monte-Carlo error of `value` for **these** data, taking the noise of
             different data as independent and their biases as they add up; None if unknown.
         data_standard_error: Standard error of `value` as an estimate for the population the data
-            were drawn from, sd / sqrt(number of data); None if unknown.
+            were drawn from, sd / sqrt(number of data), larger for few and for skewed data (see
+            `Result.quantity`); None if unknown.
         unit: One of `UNITS`.
         reduction: One of `REDUCTIONS`.
         bound: One of `BOUNDS`.
@@ -73,6 +74,8 @@ class Quantity:
             known.
         objective: Which objective it is, where `bound` is "objective" and it is known.
         num_unreliable: For how many of the data `standard_error` is not to be relied upon.
+        data_error_reliable: Whether `data_standard_error` is: not below 30 data, nor below 25 times
+            their squared skewness.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Quantity:
     num_dimensions: int | None = None
     objective: str | None = None
     num_unreliable: int = 0
+    data_error_reliable: bool = True
 
     def __str__(self) -> str:
         text = f"{self.name.replace('_', ' ')} = {number_text(self.value, self.standard_error)}"
@@ -132,7 +136,8 @@ class Quantity:
             mean = "" if self.reduction == "total" else "mean over "
             yield "1 datum" if self.num_data == 1 else f"{mean}{self.num_data} data"
         if self.data_standard_error is not None:
-            yield f"their spread alone gives +- {error_text(self.data_standard_error)}"
+            few = "" if self.data_error_reliable else " or more, for they are few or skewed"
+            yield f"their spread alone gives +- {error_text(self.data_standard_error)}{few}"
         if self.measure is not None:
             yield self.measure_text
         if self.seed is not None:
@@ -197,6 +202,7 @@ class Quantity:
             value=value,
             standard_error=_combined_error(self, other),
             data_standard_error=None,
+            data_error_reliable=True,
             bound=_bound_of_difference(self.bound, other.bound),
             num_particles=_common(self.num_particles, other.num_particles),
             seed=_common(self.seed, other.seed),
@@ -296,7 +302,8 @@ def difference_text(difference: Quantity) -> str:
     if paired is None:
         data = "the one datum" if count == 1 else "these data"
         return f"{text} (standard error of the draws alone, for {data})"
-    alone = "" if drawn is None else f"; that of the draws alone is {error_text(drawn)}"
+    alone = "" if difference.data_error_reliable else " and more, for they are few or skewed"
+    alone += "" if drawn is None else f"; that of the draws alone is {error_text(drawn)}"
     return f"{text} (standard error over the {count:,} data, paired{alone})"
 
 

@@ -85,10 +85,13 @@ class Result(xr.Dataset):
 
         .. math:: \text{standard\_error} = \frac1N \sqrt{\sum_n (s_n^2 - b_n^2)
                   + \Bigl(\sum_n b_n\Bigr)^2}, \qquad
-                  \text{data\_standard\_error} = \frac{\mathrm{sd}}{\sqrt N}
+                  \text{data\_standard\_error} = c \, \frac{\mathrm{sd}}{\sqrt N}
 
         The first is the Monte-Carlo error for these data, the second says how the mean would move
-        with other data.
+        with other data. There c widens for few and for skewed values (see
+        `intervals.mean_factor`): 1.2 for 8 normal ones, 1.01 for 100. Means of 60 ELBOs as skewed
+        as minus a chi-square with one degree of freedom then hold 94 %, of 8 such 89 %;
+        `data_error_reliable` is False there.
 
         An infinite value makes an infinite mean, which is honest, and leaves both errors unknown. A
         nan makes no mean.
@@ -119,6 +122,7 @@ class Result(xr.Dataset):
             value=value,
             standard_error=labelled.standard_error(self, name, value),
             data_standard_error=labelled.spread_error(values, value),
+            data_error_reliable=labelled.spread_reliable(values, value),
             num_particles=labelled.num_particles(variable),
             num_data=labelled.num_data(self, variable),
             seed=variable.attrs.get("seed", self.provenance.get("seed")),
@@ -209,10 +213,10 @@ def paired_difference(first: Result, second: Result, name: str) -> Quantity:
     r"""The mean difference of a variable between two results of the same data, paired over them.
 
     .. math:: \bar d = \frac1N \sum_n (a_n - b_n), \qquad
-              \text{data\_standard\_error} = \mathrm{sd}(a_n - b_n) / \sqrt N
+              \text{data\_standard\_error} = c \, \mathrm{sd}(a_n - b_n) / \sqrt N
 
-    The second says how the difference would move with other data; the draws behind the values are
-    in it, another training of either model is not.
+    The second says how the difference would move with other data, with c as in `Result.quantity`;
+    the draws behind the values are in it, another training of either model is not.
 
     Args:
         first: What is measured against `second`.
@@ -231,8 +235,12 @@ def paired_difference(first: Result, second: Result, name: str) -> Quantity:
     values = [result[name].values.astype(np.float64) for result in (first, second)]
     if first[name].dims != ("datum",):
         raise ValueError(f"{name} has no value for each datum to pair: compare its quantities")
-    spread = labelled.spread_error(values[0] - values[1], difference.value)
-    return replace(difference, data_standard_error=spread)
+    apart = values[0] - values[1]
+    return replace(
+        difference,
+        data_standard_error=labelled.spread_error(apart, difference.value),
+        data_error_reliable=labelled.spread_reliable(apart, difference.value),
+    )
 
 
 def load_result(path: str | os.PathLike[str]) -> Result:

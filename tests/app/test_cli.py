@@ -282,7 +282,7 @@ def test_a_fault_of_ours_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluate_sample_and_report(run: Path) -> None:
     done = call(f"evaluate {run} --num-particles 20 --num-data 15 --threads 1 --quiet")
     assert done.exit_code == 0, done.output
-    assert "k-hat plus its standard error is above" in done.stdout
+    assert "the upper 90 % limit of k-hat is above" in done.stdout
     found = load_result(run / "evaluation.nc")
     assert found.sizes["datum"] == 15
     assert found.quantity("elbo").num_particles == 20

@@ -14,6 +14,7 @@ that adapt themselves would bias the weights and could not be reversed.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,14 +30,20 @@ from pyro_vae.inference.log_weights import (
 )
 from pyro_vae.inference.mcmc import Tempered, hmc_step, jittered
 from pyro_vae.inference.programs import Potential
+from pyro_vae.intervals import student_factor
 
 __all__ = [
+    "FEWEST_SIMULATIONS",
     "Annealing",
     "annealed_weights",
     "reduce_forward",
     "reduce_reverse",
     "temperatures",
+    "with_shared_draws",
 ]
+
+FEWEST_SIMULATIONS = 10
+"""From which on their spread tells what an exact draw contributes."""
 
 _PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
 _SETTLE = 30  # steps in which the pilot finds a step size before it moves on
@@ -229,8 +236,39 @@ def reduce_forward(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tens
 def reduce_reverse(log_weights: Float[Tensor, "chains batch"]) -> dict[str, Tensor]:
     """The upper bound of each datum with its error, from the log weights of reverse chains.
 
-    The chains of a datum share their exact draw, whose part in the error the error leaves out.
+    The chains of a datum share their exact draw, whose part in the error the error leaves out; see
+    `with_shared_draws`.
     """
     found = reduce_forward(-log_weights)
     flipped = {name: -found[name] for name in ("log_evidence", "log_evidence_bias")}
     return found | flipped
+
+
+def with_shared_draws(found: Mapping[str, Tensor], num_chains: int) -> dict[str, Tensor]:
+    r"""Adds to the error of each simulated upper bound what its one exact draw contributes.
+
+    All reverse chains of a simulation start from the same exact draw, so their spread does not show
+    what another draw would have given. With d the distance of upper and lower bound, in which the
+    evidence of the simulation cancels, and s the errors by the spread of chains,
+
+    .. math:: \mathrm{se}_n^2 = s_{u,n}^2 + \max\bigl(0, \operatorname{var}(d)
+              - \overline{s_u^2}\bigr)
+
+    the same for all simulations (bias and Student's factor taken out of s on the right). The noise
+    of the lower bound is left in, as room for the skewness of the upper one.
+
+    Args:
+        found: The columns of all simulations, `[simulation]`.
+        num_chains: Chains of each.
+
+    Returns:
+        The columns; as they were where there are fewer than 10 simulations.
+    """
+    distance = found["simulated_upper"] - found["simulated_lower"]
+    if len(distance) < FEWEST_SIMULATIONS:
+        return dict(found)
+    noise = found["simulated_upper_se"].square() - found["simulated_upper_bias"].square()
+    noise = noise / float(student_factor(num_chains)) ** 2
+    shared = (distance.var() - noise.mean()).clamp_min(0.0)
+    error = (found["simulated_upper_se"].square() + shared).sqrt()
+    return {**found, "simulated_upper_se": torch.where(shared.isfinite(), error, math.nan)}

@@ -76,7 +76,7 @@ def importance_notes(found: Columns, settings: Importance) -> list[str]:
     if bad:
         notes.insert(
             0,
-            f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the error "
+            f"the upper 90 % limit of k-hat is above {threshold:.2f} (or unknown), or the error "
             f"above 0.5 nats, for {data_text(bad, len(found['khat']))}: there the log evidence is "
             "a lower bound whose error is unreliable, not an estimate. More particles or a better "
             "guide help.",

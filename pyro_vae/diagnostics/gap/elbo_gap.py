@@ -358,7 +358,7 @@ def _notes(
         bad = int((~columns["error_reliable"]).sum())
         if bad:
             notes.append(
-                f"k-hat plus its standard error is above {threshold:.2f} (or unknown), or the "
+                f"the upper 90 % limit of k-hat is above {threshold:.2f} (or unknown), or the "
                 f"error above 0.5 nats, for {data_text(bad, size)}: there the log evidence is a "
                 "lower bound whose error is unreliable, and the gap is low by an unknown amount."
             )

@@ -31,7 +31,11 @@ from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
 from pyro_vae.diagnostics.gradients.references import Reference
 from pyro_vae.diagnostics.gradients.sampler import CannotMakeError, GradientSampler, own_parameters
 from pyro_vae.diagnostics.gradients.specs import specs_of
-from pyro_vae.diagnostics.gradients.statistics import FALSE_ALARMS, bias_threshold
+from pyro_vae.diagnostics.gradients.statistics import (
+    FALSE_ALARMS,
+    bias_threshold,
+    variance_error,
+)
 from pyro_vae.inference.programs import (
     FilledGaps,
     Program,
@@ -252,7 +256,8 @@ def _columns_of_draws(drawn: np.ndarray, joint: bool) -> dict[str, Any]:
     """The draws [estimators, num_particles, draws], their means, variances and errors."""
     size = drawn.shape[-1]
     variance = drawn.var(-1, ddof=1)
-    squares = (drawn - drawn.mean(-1, keepdims=True)) ** 2
+    centred = torch.from_numpy(drawn - drawn.mean(-1, keepdims=True))[..., None]
+    errors = [[variance_error(draws) for draws in row] for row in centred]
     reduction = "total" if joint else "per datum"
     over = ("estimator", "num_particles")
 
@@ -264,11 +269,7 @@ def _columns_of_draws(drawn: np.ndarray, joint: bool) -> dict[str, Any]:
         "mean": (over, drawn.mean(-1), named("nats", "mean over draws")),
         "mean_se": (over, np.sqrt(variance / size), named("nats", "of the mean")),
         "variance": (over, variance, named("nats squared", "variance over draws")),
-        "variance_se": (
-            over,
-            squares.std(-1, ddof=1) / math.sqrt(size),
-            named("nats squared", "of the variance"),
-        ),
+        "variance_se": (over, np.array(errors), named("nats squared", "of the variance")),
     }
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.intervals import variance_factor
+
 __all__ = [
     "FALSE_ALARMS",
     "Gradients",
@@ -15,6 +17,7 @@ __all__ = [
     "cross_fitted",
     "of_all",
     "statistics",
+    "variance_error",
 ]
 
 Gradients = Float[Tensor, "repeats entries"]
@@ -36,7 +39,7 @@ def statistics(gradients: Gradients, reference: ReferenceRows | None) -> dict[st
     along = centred @ (mean / norm) if norm > 0 else torch.zeros(repeats)
     numbers = {
         "variance": float(variances.sum()),
-        "variance_se": float((centred.square().sum(1) * repeats / (repeats - 1)).std()) / root,
+        "variance_se": variance_error(centred),
         "gradient_norm": float(norm),
         "gradient_norm_se": float(along.std()) / root,
     }
@@ -44,6 +47,35 @@ def statistics(gradients: Gradients, reference: ReferenceRows | None) -> dict[st
     if reference is None:
         return numbers | dict.fromkeys(("bias", "bias_se", "bias_z"), math.nan)
     return numbers | _bias(gradients, reference)
+
+
+def variance_error(centred: Gradients) -> float:
+    r"""The error of the total variance V of n draws, so large that V +- 1.96 errors holds 95 %.
+
+    .. math:: \mathrm{se} = c(\nu) \, V \sqrt{2 / \nu}, \qquad \nu = 2 V^2 / v - 2
+
+    with c from `intervals.variance_factor` and v the variance of V, the larger of that seen in the
+    squares and that of normal draws, :math:`2 \operatorname{tr} \Sigma^2 / (n - 1)`. (The 2 is
+    because V squared is too large on average; so n normal numbers have n - 1 degrees of freedom.)
+    With few heavy-tailed draws it is too small: 100 of Student's t with 5 degrees hold 89 %.
+
+    Args:
+        centred: Draws less their mean, at least 3.
+
+    References:
+        Srivastava (2005), Some tests concerning the covariance matrix in high dimensional data,
+        section 2 (the unbiased estimate of the trace of the squared covariance).
+    """
+    n = len(centred)
+    value = float(centred.square().sum()) / (n - 1)
+    if not value > 0:
+        return 0.0 if value == 0 else math.nan
+    unit = centred / math.sqrt(value)
+    seen = float((unit.square().sum(1) * n / (n - 1)).var()) / n
+    trace = float((unit @ unit.mT).square().sum()) / (n - 1) ** 2 - 1 / (n - 1)
+    normal = 2 * trace * (n - 1) / ((n - 2) * (n + 1))
+    freedom = max(2 / max(seen, normal) - 2, 2.0)
+    return value * math.sqrt(2 / freedom) * variance_factor(freedom)
 
 
 def of_all(numbers: dict[str, float], share: float) -> dict[str, float]:
@@ -71,8 +103,8 @@ def _bias(gradients: Gradients, reference: ReferenceRows) -> dict[str, float]:
     r"""The norm of the bias, how surely it is known, and a score for whether there is any.
 
     The squared norm of the difference of means has its noise, the trace of the covariance of that
-    difference, taken out; `bias_se` says how much larger the norm is where the squared norm is one
-    standard error larger.
+    difference, taken out; `bias_se` is half the distance between the norms where the squared norm
+    is one standard error larger and smaller, and no less than the way to the larger one.
     """
     difference = gradients.mean(0) - reference.mean(0)
     trace, square, along = 0.0, 0.0, 0.0
@@ -88,10 +120,11 @@ def _bias(gradients: Gradients, reference: ReferenceRows) -> dict[str, float]:
     noise = square**2  # trace of the squared covariance
     squared = max(float(difference.square().sum()) - trace, 0.0)
     error = math.sqrt(4 * max(along - noise, 0.0) + 2 * noise)
-    bias = math.sqrt(squared)
+    bias, larger = math.sqrt(squared), math.sqrt(squared + error)
+    smaller = math.sqrt(max(squared - error, 0.0))
     return {
         "bias": bias,
-        "bias_se": math.sqrt(squared + error) - bias,
+        "bias_se": max(larger - bias, (larger - smaller) / 2),
         "bias_z": cross_fitted(gradients, reference),
     }
 

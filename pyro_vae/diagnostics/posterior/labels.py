@@ -46,7 +46,17 @@ _TEXTS = {
 }
 _OF_TESTS = ("ksd", "energy", "mmd", "c2st")
 _OF_REFERENCE = ("rhat", "reference_")
-_RATED = ("kl_guide_posterior", "kl_posterior_guide")  # on whose errors `error_reliable` speaks
+_RATED = {  # who speaks of their errors
+    "kl_guide_posterior": "error_reliable",
+    "kl_posterior_guide": "kl_posterior_guide_reliable",
+    "total_variation": "error_reliable",
+    "corrected_mean": "error_reliable",
+    "corrected_sd": "moments_reliable",
+    "mean_correction": "error_reliable",
+    "scale_correction": "moments_reliable",
+    "corrected_mean_error": "error_reliable",
+    "corrected_scale_error": "moments_reliable",
+}
 
 
 def labelled_variables(
@@ -78,7 +88,7 @@ def labelled_variables(
                 reduction="per datum" if not joint else "total" if unit == "nats" else "none",
                 num_particles=count,
                 description=description,
-                reliable_by="error_reliable" if name in _RATED else None,
+                reliable_by=_RATED.get(name),
             )
         variables[name] = (dims, values[0] if joint else values, attrs)
     return variables

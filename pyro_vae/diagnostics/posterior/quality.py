@@ -99,6 +99,10 @@ def posterior_quality(
         `total_variation`, by importance weights; over `latent` besides: `mean` and `sd` of the
         guide, `corrected_mean` and `corrected_sd` by Pareto-smoothed weights, and the
         `mean_correction` (in corrected sds) and `scale_correction` (log ratio of sds) between them.
+        Errors are `..._se`; they are not to be relied upon where `error_reliable` is False, those
+        of corrected sds and of `scale_correction` where `moments_reliable` is, and that of
+        `kl_posterior_guide` where `kl_posterior_guide_reliable` is: the upper 90 % limit of a k-hat
+        is then too high, and the number has a question mark in tables.
         With the Stein check `ksd` and `ksd_p_value`. With a reference: `rhat`, `reference_ess`,
         `reference_converged`; `reference_mean`, `reference_sd`, `mean_error` (in reference sds),
         `scale_error`, the same of the weighted draws (`corrected_mean_error`,

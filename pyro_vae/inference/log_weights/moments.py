@@ -5,6 +5,7 @@ guide never visits.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -19,6 +20,8 @@ from pyro_vae.inference.log_weights.draw import (
 from pyro_vae.inference.log_weights.pareto import (
     ParetoTail,
     importance_bound_error,
+    khat_limit,
+    khat_threshold,
     pareto_tail,
     smoothed_log_weights,
     tail_error,
@@ -29,6 +32,7 @@ __all__ = ["weighted_columns"]
 
 Columns = dict[str, Tensor]
 
+_MOMENTS = 0.9  # upper limit of k-hat above which errors of sds fail; beyond 1 there is no mean
 _SINGULAR = 1e-10  # share of the greatest variance below which a direction has none
 
 
@@ -58,8 +62,12 @@ def weighted_columns(
         `scale_correction` (log of the ratio of q's sd to the corrected one) of shape
         `[batch, dim]`. All but `ess`, `khat_moments` and `widening` with a standard error ``_se``,
         of the delta method, in which the fitted tail stands for the largest weights (see
-        `pareto.tail_error`); those of the two corrections allow for both moments being of the same
-        draws. `kl_guide_posterior_bias`, `error_reliable`: of `pareto.importance_bound_error`.
+        `pareto.tail_error`; of sds that of w (z - m)^2); those of the two corrections allow for
+        both moments being of the same draws. `kl_guide_posterior_bias`, `error_reliable`: of
+        `pareto.importance_bound_error`. Where that is False no error is to be relied upon;
+        `moments_reliable` is False besides where the upper 90 % limit of `khat_moments` is above
+        0.9, for `corrected_sd` and `scale_correction`, and `kl_posterior_guide_reliable` where that
+        of the k-hat of r log r is above `khat_threshold`.
 
     Note: KL(p || q) is at most log(draws), however large it is in truth.
     """
@@ -67,34 +75,66 @@ def weighted_columns(
     log_weights = log_weights.detach().double()
     smoothed = smoothed_log_weights(log_weights, tail).exp()
     draws = draws.detach().double()
-    moments = _moments(draws, smoothed, tail_inflation(log_weights, tail))
+    inflation = tail_inflation(log_weights, tail)
+    squares = _tails_of_squares(draws, smoothed, log_weights, tail)
+    moments = _moments(
+        draws, smoothed, inflation, torch.maximum(inflation[..., None], squares.inflation)
+    )
+    divergences = _divergences(log_weights, tail)
     columns = {
         "khat": tail.khat,
         "khat_se": tail.khat_se,
-        "khat_moments": _khat_of_squares(draws - moments["corrected_mean"], log_weights, tail.khat),
+        "khat_moments": squares.khat,
         "widening": _widening(draws, smoothed, moments["scale_correction"]),
         "ess": effective_sample_size(log_weights),
+        "moments_reliable": divergences["error_reliable"] & (squares.limit <= _MOMENTS),
     }
-    return columns | _divergences(log_weights, tail) | moments
+    return columns | divergences | moments
 
 
-def _khat_of_squares(
-    rest: Float64[Tensor, "draws batch dim"],
+class _Squares(NamedTuple):
+    """The tails of w (z - m)^2, with m the weighted mean."""
+
+    khat: Float64[Tensor, " batch"]
+    """The largest over the latents, and no less than that of w itself."""
+    limit: Float64[Tensor, " batch"]
+    """The same of the upper limits."""
+    inflation: Float64[Tensor, "draws batch dim"]
+    """See `tail_inflation`."""
+
+
+def _tails_of_squares(
+    draws: Float64[Tensor, "draws batch dim"],
+    smoothed: Float64[Tensor, "draws batch"],
     log_weights: Float64[Tensor, "draws batch"],
-    khat: Float64[Tensor, " batch"],
-) -> Float64[Tensor, " batch"]:
-    """The largest k-hat of w (z - m)^2 over the latents, and no less than that of w itself.
+    tail: ParetoTail,
+) -> _Squares:
+    """Each side of m has a tail of its own.
 
-    Each side of m has a tail of its own: of both together, draws of the light side lie just above
-    the cutoff and make the heavy one look heavier.
+    Of both together, draws of the light side lie just above the cutoff and make the heavy one look
+    heavier.
     """
-    count, data, dim = rest.shape
+    count, data, dim = draws.shape
+    rest = draws - draws[0]
+    rest = rest - (smoothed[..., None] * rest).sum(0)
     products = log_weights[..., None] + rest.square().log()
     sides = torch.stack([torch.where(sign * rest > 0, products, -math.inf) for sign in (1, -1)], 1)
-    of_each = pareto_tail(sides.reshape(count, -1)).khat.reshape(2, data, dim)
+    sides = sides.reshape(count, -1)
+    found = pareto_tail(sides)
     # Where weights are all equal, a latent does not move or takes few values: nothing to be heavy.
-    flat = ~of_each.isfinite() | (khat == -math.inf)[:, None]
-    return torch.maximum(of_each.masked_fill(flat, -math.inf).amax((0, 2)), khat)
+    equal = tail.khat == -math.inf
+    flat = ~found.khat.reshape(2, data, dim).isfinite() | equal[:, None]
+
+    def largest(values: Tensor, of_weights: Tensor) -> Tensor:
+        each = values.reshape(2, data, dim).masked_fill(flat, -math.inf)
+        return torch.maximum(each.amax((0, 2)), of_weights)
+
+    inflation = tail_inflation(sides, found).reshape(count, 2, data, dim)
+    return _Squares(
+        largest(found.khat, tail.khat),
+        largest(khat_limit(found), khat_limit(tail)),
+        inflation.masked_fill(flat, 1.0).amax(1),
+    )
 
 
 def _widening(
@@ -137,6 +177,9 @@ def _divergences(log_weights: Float64[Tensor, "draws batch"], tail: ParetoTail) 
     below = (1 - ratio).clamp_min(0.0)
     slope = torch.where(ratio < 1, ratio, 0.0).mean(0)
     error = importance_bound_error(log_weights, tail)
+    gains = torch.where(ratio > 1, log_ratio + log_ratio.clamp_min(0).log(), -math.inf)
+    limit = khat_limit(pareto_tail(gains))  # inf or nan where no fit: then `error` alone speaks
+    light = ~limit.isfinite() | (limit <= khat_threshold(len(log_weights)))
 
     def of_reverse(at: Tensor) -> Tensor:
         return torch.where(at > -math.inf, at.exp() * (at - reverse), 0.0) - at.exp()
@@ -153,6 +196,7 @@ def _divergences(log_weights: Float64[Tensor, "draws batch"], tail: ParetoTail) 
         "total_variation": below.mean(0),
         "total_variation_se": tail_error(of_variation, log_ratio, tail),
         "error_reliable": error.reliable,
+        "kl_posterior_guide_reliable": error.reliable & light,
     }
 
 
@@ -160,14 +204,22 @@ def _moments(
     draws: Float64[Tensor, "draws batch dim"],
     weights: Float64[Tensor, "draws batch"],
     inflation: Float64[Tensor, "draws batch"],
+    of_squares: Float64[Tensor, "draws batch dim"],
 ) -> Columns:
-    """Moments of q and of the weighted draws, which all have the influence of each draw."""
+    """Moments of q and of the weighted draws, which all have the influence of each draw.
+
+    Args:
+        draws: Of q.
+        weights: That sum to 1 over the draws.
+        inflation: Of the squares of influences on a weighted mean, see `tail_inflation`.
+        of_squares: On a weighted sd.
+    """
     count = len(draws)
 
-    def weighted_error(influence: Tensor) -> Tensor:
+    def weighted_error(influence: Tensor, by: Tensor = inflation[..., None]) -> Tensor:
         if count < 2:
             return mean_error(influence)
-        squares = (influence - influence.mean(0)).square() * inflation[..., None]
+        squares = (influence - influence.mean(0)).square() * by
         return (squares.sum(0) / (count * (count - 1))).sqrt()
 
     ratio = (count * weights)[..., None]
@@ -182,9 +234,12 @@ def _moments(
         columns |= {f"{name}mean": mean, f"{name}sd": sd}
         unit = torch.where(sd > 0, sd, 1.0)
         influence[name], scores[name] = share * rest, share * ((rest / unit).square() - 1) / 2
-        error = weighted_error if name else mean_error
-        columns[f"{name}mean_se"] = error(influence[name])
-        columns[f"{name}sd_se"] = sd * error(scores[name])
+        if name:
+            columns[f"{name}mean_se"] = weighted_error(influence[name])
+            columns[f"{name}sd_se"] = sd * weighted_error(scores[name], of_squares)
+        else:
+            columns["mean_se"] = mean_error(influence[""])
+            columns["sd_se"] = sd * mean_error(scores[""])
     mean, sd = columns["corrected_mean"], columns["corrected_sd"]
     shift = columns["mean"] - mean
     columns["mean_correction"] = torch.where(shift == 0, 0.0, shift / sd)
@@ -194,5 +249,5 @@ def _moments(
     columns["mean_correction_se"] = torch.where(of_shift == 0, 0.0, of_shift / sd)
     same = columns["sd"] == sd
     columns["scale_correction"] = torch.where(same, 0.0, columns["sd"].log() - sd.log())
-    columns["scale_correction_se"] = weighted_error(scores[""] - scores["corrected_"])
+    columns["scale_correction_se"] = weighted_error(scores[""] - scores["corrected_"], of_squares)
     return columns

@@ -1,6 +1,6 @@
 """`sample_posterior`: one HMC kernel, batched over chains and data; tempering and convergence."""
 
-from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
+from pyro_vae.inference.mcmc.convergence import bulk_ess, mean_ess, split_rhat
 from pyro_vae.inference.mcmc.hmc import (
     Chains,
     PosteriorSample,
@@ -19,6 +19,7 @@ __all__ = [
     "bulk_ess",
     "hmc_step",
     "jittered",
+    "mean_ess",
     "run_chains",
     "sample_posterior",
     "split_rhat",

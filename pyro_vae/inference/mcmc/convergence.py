@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-__all__ = ["bulk_ess", "split_rhat"]
+__all__ = ["bulk_ess", "mean_ess", "split_rhat"]
 
 
 def split_rhat(
@@ -50,7 +50,24 @@ def bulk_ess(
         Vehtari et al. (2021), Rank-normalization, folding, and localization; Geyer
         (1992), Practical Markov chain Monte Carlo.
     """
-    scores = _normal_scores(_split(draws))
+    return _ess(_normal_scores(_split(draws)))
+
+
+def mean_ess(
+    draws: Float[Tensor, "chains draws *quantities"],
+) -> Float64[Tensor, "*quantities"]:
+    r"""Effective sample size of the mean: as `bulk_ess`, of the values themselves, not their ranks.
+
+    Raises:
+        ValueError: If there are fewer than 4 draws.
+
+    References:
+        Vehtari et al. (2021), Rank-normalization, folding, and localization; Geyer (1992).
+    """
+    return _ess(_split(draws))
+
+
+def _ess(scores: Float64[Tensor, "chains draws *quantities"]) -> Float64[Tensor, "*quantities"]:
     chains, length = scores.shape[:2]
     total = chains * length
     covariance = _autocovariance(scores).mean(0)  # over chains: [lags, *quantities]
