@@ -43,7 +43,7 @@ app = typer.Typer(
     epilog="""Examples:
 
 \b
-  pyro-vae demo                                 two models of digits, in about a minute
+  pyro-vae demo                                 two models of digits, in a minute or two
   pyro-vae fit --data mnist                     the lecture's 784-400-20 on MNIST
   pyro-vae evaluate results/mnist-vae-20        ELBO, log evidence and gap on the test set
   pyro-vae report results/mnist-vae-20          one HTML page about it
