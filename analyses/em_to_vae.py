@@ -42,6 +42,7 @@ Row = dict[str, float]
 EXACT, GENERALISED, SAMPLED, ONLINE = "exact EM", "generalised EM", "Monte-Carlo EM", "online EM"
 ENUMERATED, PER_DATUM, AMORTISED = "enumerated gradient", "per-datum variational", "amortised SVI"
 IMPORTANCE = "importance bound, amortised"
+METHODS = (EXACT, GENERALISED, SAMPLED, ONLINE, ENUMERATED, PER_DATUM, AMORTISED, IMPORTANCE)
 
 
 @dataclass(frozen=True)
@@ -414,7 +415,8 @@ def bounds_figure(bounds: Result, best: float | None) -> Figure:
     panels = figure.subplots(len(shown), 2, squeeze=False, sharex="col", sharey="row")
     for line, below in zip(panels, shown, strict=True):
         for ax, across in zip(line, ("data_passes", "seconds"), strict=True):
-            plot_bounds(bounds, ax, against=across, best=below, legend=ax is panels[-1, 0])
+            named = ax is panels[-1, 0]
+            plot_bounds(bounds, ax, against=across, best=below, legend=named, among=METHODS)
             ax.label_outer()
     panels[0, 0].set_title("by passes over the data")
     panels[0, 1].set_title("by time")

@@ -43,7 +43,7 @@ app = typer.Typer(
     epilog="""Examples:
 
 \b
-  pyro-vae demo                                 two models of digits, in about a minute
+  pyro-vae demo                                 two models of digits, in a minute or two
   pyro-vae fit --data mnist                     the lecture's 784-400-20 on MNIST
   pyro-vae evaluate results/mnist-vae-20        ELBO, log evidence and gap on the test set
   pyro-vae report results/mnist-vae-20          one HTML page about it
@@ -222,7 +222,7 @@ def demo(
 
     A model of binarised digits with 2 latents and one with 10. On the test set it prints the ELBO,
     the importance-weighted log evidence and the gap between them, in nats per datum. It needs no
-    network and about a minute. Runs of an earlier demo in the folder are replaced.
+    network and one to two minutes. Runs of an earlier demo in the folder are replaced.
     """
     _import("pyro_vae.app.demo")
     _set_threads(threads or 1)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, Ellipse, Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from pyro_vae.models import VAE, GaussianMixture
@@ -303,6 +303,7 @@ def plot_bounds(
     against: str = "data_passes",
     best: float | None = None,
     legend: bool = True,
+    among: Sequence[str] = (),
 ) -> Axes:
     """Plots the bound of several methods against data passes or seconds.
 
@@ -314,13 +315,16 @@ def plot_bounds(
         best: If given, how far the bound lies below this number is drawn, on a logarithmic axis.
             Otherwise the bound itself, with log p(x) thin above it.
         legend: Whether to draw the legend.
+        among: The methods of all figures beside this one, so that each keeps its colour in all.
 
     Returns:
         The axes, with a line for the bound of each method (and one for its log p(x)).
     """
     ax = _axes(ax, _WIDE)
     methods = bounds["method"].values
-    for i, name in enumerate(dict.fromkeys(methods.tolist())):
+    places = {name: i for i, name in enumerate(dict.fromkeys([*among, *methods.tolist()]))}
+    for name in dict.fromkeys(methods.tolist()):
+        i = places[name]
         rows = bounds.isel(row=np.flatnonzero(methods == name))
         across = rows[against].values
         colour, marker = _sign(i)
@@ -336,6 +340,7 @@ def plot_bounds(
             ax.plot(across, below, label=name, zorder=3, **look, **marks)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel({"data_passes": "passes over the data", "seconds": "seconds"}[against])
     if best is None:
         ax.set_ylabel("bound, nats per datum")

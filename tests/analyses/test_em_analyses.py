@@ -161,6 +161,17 @@ def test_bounds_have_a_line_for_each_method():
     assert below.get_legend() is None
 
 
+def test_a_method_keeps_its_sign_in_every_figure():
+    def sign(ax, name):
+        (line,) = [line for line in ax.lines if line.get_label() == name]
+        return line.get_color(), line.get_marker(), line.get_linestyle()
+
+    both = plot_bounds(bounds())
+    alone = bounds().isel(row=[2, 3, 4])
+    assert sign(plot_bounds(alone, among=("a", "b")), "b") == sign(both, "b") != sign(both, "a")
+    assert sign(plot_bounds(alone), "b") == sign(both, "a")
+
+
 def test_starts_that_ended_alike_are_one_entry():
     paths = [[-5.0, -2.0, -1.0], [-4.0, -3.0, -1.0005], [-6.0, -2.5, -1.2], [-5.5, -2.0, -1.0001]]
     result = made(

@@ -239,7 +239,7 @@ def test_an_autoencoder_is_reported_as_what_it_is(made: Path, tmp_path: Path) ->
     names = [shown.name for shown in run_figures(load_run(tmp_path / "run"), digits)]
     assert names == ["bound", "reconstructions", "latent"]
     both = Page(write_report([tmp_path / "run", made / "vae-2"], tmp_path / "both.html"))
-    assert "A variational autoencoder says" in both.text
+    assert "A variational autoencoder describes" in both.text
     assert "An autoencoder squeezes" in both.text
 
 
