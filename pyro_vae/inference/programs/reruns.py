@@ -73,9 +73,11 @@ def check_at_once(
             return _particles_agree(model, arguments, structure, traces, other)
         number = torch.arange(structure.batch_size)
         even, first_half = number % 2 == 0, number < (structure.batch_size + 1) // 2
-        if not _mixtures_agree(
-            model, arguments, structure, traces, other, (even, ~even, first_half, ~first_half)
-        ):
+        # Others stand first and last: programs for one particle read one end or the other, and
+        # a mask may leave no other rows to see it by.
+        none = number < 0
+        owners = (none, even, ~even, first_half, ~first_half, none)
+        if not _mixtures_agree(model, arguments, structure, traces, other, owners):
             return False
         changed = _with_data_of_first(arguments, structure, traces[1], even)
     except Exception:  # the checks one by one have the sentence
