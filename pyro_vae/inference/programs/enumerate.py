@@ -21,7 +21,7 @@ from pyro_vae.inference.programs.refusals import (
 )
 from pyro_vae.inference.programs.scope import keep_random_state
 from pyro_vae.inference.programs.sites import count_data
-from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
+from pyro_vae.inference.programs.traces import agree, trace_programs, weighted_sites
 
 __all__ = ["EnumeratedProgram", "check_states", "climb", "measure_of", "no_guide"]
 
@@ -196,7 +196,7 @@ def _compare_states(enumerated: Trace, drawn: Trace) -> None:
         for symbol in set(found._pyro_dims) & set(states):
             found = packed.gather(found, states[symbol], symbol)
         alone = packed.pack(drawn.nodes[name]["log_prob"], site["infer"]["_dim_to_symbol"])
-        if not _agree(*packed.broadcast_all(found, alone)):
+        if not agree(*packed.broadcast_all(found, alone)):
             raise ProgramError(
                 f"site '{name}' has another density where latents are enumerated than at the same "
                 "latents alone; index latents from the right, let them broadcast (their states lie "
@@ -212,11 +212,6 @@ def _state_of(drawn: Mapping[str, Any], site: Mapping[str, Any]) -> Tensor:
     same = support.reshape(shape) == value
     index = same.flatten(same.dim() - events).all(-1) if events else same
     return packed.pack(index.to(torch.uint8).argmax(0), site["infer"]["_dim_to_symbol"])
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return torch.allclose(a, b, rtol=tolerance, atol=10 * tolerance, equal_nan=True)
 
 
 def _plates(site: Mapping[str, Any]) -> list[Any]:
