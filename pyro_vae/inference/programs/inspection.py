@@ -258,8 +258,9 @@ def _look(
             running = enumerating(model, structure)
             seen = trace_programs(running, guide, arguments)
             check_enumerated(weighted_sites(seen[1]), structure)
-            _check_states(model, arguments, seen, structure)
         structure = _run_again(running, guide, arguments, structure, seen, num_particles > 1)
+        if structure.enumerated:
+            _check_states(model, arguments, seen, structure)
     return Pair(model, guide, x, structure, run.size, traces)
 
 
