@@ -200,8 +200,8 @@ def _compare_states(enumerated: Trace, drawn: Trace) -> None:
             raise ProgramError(
                 f"site '{name}' has another density where latents are enumerated than at the same "
                 "latents alone; index latents from the right, let them broadcast (their states lie "
-                "to the left of all plates), read none of another row, and make noise a pyro.sample "
-                "site"
+                "to the left of all plates), read none of another row, and make noise a "
+                "pyro.sample site"
             )
 
 
