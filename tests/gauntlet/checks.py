@@ -311,7 +311,7 @@ def _by_copies(pair: Pair, name: str, states: int) -> None:
 
 def check_em(pair: Pair) -> bool | None:
     """Generalised EM reports the evidence of where it starts and ends, and never goes down."""
-    if pair.rows is not None or pair.joint or pair.style["one_particle"]:
+    if pair.rows is not None or pair.joint:
         return False
     built = pair.build()
     fitted = fit_em(

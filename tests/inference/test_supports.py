@@ -48,6 +48,13 @@ def test_the_support_of_moved_draws_is_where_the_transforms_take_them():
     assert below.check(points).tolist() == [True, True, False, False]
 
 
+def test_the_support_of_a_mixture_is_that_of_its_components_together():
+    parts = dist.Uniform(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 5.0]))
+    support = support_of(dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+    points = torch.tensor([-0.1, 0.5, 1.5, 4.0, 5.1])
+    assert support.check(points).tolist() == [False, True, True, True, False]
+
+
 def test_an_angle_takes_one_turn():
     support = support_of(dist.VonMises(0.0, 1.0))
     assert support.check(torch.tensor([-4.0, -3.0, 3.0, 4.0])).tolist() == [

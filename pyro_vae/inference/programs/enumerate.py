@@ -2,13 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops import packed
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -20,11 +21,12 @@ from pyro_vae.inference.programs.refusals import (
 )
 from pyro_vae.inference.programs.scope import keep_random_state
 from pyro_vae.inference.programs.sites import count_data
-from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
+from pyro_vae.inference.programs.traces import agree, trace_programs, weighted_sites
 
-__all__ = ["EnumeratedProgram", "gradient_m_step", "measure_of", "no_guide"]
+__all__ = ["EnumeratedProgram", "check_states", "gradient_m_step", "measure_of", "no_guide"]
 
 _HALVINGS = 30
+_DRAWN_DATA = 24  # that are compared with their states, at least
 
 
 def no_guide(*_args: Any, **_kwargs: Any) -> None:
@@ -79,8 +81,9 @@ class EnumeratedProgram:
         elbo: The loss that sums the latents out; `elbo.trace` is the last trace.
 
     Raises:
-        ProgramError: If a latent cannot be enumerated, there is none, the data are subsampled, or
-            a parameter was never registered.
+        ProgramError: If a latent cannot be enumerated, there is none, the data are subsampled, a
+            parameter was never registered, or a factor's density at some latents is not that of a
+            run with these latents alone.
     """
 
     def __init__(self, model: Program, x: Any) -> None:
@@ -100,6 +103,7 @@ class EnumeratedProgram:
         self.elbo = _Factors(max_plate_nesting=max(depths, default=0))
         named = store.named_parameters()
         self.parameters = [p for name, p in named if name not in self.foreign and p.requires_grad]
+        self._check_states()
 
     def _check(self, trace: Any) -> None:
         latents = {n: s for n, s in weighted_sites(trace).items() if not s["is_observed"]}
@@ -123,6 +127,23 @@ class EnumeratedProgram:
                         f"the plate '{name}' is subsampled, so each pass would see other data; "
                         "take subsample_size out"
                     )
+
+    def _check_states(self) -> None:
+        """Refuses a program that weighs the latents drawn otherwise when it gets all states."""
+        args, kwargs = self.arguments
+        with torch.no_grad(), keep_random_state():
+            try:
+                next(iter(self.elbo._get_traces(self.model, no_guide, args, kwargs)))
+            except Exception as error:
+                raise ProgramError(
+                    f"the program cannot run with its latents enumerated ({type(error).__name__}: "
+                    f"{error}); let latents have further dims on the left, which are their states"
+                ) from error
+            check_states(
+                self.elbo.trace,
+                lambda: trace_programs(self.model, no_guide, self.arguments)[1],
+                self.length,
+            )
 
     def e_step(self) -> tuple[float, dict[str, Tensor]]:
         """The log of p(x), and the posterior marginals of each factor's arguments."""
@@ -149,6 +170,49 @@ class EnumeratedProgram:
             log_prob = site["packed"]["unscaled_log_prob"].masked_fill(weight == 0, 0.0)
             total = total + (weight * log_prob).sum()  # 0 log 0 = 0
         return total
+
+
+def check_states(enumerated: Trace, draw: Callable[[], Trace], num_data: int) -> None:
+    """Refuses a program whose factors at latents drawn are not those where all states are laid out.
+
+    Args:
+        enumerated: A run with the states of latents along dims of their own, its tensors packed.
+        draw: Runs the program at one draw of them.
+        num_data: Of few data one draw may happen to be what a wrong program reads.
+    """
+    for _ in range(1 + _DRAWN_DATA // max(num_data, 1)):
+        _compare_states(enumerated, draw())
+
+
+def _compare_states(enumerated: Trace, drawn: Trace) -> None:
+    states = {
+        symbol: _state_of(drawn.nodes[name], site)
+        for name, site in _factor_sites(enumerated)
+        if (symbol := site["infer"].get("_enumerate_symbol")) is not None
+    }
+    drawn.compute_log_prob()
+    for name, site in _factor_sites(enumerated):
+        found = site["packed"]["log_prob"]
+        for symbol in set(found._pyro_dims) & set(states):
+            found = packed.gather(found, states[symbol], symbol)
+        alone = packed.pack(drawn.nodes[name]["log_prob"], site["infer"]["_dim_to_symbol"])
+        if not agree(*packed.broadcast_all(found, alone)):
+            raise ProgramError(
+                f"site '{name}' has another density where latents are enumerated than at the same "
+                "latents alone; index latents from the right, let them broadcast (their states lie "
+                "to the left of all plates), read none of another row, and make noise a "
+                "pyro.sample site"
+            )
+
+
+def _state_of(drawn: Mapping[str, Any], site: Mapping[str, Any]) -> Tensor:
+    """Which of its states each draw of a latent is, packed along its plates."""
+    support = site["fn"].enumerate_support(expand=False)
+    value, events = drawn["value"], len(site["fn"].event_shape)
+    shape = (len(support), *(1,) * (value.dim() - events), *site["fn"].event_shape)
+    same = support.reshape(shape) == value
+    index = same.flatten(same.dim() - events).all(-1) if events else same
+    return packed.pack(index.to(torch.uint8).argmax(0), site["infer"]["_dim_to_symbol"])
 
 
 def _plates(site: Mapping[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 from jaxtyping import Float
+from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from pyro_vae.inference.programs.arguments import (
     map_batch,
     take,
 )
+from pyro_vae.inference.programs.enumerate import check_states
 from pyro_vae.inference.programs.refusals import (
     FirstRun,
     check_enumerable,
@@ -53,6 +55,7 @@ from pyro_vae.inference.programs.sites import find_batch
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
+    fixed_draws,
     naming_the_site,
     rerun_traces,
     run_programs,
@@ -256,6 +259,8 @@ def _look(
             seen = trace_programs(running, guide, arguments)
             check_enumerated(weighted_sites(seen[1]), structure)
         structure = _run_again(running, guide, arguments, structure, seen, num_particles > 1)
+        if structure.enumerated:
+            _check_states(model, arguments, seen, structure)
     return Pair(model, guide, x, structure, run.size, traces)
 
 
@@ -297,6 +302,21 @@ def _read(
         observed=tuple(name for name, s in model_sites.items() if s["is_observed"]),
         enumerated=tuple(name for name, drawn in latent.items() if not drawn),
     )
+
+
+def _check_states(
+    model: Program, arguments: Arguments, traces: tuple[Trace, Trace], structure: ProgramStructure
+) -> None:
+    """Refuses a model that weighs its enumerated latents otherwise than where it draws them."""
+    args, kwargs = arguments
+    given = fixed_draws(*traces)
+    for name in structure.enumerated:
+        given.nodes.pop(name, None)
+    enumerated = traces[1].copy()
+    enumerated.compute_log_prob()
+    enumerated.pack_tensors()
+    plain = poutine.trace(poutine.replay(model, trace=given))
+    check_states(enumerated, lambda: plain.get_trace(*args, **kwargs), structure.batch_size)
 
 
 def _run_again(

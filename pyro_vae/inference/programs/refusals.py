@@ -319,11 +319,13 @@ def max_plate_nesting(guide_sites: dict, model_sites: dict, shapes: Any) -> int:
 def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
     """The one factor N/B of all sites."""
     seen: dict[float, str] = {}
+    exact: list[float] = []
     for sites in (model_sites, guide_sites):
         for name, site in sites.items():
             scale = site["scale"]
             for value in scale.unique().tolist() if isinstance(scale, Tensor) else [float(scale)]:
                 seen.setdefault(float(f"{value:.6g}"), name)  # products of factors round
+                exact.append(value)
     scale = next(iter(seen), 1.0)
     if len(seen) > 1:
         (a, site_a), (b, site_b) = list(seen.items())[:2]
@@ -338,7 +340,7 @@ def common_scale(guide_sites: dict, model_sites: dict, joint: bool) -> float:
             f"joint log weights need the full data, but site '{seen[scale]}' has scale {scale:g}"
         )
     else:
-        return scale
+        return 1.0 if scale == 1.0 else exact[0]
     for site in (*model_sites.values(), *guide_sites.values()):
         for plate in site["cond_indep_stack"]:
             if plate.full_size not in (None, plate.size):

@@ -24,6 +24,7 @@ from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.scope import keep_random_state
 from pyro_vae.inference.programs.sites import find_batch
 from pyro_vae.inference.programs.traces import (
+    agree,
     fixed_draws,
     in_particle_plate,
     map_draw,
@@ -73,9 +74,11 @@ def check_at_once(
             return _particles_agree(model, arguments, structure, traces, other)
         number = torch.arange(structure.batch_size)
         even, first_half = number % 2 == 0, number < (structure.batch_size + 1) // 2
-        if not _mixtures_agree(
-            model, arguments, structure, traces, other, (even, ~even, first_half, ~first_half)
-        ):
+        # Others stand first and last: programs for one particle read one end or the other, and
+        # a mask may leave no other rows to see it by.
+        none = number < 0
+        owners = (none, even, ~even, first_half, ~first_half, none)
+        if not _mixtures_agree(model, arguments, structure, traces, other, owners):
             return False
         changed = _with_data_of_first(arguments, structure, traces[1], even)
     except Exception:  # the checks one by one have the sentence
@@ -108,7 +111,7 @@ def _other_draw(
             return None
         alone = poutine.trace(poutine.replay(guide, trace=_without_deltas(given)))
         found = sum_sites(alone.get_trace(*args, **kwargs), structure, 1)
-        if not _agree(log_q[index : index + 1] if log_q.dim() else log_q, found):
+        if not agree(log_q[index : index + 1] if log_q.dim() else log_q, found):
             return None
     return given
 
@@ -122,7 +125,7 @@ def _particles_agree(
     log_p = sum_sites(together, replace(structure, vectorizable=True), 2)
     alone = [sum_sites(traces[1], structure, 1)]
     alone.append(sum_sites(_run_model(model, arguments, other), structure, 1))
-    return _agree(log_p, torch.cat(alone))
+    return agree(log_p, torch.cat(alone))
 
 
 def _mixtures_agree(
@@ -143,7 +146,7 @@ def _mixtures_agree(
         before = sum_dims(site_log_prob(site), structure, 1)
         again = sum_dims(site_log_prob(sites[name]), structure, len(given))
         for index, own in enumerate(rows):
-            if not _agree(before[..., own], again[..., index : index + 1, own]):
+            if not agree(before[..., own], again[..., index : index + 1, own]):
                 return False
     return True
 
@@ -202,13 +205,6 @@ def _without_deltas(given: Trace) -> Trace:
     return drawn
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=tolerance, atol=10 * tolerance, equal_nan=True
-    )
-
-
 def check_deterministic(
     model: Program,
     guide: Program,
@@ -221,7 +217,7 @@ def check_deterministic(
         return False
     log_q, log_p = _rerun(model, guide, arguments, structure, fixed_draws(*traces))
     for role, trace, again in (("model", traces[1], log_p), ("guide", traces[0], log_q)):
-        if again is not None and not _agree(sum_sites(trace, structure, 1), again):
+        if again is not None and not agree(sum_sites(trace, structure, 1), again):
             raise ProgramError(
                 f"the {role} is not deterministic given its latents (a second run at the same "
                 "latents gave another log-probability); take noise that is not a pyro.sample site "
@@ -337,7 +333,7 @@ def _rows_agree(
         if name not in sites:
             return False
         densities = (sum_dims(site_log_prob(s), structure, 1) for s in (before[name], sites[name]))
-        if not _agree(*(density[..., rows] for density in densities)):
+        if not agree(*(density[..., rows] for density in densities)):
             return False
     return True
 
@@ -369,9 +365,9 @@ def is_vectorizable(
         # A sum over no site has no particles.
         log_q, log_p = (total[index : index + 1] if total.dim() else total for total in totals)
         log_q_alone, log_p_alone = _rerun(model, guide, arguments, structure, given)
-        if not _agree(log_p, log_p_alone):
+        if not agree(log_p, log_p_alone):
             return False
-        if log_q_alone is not None and not _agree(log_q, log_q_alone):
+        if log_q_alone is not None and not agree(log_q, log_q_alone):
             return False
     return True
 
@@ -433,7 +429,7 @@ def takes_part(
                 return size == len(rows)
             part_structure = replace(structure, batch_size=size)
             return all(
-                _agree(
+                agree(
                     sum_sites(before, structure, 1)[..., rows],
                     sum_sites(again, part_structure, 1).expand(1, size),
                 )

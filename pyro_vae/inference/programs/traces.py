@@ -31,6 +31,7 @@ from pyro_vae.inference.programs.scope import keep_random_state, shown_value
 from pyro_vae.inference.supports import family_of, support_of
 
 __all__ = [
+    "agree",
     "bytes_of_run",
     "draw_traces",
     "enumerating",
@@ -405,3 +406,11 @@ def subsamples(*traces: Trace) -> Trace:
             if site["type"] == "sample" and site_is_subsample(site) and name not in kept:
                 kept.add_node(name, **{k: v for k, v in site.items() if k != "name"})
     return kept
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two runs gave the same densities, up to half the digits."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=tolerance, atol=10 * tolerance, equal_nan=True
+    )

@@ -145,6 +145,33 @@ def test_fit_trains_an_enumerated_mixture_and_reports_its_exact_bound(x):
     assert "kl" not in reached.history
 
 
+@pytest.mark.parametrize("read", ["states as rows", "other rows"])
+def test_a_program_that_weighs_other_states_than_it_draws_is_refused(x, read):
+    """As many data as states: what takes the first numbers of `c` runs, and is wrong.
+
+    A fault is missed where the draws happen to be the states that are read: fewer than 1e-6.
+    """
+    means = torch.randn(C, D)
+    reading = {
+        "states as rows": lambda c: c.reshape(-1)[:C],
+        "other rows": lambda c: c.roll(1, -1),
+    }
+
+    def weigh(take, seed):
+        @config_enumerate
+        def model(x):
+            with pyro.plate("data", len(x)):
+                c = pyro.sample("c", dist.Categorical(WEIGHTS))
+                pyro.sample("x", dist.Normal(means[take(c)], 1.0).to_event(1), obs=x)
+
+        return log_weights(model, empty_guide, x[:C], K, seed=seed)
+
+    for seed in range(3):
+        with pytest.raises(ProgramError, match="site 'x' has another density where latents are"):
+            weigh(reading[read], seed)
+    assert bool(weigh(lambda c: c, 0).isfinite().all())
+
+
 def test_what_cannot_be_summed_per_datum_is_refused(x):
     @config_enumerate
     def inner(x):

@@ -606,3 +606,43 @@ def test_particles_that_a_program_mixes_are_found_whatever_the_seed():
         pyro.set_rng_seed(seed)
         found = inspect_programs(model, guide, ((inputs, y), {}), joint=True, num_particles=2)
         assert not found.vectorizable
+
+
+@pytest.mark.parametrize("read", [slice(None, 4), slice(-4, None)], ids=["first", "last"])
+@pytest.mark.parametrize("shown", ["even", "odd", "front", "back"])
+def test_a_mask_does_not_hide_that_particles_are_read_for_one_another(
+    shown: str, read: slice
+) -> None:
+    """Right for one particle: every particle takes the latents of the first, or of the last."""
+    number = torch.arange(4)
+    mask = {"even": number % 2 == 0, "odd": number % 2 == 1, "front": number < 2}
+    mask["back"] = ~mask["front"]
+
+    def blind(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=mask[shown]):
+                pyro.sample("x", dist.Normal(z.reshape(-1)[read], 1.0), obs=x)
+
+    def free(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    x = torch.tensor([0.3, -1.2, 2.0, 0.4])
+    assert not inspect_programs(blind, free, ((x,), {})).vectorizable
+
+
+def test_latents_of_data_an_even_number_of_rows_away_are_seen() -> None:
+    """Halves of the data are exchanged as well as every second one."""
+
+    def coupled(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(len(x))))
+            pyro.sample("x", dist.Normal(z.roll(2, -1), 1.0), obs=x)
+
+    def free(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ProgramError, match="'x' depends on the latents of other data"):
+        inspect_programs(coupled, free, ((torch.randn(6),), {}))

@@ -60,6 +60,13 @@ def test_importance_evidence_inspects_in_three_runs(linear):
     assert model.runs <= 3 + 1  # one run draws all particles
 
 
+def test_joint_weights_inspect_in_three_runs(linear):
+    x = linear.sample(5)
+    model = Counted(linear.model)
+    log_weights(model, linear.exact_guide, x, 10, joint=True)
+    assert model.runs <= 3 + 1
+
+
 def test_quality_of_600_data_inspects_in_ten_runs(linear, monkeypatch):
     x = linear.sample(600)
     model = Counted(linear.model)
