@@ -313,6 +313,7 @@ print(json.dumps([before, state()]))
     assert before == after
 
 
+@pytest.mark.long
 def test_a_changed_state_of_torch_is_seen() -> None:
     code = f"""
 import json

@@ -155,6 +155,7 @@ def test_a_worse_guide_has_a_wider_gap(pair: LinearGaussian) -> None:
     assert abs(rise - expected) < ERRORS * math.hypot(*(error(g, "gap") for g in gaps))
 
 
+@pytest.mark.long
 def test_a_proposal_that_was_fitted_gives_better_evidence(pair: LinearGaussian) -> None:
     x = pair.sample(4)
     guide = shifted(pair, torch.tensor([0.8, -0.8, 0.8]))

@@ -111,6 +111,7 @@ def test_constrained_sites_hierarchy_and_support_that_moves():
     assert errors_of_means(found, share, 0.6, torch.tensor(1 / 12)).abs().min() > STANDARD_ERRORS
 
 
+@pytest.mark.long
 def test_a_simplex_inside_an_inner_plate_with_a_mask():
     """Dirichlet-multinomial rows; a masked row has no posterior and stays where it is."""
     counts = torch.tensor([[[3.0, 1.0, 0.0], [1.0, 1.0, 5.0]], [[0.0, 2.0, 2.0], [9.0, 9.0, 9.0]]])
@@ -139,6 +140,7 @@ def test_a_simplex_inside_an_inner_plate_with_a_mask():
     assert (found.rhat < 1.1).all()
 
 
+@pytest.mark.long
 def test_the_batch_may_lie_at_an_outer_dim():
     data = torch.randn(4, 3)
 

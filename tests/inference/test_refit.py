@@ -184,6 +184,7 @@ def test_offsets_keep_what_a_latent_owes_to_another(slope: float) -> None:
 # --- richer families ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["full", "flow"])
 def test_richer_families_reach_the_evidence(pair: LinearGaussian, family: str) -> None:
     x = pair.sample(4)
@@ -193,6 +194,7 @@ def test_richer_families_reach_the_evidence(pair: LinearGaussian, family: str) -
     torch.testing.assert_close(bound(pair.model, found, x), pair.log_evidence(x), atol=5e-3, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner_dim", [-2, -1])
 def test_noise_is_laid_out_along_inner_plates(inner_dim: int) -> None:
     num_data, inner = 4, 3
@@ -220,6 +222,7 @@ def test_noise_is_laid_out_along_inner_plates(inner_dim: int) -> None:
     torch.testing.assert_close(found, evidence, atol=2e-3, rtol=0)
 
 
+@pytest.mark.long
 def test_noise_of_several_sites_is_shared() -> None:
     x = torch.randn(4)
 

@@ -55,9 +55,9 @@ def test_a_likelihood_fits_the_measure(measure: str, asked: str | None, given: s
     [
         ("grey", "bernoulli", "'continuous_bernoulli', .* or 'categorical', or binarise the data"),
         ("binary", "gaussian", "use 'bernoulli', or leave them grey"),
-        ("real", "bernoulli", r"use 'gaussian'\."),
+        ("real", "bernoulli", r"use 'gaussian'$"),
         ("binary", "bernouli", "Unknown likelihood 'bernouli'"),
-        ("counts", "gaussian", r"use 'discretized_logistic' or 'categorical'\."),
+        ("counts", "gaussian", r"use 'discretized_logistic' or 'categorical'$"),
     ],
 )
 def test_a_likelihood_that_does_not_fit_is_refused(

@@ -27,6 +27,7 @@ from pyro_vae.inference.programs.scope import (
 )
 from pyro_vae.inference.programs.traces import (
     measured,
+    naming_the_site,
     site_log_prob,
     subsamples,
     trace_programs,
@@ -108,7 +109,8 @@ def _unconstrained(value: Tensor) -> Tensor:
 
 def _trace(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
     try:
-        return trace_programs(model, guide, arguments)
+        with naming_the_site():
+            return trace_programs(model, guide, arguments)
     except RuntimeError:  # how Pyro answers a latent that the guide observes
         args, kwargs = arguments
         alone = poutine.trace(guide).get_trace(*args, **kwargs)

@@ -395,6 +395,7 @@ def test_quadrature_is_the_truth_that_the_other_methods_find(digits_like):
     assert "contradiction" not in evidence_table(exact, **results).summary()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["importance", "annealed", "bidirectional", "bridge"])
 def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
     linear, x, tmp_path, monkeypatch, method

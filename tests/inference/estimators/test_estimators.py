@@ -1176,6 +1176,7 @@ def test_a_mixed_guide_takes_one_pass_where_the_gradient_is_the_whole_one():
     assert len(calls) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["PathwiseELBO", "DReG", "VIMCO", "AnalyticELBO", "PIWAE"])
 def test_programs_that_take_one_particle_at_a_time_agree_with_those_that_take_all(name):
     """A loop draws its particles in another order: the means agree, within 4 standard errors."""
@@ -1593,6 +1594,7 @@ def slope(particles: list[int], values: list[float]) -> float:
 TOY_PARTICLES = {1: (20, 3000), 10: (20, 600), 100: (10, 150), 1000: (3, 60)}
 
 
+@pytest.mark.long
 def test_rainforths_toy_signal_falls_under_iwae_and_rises_under_dreg():
     """The anchors' figures are from one perturbation and one x: 17 % uncertain (20 coordinates).
 

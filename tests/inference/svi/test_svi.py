@@ -1303,6 +1303,7 @@ def contents(folder):
 SHORT = {"epochs": 2, "warmup_epochs": 0}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_run_killed_at_any_file_is_resumed_to_the_bit(tmp_path, monkeypatch):
     """The call that started it, with resume=True: killed before the first checkpoint, or later."""
