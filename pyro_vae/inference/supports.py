@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.transforms import CholeskyTransform
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
@@ -150,7 +151,7 @@ def _onto(support: Any) -> Transform:
         if support is constraints.lower_cholesky:
             return _LowerCholesky()
         if support is constraints.positive_definite:
-            return ComposeTransform([_LowerCholesky(), _Gram()])
+            return ComposeTransform([_LowerCholesky(), CholeskyTransform().inv])
         if support is dist.constraints.sphere:
             return _Stereographic()
         raise
@@ -184,25 +185,6 @@ class _LowerCholesky(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
-class _Gram(Transform):
-    """From the Cholesky factor of a matrix to the matrix."""
-
-    domain = constraints.lower_cholesky
-    codomain = constraints.positive_definite
-    bijective = True
-
-    def _call(self, x: Tensor) -> Tensor:
-        return x @ x.mT
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return torch.linalg.cholesky(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        powers = torch.arange(x.shape[-1], 0, -1).to(x)
-        diagonal = x.diagonal(dim1=-2, dim2=-1)
-        return x.shape[-1] * math.log(2) + (powers * diagonal.log()).sum(-1)
 
 
 class _Stereographic(Transform):

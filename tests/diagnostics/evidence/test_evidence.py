@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyro_vae.diagnostics.evidence import log_evidence
-from pyro_vae.diagnostics.evidence.importance import Importance, importance_notes
+from pyro_vae.diagnostics.evidence.importance import Importance, _reduce, importance_notes
 from pyro_vae.diagnostics.evidence.table import evidence_table
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.svi import CheckpointError, save_tensors
@@ -548,3 +548,17 @@ def test_notes_count_the_data_in_words(count: int, words: str) -> None:
     found = {"error_reliable": torch.zeros(count, dtype=torch.bool), "khat": torch.ones(count)}
     first, *_ = importance_notes(found, Importance(num_particles=100))
     assert words in first
+
+
+def test_the_error_of_the_gap_is_that_of_its_influence_function():
+    """That of log mean w - mean log w is w / E w - 1 - log w, whose parts nearly cancel here."""
+    log_weights = 0.3 * torch.randn(2000, 4)
+    w = log_weights.exp()
+    influence = w / w.mean(0) - 1 - log_weights
+    by_hand = influence.std(0) / math.sqrt(2000)
+    found = _reduce(log_weights)["gap_se"]
+    # Besides, the tail beyond the largest weight that was seen: half as much again here.
+    assert (found >= by_hand).all()
+    assert (found <= 2 * by_hand).all()
+    wrong = (w / w.mean(0) - 1 + log_weights).std(0) / math.sqrt(2000)
+    assert (wrong > 2 * by_hand).all()
