@@ -805,9 +805,9 @@ def plot_gap(decompositions: Mapping[str, Result] | Result, ax: Axes | None = No
     for place, end, decomposition in zip(places, left, named.values(), strict=True):
         ax.text(
             float(end),
-            float(place),
+            float(place) - 0.04,  # above the line of the error
             f"  ELBO {decomposition.quantity('elbo').value:.2f}",
-            va="center",
+            va="bottom",
             zorder=4,
         )
     ax.set_yticks(places, list(named))
