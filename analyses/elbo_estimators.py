@@ -10,20 +10,18 @@ timed: steps, and runs of the programs. The recommendations are computed from th
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import Section, as_text, save_sections
+from analyses.command import Output, make_parser, run_analysis
+from analyses.pages import figure_of
 from pyro_vae import VAE, LinearGaussian, compare_estimators, fit
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.gradients import (
@@ -229,9 +227,7 @@ def make_vae(data: Dataset, settings: Settings, seed: int) -> VAE:
     return VAE(data.train.shape[1], settings.latent_dim, settings.hidden, "bernoulli")
 
 
-def measure_training(
-    data: Dataset, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Result:
+def measure_training(data: Dataset, settings: Settings, out: Output) -> Result:
     """The same VAE trained under each estimator at equal cost."""
     return train_at_equal_cost(
         partial(make_vae, data, settings),
@@ -244,8 +240,8 @@ def measure_training(
         transform=data.transform,
         config={"hidden": list(settings.hidden), "latent_dim": settings.latent_dim},
         seed=settings.seed,
-        say=lambda line: say(f"  {line}"),
-        progress=progress,
+        say=lambda line: out.say(f"  {line}"),
+        progress=out.progress,
     )
 
 
@@ -297,11 +293,8 @@ def cost_figure(parts: Mapping[str, Result]) -> Figure:
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def run(
-    data: Dataset, out: Path, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Path:
+def run(data: Dataset, settings: Settings, out: Output) -> Path:
     """Measures, saves and draws everything; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Result] = {}
     measures: dict[str, Callable[[Settings, bool], Result]] = {
         "linear": measure_linear,
@@ -310,109 +303,35 @@ def run(
         "vae": partial(measure_vae, data),
     }
     for name, measure in measures.items():
-        started = time.perf_counter()
-        measured[name] = measure(settings, progress)
-        measured[name].save(out / f"{name}.nc")
-        say(f"measured {name} in {time.perf_counter() - started:.0f} s")
-    say(
+        with out.timed(f"measured {name}"):
+            measured[name] = measure(settings, out.progress)
+            out.save({name: measured[name]})
+    out.say(
         f"training {settings.train_seeds} times for {settings.train_epochs} epochs under each "
         "estimator"
     )
-    trained = measure_training(data, settings, say, progress)
-    trained.save(out / "training.nc")
-    sections = describe(measured, trained, data)
-    for section in sections:
-        say(f"\n## {section.title}\n{section.text}\n")
-        for rows in section.tables:
-            say(f"{as_text(rows)}\n")
-    made = trained.provenance
-    return save_sections(
-        out,
-        "Which ELBO estimator to train with",
-        sections,
-        f"pyro_vae {made['version']}, torch {made['torch']}, {made['created']}, seed "
-        f"{settings.seed}, one thread; {settings.repeats} gradients of each estimator "
-        f"({settings.vae_repeats} on the VAE).",
-        "python -m analyses.elbo_estimators",
+    trained = measure_training(data, settings, out)
+    out.save({"training": trained})
+    linear, discrete, toy, vae = measured.values()
+    on_data, by_passes = f"VAE on {data.name}", trained.sel(budget="passes")
+    return out.write_page(
+        data=data.name,
+        settings=settings,
+        made=trained.provenance,
+        notes={n: r.provenance["notes"] for n, r in (measured | {"training": trained}).items()},
+        recommendations=recommendation_rows({"continuous (VAE)": vae, "discrete": discrete}),
+        trained_best=training_rows(trained)[:3],
+        training=figure_of(plot_evidence_by_estimator(by_passes, data=data.name)),
+        equal_passes=training_rows(trained, "passes"),
+        equal_steps=training_rows(trained, "steps"),
+        snr_toy=snr_figure(toy, "Rainforth's toy"),
+        slopes=slope_rows(toy, THEORY),
+        cost=cost_figure({"linear-Gaussian": linear, "binary latents": discrete, on_data: vae}),
+        linear=estimator_rows(linear, "guide"),
+        discrete=estimator_rows(discrete, "guide"),
+        vae=estimator_rows(vae, "guide"),
+        snr_vae=snr_figure(vae, on_data),
     )
-
-
-def describe(measured: Mapping[str, Result], trained: Result, data: Dataset) -> list[Section]:
-    """Sections in the order of the page."""
-    linear, discrete, toy, vae = (measured[n] for n in ("linear", "discrete", "toy", "vae"))
-    on_data = f"VAE on {data.name}"
-
-    def notes(result: Result) -> tuple[str, ...]:
-        return tuple(result.provenance["notes"])
-
-    costs = cost_figure({"linear-Gaussian": linear, "binary latents": discrete, on_data: vae})
-    by_evidence = plot_evidence_by_estimator(trained.sel(budget="passes"), data=data.name).figure
-    assert isinstance(by_evidence, Figure)
-    return [
-        Section(
-            "recommendations",
-            "Recommendations",
-            "Of the estimators without a bias in sight, the one whose guide gradient has the least "
-            "variance x passes, computed from the tables below; then what trained best at equal "
-            "passes.",
-            (
-                recommendation_rows({"continuous (VAE)": vae, "discrete": discrete}),
-                training_rows(trained)[:3],
-            ),
-        ),
-        Section(
-            "training",
-            "Trained at equal cost",
-            "The same VAE, the same starts and orders of the data; higher is better, in nats per "
-            "test datum, a lower bound. First at equal runs of the programs, of which some "
-            "estimators need two a step, so that they make half the steps; then at equal steps. "
-            "Errors are over trainings; differences are taken seed by seed, and called real where "
-            "a t-test says so for all pairs together at a level of 0.05. Particles run together, "
-            "so compare within a K.",
-            (training_rows(trained, "passes"), training_rows(trained, "steps")),
-            by_evidence,
-            notes(trained),
-        ),
-        Section(
-            "snr_toy",
-            "Tighter bounds are not necessarily better",
-            "Signal-to-noise ratio against K near the optimum of Rainforth's toy. More particles "
-            "tighten the bound; by theory the SNR of the guide's IWAE gradient falls as K^-1/2.",
-            (slope_rows(toy, THEORY),),
-            snr_figure(toy, "Rainforth's toy"),
-            notes(toy),
-        ),
-        Section(
-            "cost",
-            "Noise against cost",
-            "Variance of the guide's gradient against the passes it takes (runs with one particle, "
-            "the same on every machine), a line from few to many particles for each estimator. "
-            "Grey lines join equal variance x passes; biased ones are hollow.",
-            figure=costs,
-        ),
-        Section(
-            "linear",
-            "Linear-Gaussian model, guide",
-            "The gradient of the ELBO in closed form is the reference of ELBO estimators.",
-            (estimator_rows(linear, "guide"),),
-            notes=notes(linear),
-        ),
-        Section(
-            "discrete",
-            "Binary latents, guide",
-            "Exact gradients by enumerating every outcome of every particle, up to K = 8.",
-            (estimator_rows(discrete, "guide"),),
-            notes=notes(discrete),
-        ),
-        Section(
-            "snr_vae",
-            f"{on_data}, guide",
-            "Nothing is exact here: references are pooled.",
-            (estimator_rows(vae, "guide"),),
-            snr_figure(vae, on_data),
-            notes(vae),
-        ),
-    ]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -434,19 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
     if given.data == "mnist":
         settings = replace(settings, hidden=(200,), latent_dim=20)
-    changes: dict[str, Any] = {}
     if given.repeats is not None:
-        changes |= {"repeats": given.repeats, "vae_repeats": given.repeats}
+        settings = replace(settings, repeats=given.repeats, vae_repeats=given.repeats)
     if given.train_epochs is not None:
-        changes["train_epochs"] = given.train_epochs
-    settings = replace(settings, **changes)
-    say = partial(print, flush=True)
+        settings = replace(settings, train_epochs=given.train_epochs)
 
-    def analysis(out: Path) -> Path:
+    def analysis(out: Output) -> Path:
         data = load_training_data(given.data, given.root, binarization="dynamic")
-        return run(data, out, settings, say, not given.no_progress)
+        return run(data, settings, out)
 
-    return run_on_one_thread(analysis, out_folder(given))
+    return run_analysis(analysis, given)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,18 @@ and decoder sizes, other guides and after other training times: what narrows whi
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import COMMAND_NOTE, as_text, save_figures
+from analyses.command import Output, make_parser, run_analysis
+from analyses.pages import figure_of
 from pyro_vae import VAE, fit
-from pyro_vae.app.pages import Heading, Note, Page, Paragraph, Picture, Table, Verbatim
 from pyro_vae.data import Dataset
 from pyro_vae.diagnostics.gap import GapOnBoth, elbo_surgery, gap_on_both
 from pyro_vae.models.parts import mlp
@@ -249,122 +247,51 @@ def generalisation_rows(measured: Mapping[str, GapOnBoth]) -> list[dict[str, str
     ]
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows as a table of the page."""
-    return Table(list(rows[0]), [list(row.values()) for row in rows])
-
-
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def run(
-    data: Dataset, out: Path, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Path:
+def run(data: Dataset, settings: Settings, out: Output) -> Path:
     """Trains, measures, saves and draws everything; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
     training, test = data.train[: settings.num_data], data.test[: settings.num_data]
     measured: dict[str, GapOnBoth] = {}
     surgery: Result | None = None
     for title, setting in variants(settings).items():
-        started = time.perf_counter()
-        vae = train(data, setting, settings, progress)
-        richer = ("full", "flow") if title == "base" else ()
-        measured[title] = measure(vae, training, test, richer, settings, progress)
-        for split in ("training", "test"):
-            getattr(measured[title], split).save(out / f"{title.replace(' ', '_')}_{split}.nc")
-        if surgery is None:
-            surgery = elbo_surgery(vae.model, vae.guide, training, seed=settings.seed)
-            surgery.save(out / "surgery.nc")
-        say(f"{title}: {time.perf_counter() - started:.0f} s")
+        with out.timed(title):
+            vae = train(data, setting, settings, out.progress)
+            richer = ("full", "flow") if title == "base" else ()
+            both = measure(vae, training, test, richer, settings, out.progress)
+            measured[title] = both
+            name = title.replace(" ", "_")
+            out.save({f"{name}_training": both.training, f"{name}_test": both.test})
+            if surgery is None:
+                surgery = elbo_surgery(vae.model, vae.guide, training, seed=settings.seed)
+                out.save({"surgery": surgery})
     assert surgery is not None
-    figures = draw(measured, test, data)
-    save_figures(out, figures)
-    page = describe(measured, surgery, figures, data, settings)
-    for part in page.parts:
-        if isinstance(part, Heading):
-            say(f"\n## {part.text}")
-        elif isinstance(part, Table):
-            say(as_text([dict(zip(part.header, row, strict=True)) for row in part.rows]))
-        elif isinstance(part, Note | Paragraph | Verbatim):
-            say(part.text)
-    return page.save(out / "report.html")
+    base = measured["base"]
+    return out.write_page(
+        data=data.name,
+        settings=settings,
+        surgery=surgery,
+        surgery_table=surgery.drop_vars(["activity", "active_units", "unit"]).table(),
+        created=base.training.provenance["created"],
+        notes=base.test.provenance["notes"],
+        decomposition=gap_rows(base),
+        movements=movement_rows(measured),
+        generalisation=generalisation_rows(measured),
+        **draw(measured, test, data),
+    )
 
 
-def draw(measured: Mapping[str, GapOnBoth], test: Tensor, data: Dataset) -> dict[str, Figure]:
+def draw(measured: Mapping[str, GapOnBoth], test: Tensor, data: Dataset) -> dict[str, Any]:
     """The figures by name."""
     base = measured["base"]
-    shown = {"training": base.training, "test": base.test}
-    figures = {"gap": plot_gap(shown).figure}
-    figures["movement"] = plot_gap({n: both.test for n, both in measured.items()}).figure
+    figures = {
+        "gap": figure_of(plot_gap({"training": base.training, "test": base.test})),
+        "movement": figure_of(plot_gap({n: both.test for n, both in measured.items()})),
+    }
     if data.image_shape is not None:
         figures["widest"] = plot_widest_gaps(base.test, test, data.image_shape, pixels=data.pixels)
-    return {name: figure for name, figure in figures.items() if isinstance(figure, Figure)}
-
-
-def describe(
-    measured: Mapping[str, GapOnBoth],
-    surgery: Result,
-    figures: Mapping[str, Figure],
-    data: Dataset,
-    settings: Settings,
-) -> Page:
-    """The page: the gap, what moves it, the widest gaps, the surgery."""
-    base = measured["base"]
-    page = Page("Where the ELBO falls short")
-    page.add(
-        Heading(f"The ELBO gap of a VAE on {data.name}"),
-        Paragraph(
-            "Gap = approximation (what the best diagonal normal of each datum leaves) + "
-            "amortisation (what the encoder loses against it). Means over the data with "
-            "Monte-Carlo errors for these data; ? where an error is unreliable for some of them."
-        ),
-        table(gap_rows(base)),
-        Picture(figures["gap"], "The gap and its parts, on training and test data."),
-        *(Note(note) for note in base.test.provenance["notes"]),
-        Heading("What moves it"),
-        Paragraph(
-            "The same with one thing changed at a time: encoder or decoder size, training time, "
-            "or the guide's family, which the gap is then split for. The steps of the flow "
-            "(iaf) stay as its encoder gives them; only what they start from is refitted. Errors "
-            "are Monte-Carlo errors for these data, but those of a difference from the base are "
-            "standard errors over the data, paired. Each VAE was trained once: training seeds are "
-            "in neither."
-        ),
-        table(movement_rows(measured)),
-        Picture(figures["movement"], "The gap on test data and its parts, by VAE."),
-        Heading("From training to test data"),
-        Paragraph(
-            "How far the ELBO falls, split into what the model, the encoder and the family "
-            "contribute. Errors here include the spread of the data."
-        ),
-        table(generalisation_rows(measured)),
-    )
-    if "widest" in figures:
-        page.add(
-            Heading("The worst data"),
-            Picture(
-                figures["widest"],
-                "Test data with the widest gaps, in nats; below, what the encoder lost "
-                "(amortisation) and what the family leaves (approximation).",
-            ),
-        )
-    page.add(
-        Heading("The same ELBO, cut the other way"),
-        Paragraph(
-            "Distortion and rate; the rate is what a code tells about its datum and how far all "
-            f"codes together are from the prior. {int(surgery['active_units'])} of "
-            f"{surgery.sizes['unit']} latents are active."
-        ),
-        Verbatim(surgery.drop_vars(["activity", "active_units", "unit"]).table()),
-        Heading("How it was made"),
-        Paragraph(
-            f"{base.training.provenance['created']}, one thread; "
-            + ", ".join(f"{k} {v}" for k, v in asdict(settings).items())
-        ),
-        Paragraph(COMMAND_NOTE),
-        Verbatim("python -m analyses.elbo_gap"),
-    )
-    return page
+    return figures
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -385,13 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
     given = parse(arguments)
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
-    say = partial(print, flush=True)
 
-    def analysis(out: Path) -> Path:
+    def analysis(out: Output) -> Path:
         data = load_training_data(given.data, given.root, binarization="static")
-        return run(data, out, settings, say, not given.no_progress)
+        return run(data, settings, out)
 
-    return run_on_one_thread(analysis, out_folder(given))
+    return run_analysis(analysis, given)
 
 
 if __name__ == "__main__":

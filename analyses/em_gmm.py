@@ -9,9 +9,8 @@ scikit-learn agrees.
 
 import argparse
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,23 +21,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
-from torch import Tensor
 
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import COMMAND_NOTE, save_figures
-from pyro_vae import GaussianMixture, fit_em, load_dataset
-from pyro_vae.app.pages import (
-    Formula,
-    Heading,
-    Note,
-    Page,
-    Paragraph,
-    Part,
-    Picture,
-    Table,
-    Verbatim,
-)
-from pyro_vae.data import DatasetError
+from analyses.command import Output, make_parser
+from analyses.pages import Rows, figure_of
+from analyses.standardised import DATA, DATA_HELP, Sample, run_on_sample
+from pyro_vae import GaussianMixture, fit_em
 from pyro_vae.inference.em import EMFit
 from pyro_vae.models.mixtures import COVARIANCES
 from pyro_vae.plots import (
@@ -48,7 +35,7 @@ from pyro_vae.plots import (
     plot_model_choice,
     plot_restarts,
 )
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, label, make_result, rows_text, sha256_of
 
 
 @dataclass(frozen=True)
@@ -88,63 +75,6 @@ TINY = Settings(
     num_restarts=1,
     agreement_iterations=3,
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Standardised data, and how to show them.
-
-    Attributes:
-        name: What they are called.
-        x: Shape (batch, features), float64, with mean 0 and variance 1.
-        names: Of the features.
-        features: The two that are shown.
-        num_components: Of the mixture that is shown.
-        start: How the mixture of the second analysis is started, see `GaussianMixture.initialize`.
-        crowded: Components of the mixture whose local optima are shown.
-    """
-
-    name: str
-    x: Tensor
-    names: tuple[str, ...]
-    features: tuple[int, int]
-    num_components: int
-    start: str
-    crowded: int
-
-
-def load(name: str, root: str | None, say: Callable[[str], None]) -> Sample:
-    """The data by name, standardised; iris where the file of Old Faithful is not there."""
-    if name == "faithful":
-        try:
-            x = load_dataset("faithful", root).train
-        except DatasetError:
-            say(
-                "Old Faithful is not in the data folder, so this is iris, which comes with "
-                "scikit-learn (pyro-vae data --help says how to get the file)."
-            )
-        else:
-            clock = ("eruption time (standardised)", "time to the next (standardised)")
-            return Sample("Old Faithful", _standardised(x), clock, (0, 1), 2, "random", 4)
-    iris = load_dataset("iris")
-    x = torch.cat([iris.train, iris.test])
-    parts = ("sepal length", "sepal width", "petal length", "petal width")
-    names = tuple(f"{part} (standardised)" for part in parts)
-    return Sample("iris", _standardised(x), names, (1, 2), 3, "k-means++", 4)
-
-
-def place(given: argparse.Namespace, sample: Sample, say: Callable[[str], None]) -> Path:
-    """Where files go: those of data that stand in for others do not replace the others'."""
-    used = sample.name if sample.name in DATA else given.data
-    out = out_folder(given, used)
-    if used != given.data:
-        say(f"Its files go to {out}; results of Old Faithful stay as they are.")
-    return out
-
-
-def _standardised(x: Tensor) -> Tensor:
-    x = x.double()
-    return (x - x.mean(0)) / x.std(0, correction=0)
 
 
 # --- the measurements -----------------------------------------------------------------------------
@@ -209,15 +139,13 @@ def follow_starts(sample: Sample, settings: Settings, progress: bool) -> tuple[R
     return result, fits
 
 
-def choose_model(
-    sample: Sample, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Result:
+def choose_model(sample: Sample, settings: Settings, out: Output) -> Result:
     """BIC and AIC of every covariance type and number of components."""
     numbers = range(1, settings.max_components + 1)
     columns: dict[str, list[list[float]]] = {n: [] for n in ("bic", "aic", "log_evidence_total")}
     for covariance in COVARIANCES:
-        found = [_fit_one(sample, covariance, number, settings, progress) for number in numbers]
-        say(f"  {covariance}: BIC {', '.join(f'{m.bic(sample.x):.0f}' for m in found)}")
+        found = [_fit_one(sample, covariance, number, settings, out.progress) for number in numbers]
+        out.say(f"  {covariance}: BIC {', '.join(f'{m.bic(sample.x):.0f}' for m in found)}")
         columns["bic"].append([m.bic(sample.x) for m in found])
         columns["aic"].append([m.aic(sample.x) for m in found])
         columns["log_evidence_total"].append(
@@ -378,269 +306,96 @@ def optima_figure(sample: Sample, restarts: Result, fits: Sequence[EMFit]) -> Fi
     return figure
 
 
-# --- page -----------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def parameter_rows(mixture: GaussianMixture) -> list[list[str]]:
+def component_rows(mixture: GaussianMixture) -> Rows:
     """Weight, mean and standard deviations of each component, in standard units."""
     deviations = mixture.dense_covariances.diagonal(dim1=1, dim2=2).sqrt()
+    columns = (mixture.weights.tolist(), mixture.locs.tolist(), deviations.tolist())
     return [
-        [
-            str(k + 1),
-            f"{weight:.4f}",
-            ", ".join(f"{v:.3f}" for v in loc.tolist()),
-            ", ".join(f"{v:.3f}" for v in deviation.tolist()),
-        ]
-        for k, (weight, loc, deviation) in enumerate(
-            zip(mixture.weights.tolist(), mixture.locs, deviations, strict=True)
-        )
+        {
+            "component": str(k + 1),
+            "weight": f"{weight:.4f}",
+            "mean": ", ".join(f"{v:.3f}" for v in loc),
+            "standard deviations": ", ".join(f"{v:.3f}" for v in deviation),
+        }
+        for k, (weight, loc, deviation) in enumerate(zip(*columns, strict=True))
     ]
 
 
-def agreement_rows(agreement: Result) -> list[list[str]]:
+def agreement_rows(agreement: Result) -> Rows:
     """Both totals of each covariance type, and their difference."""
+    columns = (agreement[name].values for name in ("covariance", "ours", "scikit_learn"))
     return [
-        [str(name), f"{ours:.8f}", f"{theirs:.8f}", f"{ours - theirs:+.1e}"]
-        for name, ours, theirs in zip(
-            agreement["covariance"].values,
-            agreement["ours"].values,
-            agreement["scikit_learn"].values,
-            strict=True,
-        )
+        {
+            "covariance": str(name),
+            "ours, nats": f"{ours:.8f}",
+            "scikit-learn, nats": f"{theirs:.8f}",
+            "difference": f"{ours - theirs:+.1e}",
+        }
+        for name, ours, theirs in zip(*columns, strict=True)
     ]
 
 
-def choice_rows(choice: Result, count: int = 5) -> list[list[str]]:
+def choice_rows(choice: Result, count: int = 5) -> Rows:
     """The models of the lowest BIC, lowest first."""
     bic = choice["bic"].values
-    order = np.argsort(bic, axis=None)[:count]
     rows = []
-    for place in order:
+    for place in np.argsort(bic, axis=None)[:count]:
         i, j = np.unravel_index(place, bic.shape)
         rows.append(
-            [
-                str(choice["covariance"].values[i]),
-                str(choice["num_components"].values[j]),
-                f"{bic[i, j]:.1f}",
-                f"{bic[i, j] - bic.min():.1f}",
-                f"{choice['log_evidence_total'].values[i, j]:.2f}",
-            ]
+            {
+                "covariance": str(choice["covariance"].values[i]),
+                "K": str(choice["num_components"].values[j]),
+                "BIC": f"{bic[i, j]:.1f}",
+                "above the lowest": f"{bic[i, j] - bic.min():.1f}",
+                "log p(x), total": f"{choice['log_evidence_total'].values[i, j]:.2f}",
+            }
         )
     return rows
 
 
-FIRST_SHOWN = 2  # the half step where the staircase begins: the first iteration dwarfs the others
-AGREEMENT = ("covariance", "ours, nats", "scikit-learn, nats", "difference")
-CHOICE = ("covariance", "K", "BIC", "above the lowest", "log p(x), total")
-
-
-def page_parts(
-    sample: Sample,
-    settings: Settings,
-    fitted: EMFit,
-    restarts: Result,
-    choice: Result,
-    agreement: Result,
-    figures: Mapping[str, Figure],
-) -> list[Part]:
-    """The page from top to bottom."""
-    history = fitted.history
-    last = history.isel(step=-1)
-    m_steps = history.isel(step=history["phase"].values == "M")
-    ends = restarts["log_evidence"].values[:, -1]
-    fall = max(-float(np.diff(restarts["log_evidence"].values, axis=1).min()), 0.0)
-    near = int((ends.max() - ends < 1e-3).sum())
-    best, second = choice_rows(choice, 2)
-    apart = float(np.abs(agreement["ours"].values - agreement["scikit_learn"].values).max())
-    return [
-        Paragraph(
-            f"{sample.name}: {len(sample.x)} data of {sample.x.shape[1]} features, each shifted "
-            "and scaled to mean 0 and variance 1. All log densities are of these standardised "
-            "data, in nats, and computed in double precision."
-        ),
-        Heading("The model"),
-        Paragraph(
-            "Each datum first draws a component z, which nobody sees, and then itself from the "
-            "Gaussian of that component. What we see has the density of the sum over components:"
-        ),
-        Formula(r"p(x) = \sum_{k=1}^{K} \pi_k \, \mathcal{N}(x \mid \mu_k, \Sigma_k)"),
-        Paragraph(
-            "If we knew the components, we would estimate each mean and covariance from its own "
-            "data. If we knew the parameters, Bayes' rule would tell how responsible each "
-            "component is for each datum. EM does the one, then the other, and again. The E step "
-            "computes the responsibilities:"
-        ),
-        Formula(
-            r"r_{nk} = p(z_n = k \mid x_n) = \dfrac{\pi_k \, \mathcal{N}(x_n \mid \mu_k, \Sigma_k)}"
-            r"{\sum_j \pi_j \, \mathcal{N}(x_n \mid \mu_j, \Sigma_j)}"
-        ),
-        Paragraph("The M step takes weighted counts, means and covariances:"),
-        Formula(
-            r"N_k = \sum_n r_{nk}, \quad \pi_k = \dfrac{N_k}{N}, \quad "
-            r"\mu_k = \dfrac{1}{N_k} \sum_n r_{nk} x_n, \quad "
-            r"\Sigma_k = \dfrac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top"
-        ),
-        Heading("The fit, iteration by iteration"),
-        Paragraph(
-            "The start is poor on purpose. A datum has the colour of its component, and a mixed "
-            "colour where the responsibilities are divided; the ellipses lie one and two standard "
-            "deviations from the means. log p(x) is a mean over the data."
-        ),
-        Picture(figures["fit"], "EM from a poor start (after Bishop 2006)."),
-        Table(
-            ("component", "weight", "mean", "standard deviations"),
-            parameter_rows(fitted.model.__self__),
-        ),
-        Paragraph(
-            f"After {int(last.iteration)} iterations an iteration gains less than 1e-10 nats per "
-            f"datum{'' if fitted.converged else ' (no: the iterations ran out)'}; the total "
-            f"log-likelihood is {float(last.log_evidence_total):.4f}."
-        ),
-        Heading("Why it works: one bound, moved from two sides"),
-        Paragraph(
-            "Take any distribution q over the components of each datum. Then log p(x) splits into "
-            "a bound, the ELBO, and a remainder that is never negative:"
-        ),
-        Formula(
-            r"\log p(x) = \mathrm{E}_q[\log p(x, z) - \log q(z)] + "
-            r"\mathrm{KL}(q(z) \,\|\, p(z \mid x))"
-        ),
-        Paragraph(
-            "The E step leaves the model alone and sets q to the responsibilities: the KL becomes "
-            "0 and the ELBO touches log p(x). The M step leaves q alone and raises the ELBO; log "
-            "p(x) must rise by at least as much, and because q is now the posterior of an older "
-            "model, the KL opens again. So log p(x) can never fall. The left picture shows the "
-            "staircase, the right one the same numbers as bars, both from the end of "
-            "the first iteration."
-        ),
-        Picture(figures["staircase"], "Half steps of EM: E steps close the gap, M steps open it."),
-        Paragraph(
-            f"Here the first M step raises the bound by "
-            f"{float(history.bound[1] - history.bound[0]):.4f} nats per datum and opens a KL of "
-            f"{float(history.gap[1]):.4f}; the last opens {float(m_steps.gap[-1]):.1e}. Over all "
-            f"half steps the largest error of log p(x) = ELBO + KL is "
-            f"{float(np.abs(history.log_evidence - history.bound - history.gap).max()):.1e} nats "
-            "per datum: each of the three is summed by itself."
-        ),
-        Heading("Restarts and local optima"),
-        Paragraph(
-            "EM finds a local maximum. With as many components as the data show, most starts find "
-            f"the same one. With {sample.crowded} components they do not: {len(ends)} random "
-            f"starts ended between {ends.min():.4f} and {ends.max():.4f} nats per datum, and "
-            f"{near} of them within 0.001 of the best. "
-            f"The most that log p(x) fell in one iteration of any of them is {fall:.0e} (not "
-            "exactly 0, because the floor under the variances, see below, makes the M step "
-            "inexact). That the likelihood rises does not say towards which maximum. Hence "
-            "num_restarts in fit_em, which keeps the best."
-        ),
-        Picture(figures["optima"], "Left: paths of all starts. Right: two ends."),
-        Heading("How many components?"),
-        Paragraph(
-            "log p(x) of the data that were fitted rises with every parameter, so it cannot "
-            "choose. The Bayesian information criterion charges log(N)/2 nats for each (the "
-            "formula is twice that, with the sign turned, so lower is better):"
-        ),
-        Formula(r"\mathrm{BIC} = -2 \log p(x) + (\mathrm{number\ of\ parameters}) \log N"),
-        Picture(figures["choice"], "The ring marks the lowest BIC."),
-        Table(CHOICE, choice_rows(choice)),
-        Paragraph(
-            f"BIC chooses {best[0]} covariances with K = {best[1]}; next comes {second[0]} with K "
-            f"= {second[1]}, {second[3]} above. A difference below 2 says next to nothing, one "
-            "above 10 says much (Kass and Raftery 1995)."
-        ),
-        Note(
-            "BIC supposes that the maximum was found and that no component sits on a handful of "
-            f"data. Here {settings.num_restarts} starts and a floor under the variances "
-            f"({settings.reg_covar:g} squared standard deviations of the data) see to it. The "
-            "likelihood of a mixture without such a floor has no maximum: it grows without end as "
-            "a component shrinks onto one datum."
-        ),
-        Heading("Does scikit-learn agree?"),
-        Paragraph(
-            f"Both make {settings.agreement_iterations} iterations from the same start, without a "
-            f"floor under the variances. The largest difference of log p(x) is {apart:.1e} nats, "
-            "over all data."
-        ),
-        Table(AGREEMENT, agreement_rows(agreement)),
-    ]
-
-
-def say_numbers(
-    sample: Sample,
-    fitted: EMFit,
-    restarts: Result,
-    choice: Result,
-    agreement: Result,
-    say: Callable[[str], None],
-) -> None:
-    """The numbers of the page as plain text."""
-    say(f"\n{sample.name}, K = {sample.num_components}: {fitted.summary()}")
-    say(f"total log p(x) {float(fitted.history.log_evidence_total[-1]):.4f} nats")
-    ends = restarts["log_evidence"].values[:, -1]
-    say(f"{len(ends)} starts, K = {sample.crowded}: from {ends.min():.4f} to {ends.max():.4f}")
-    say("lowest BIC:")
-    for row in choice_rows(choice, 3):
-        say(f"  {row[0]}, K = {row[1]}: {row[2]}")
-    say("agreement with scikit-learn, total log p(x):")
-    for row in agreement_rows(agreement):
-        say(f"  {row[0]}: ours {row[1]}, difference {row[3]}")
-
-
-def how_it_was_made(result: Result, settings: object, command: str) -> list[Part]:
-    """The end of a page."""
-    made = result.provenance
-    return [
-        Heading("How it was made"),
-        Paragraph(
-            f"pyro_vae {made['version']}, torch {made['torch']}, {made['created']}, one thread; "
-            f"{settings}."
-        ),
-        Paragraph(COMMAND_NOTE),
-        Verbatim(command),
-    ]
-
-
 # --- the whole ------------------------------------------------------------------------------------
 
+FIRST_SHOWN = 2  # the half step where the staircase begins: the first iteration dwarfs the others
 
-def run(
-    sample: Sample, out: Path, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Path:
+
+def run(sample: Sample, settings: Settings, out: Output) -> Path:
     """Fits, measures, saves and draws everything; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    fitted = fit_from_poor_start(sample, settings.max_iterations, progress)
-    say(f"following {settings.num_starts} starts")
-    started = time.perf_counter()
-    restarts, fits = follow_starts(sample, settings, progress)
-    say(f"  {time.perf_counter() - started:.0f} s; now choosing the number of components")
-    choice = choose_model(sample, settings, say, progress)
+    fitted = fit_from_poor_start(sample, settings.max_iterations, out.progress)
+    history = fitted.history
+    with out.timed(f"{settings.num_starts} starts"):
+        restarts, fits = follow_starts(sample, settings, out.progress)
+    out.say("choosing the number of components")
+    choice = choose_model(sample, settings, out)
     agreement = compare_with_sklearn(sample, settings)
-    results = {
-        "history": fitted.history,
-        "restarts": restarts,
-        "choice": choice,
-        "agreement": agreement,
-    }
-    for name, result in results.items():
-        result.save(out / f"{name}.nc")
-    chosen = plot_model_choice(choice).figure
-    assert isinstance(chosen, Figure)
-    figures = {
-        "fit": snapshots_figure(sample, settings),
-        "staircase": staircase_figure(fitted.history),
-        "optima": optima_figure(sample, restarts, fits),
-        "choice": chosen,
-    }
-    save_figures(out, figures)
-    say_numbers(sample, fitted, restarts, choice, agreement, say)
-    page = Page(f"EM on a Gaussian mixture: {sample.name}")
-    page.add(*page_parts(sample, settings, fitted, restarts, choice, agreement, figures))
-    page.add(*how_it_was_made(choice, settings, "python -m analyses.em_gmm"))
-    return page.save(out / "report.html")
-
-
-DATA = ("faithful", "iris")
-DATA_HELP = "Old Faithful is read from the data folder (iris instead if it is not there)"
+    out.save({"history": history, "restarts": restarts, "choice": choice, "agreement": agreement})
+    out.say(f"\n{sample.name}, K = {sample.num_components}: {fitted.summary()}")
+    choices, agreements = choice_rows(choice), agreement_rows(agreement)
+    out.say(f"\nlowest BIC:\n{rows_text(choices)}")
+    out.say(f"\nagreement with scikit-learn, total log p(x):\n{rows_text(agreements)}")
+    paths = restarts["log_evidence"].values
+    return out.write_page(
+        aloud=False,
+        sample=sample,
+        settings=settings,
+        made=choice.provenance,
+        history=history,
+        last=history.isel(step=-1),
+        last_opening=history["gap"].values[history["phase"].values == "M"][-1],
+        converged=fitted.converged,
+        ends=paths[:, -1],
+        fall=max(-float(np.diff(paths, axis=1).min()), 0.0),
+        agreement=agreement,
+        components=component_rows(fitted.model.__self__),
+        choices=choices,
+        agreements=agreements,
+        fit=snapshots_figure(sample, settings),
+        staircase=staircase_figure(history),
+        optima=optima_figure(sample, restarts, fits),
+        choice=figure_of(plot_model_choice(choice)),
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -663,13 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
-    say = partial(print, flush=True)
-    sample = load(given.data, given.root, say)
-
-    def analysis(out: Path) -> Path:
-        return run(sample, out, settings, say, not given.no_progress)
-
-    return run_on_one_thread(analysis, place(given, sample, say))
+    return run_on_sample(partial(run, settings=settings), given)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from analyses.blurry_samples import (
-    BASE,
-    CASES,
-    PUBLISHED,
-    SUSPECTS,
-    Measured,
-    main,
-    row_of,
-    verdicts,
-)
+from analyses.blurry_samples import main
+from analyses.blurry_samples.generators import BASE, CASES, SUSPECTS, Measured
+from analyses.blurry_samples.verdict import PUBLISHED, row_of, verdicts
 from pyro_vae import load_result
 from pyro_vae.results import label, make_result
 

@@ -3,8 +3,7 @@
 import pytest
 
 from analyses.elbo_estimators import Settings, main
-from analyses.sections import as_text
-from pyro_vae.results import load_result
+from pyro_vae.results import load_result, rows_text
 
 
 @pytest.mark.long
@@ -40,7 +39,7 @@ def test_help_says_what_it_is_for(capsys):
 
 def test_rows_are_aligned():
     rows = [{"a": "1", "long": "x"}, {"a": "222", "long": "y"}]
-    assert as_text(rows) == "a    long\n1    x\n222  y"
+    assert rows_text(rows) == "a    long\n1    x\n222  y"
 
 
 def test_defaults_are_those_of_the_summary():

@@ -11,7 +11,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, Ellipse
 from scipy import special, stats
 
-from analyses import em_gmm, em_to_vae
+from analyses import em_gmm, em_to_vae, standardised
+from analyses.em_to_vae import methods
 from pyro_vae import VAE, GaussianMixture, fit_em
 from pyro_vae.plots import (
     plot_bounds,
@@ -279,7 +280,7 @@ def test_em_to_vae_writes_results_figures_and_a_page(tmp_path, capsys):
 
 def test_iris_stands_in_for_a_missing_file(tmp_path):
     said: list[str] = []
-    sample = em_gmm.load("faithful", str(tmp_path), said.append)
+    sample = standardised.load("faithful", str(tmp_path), said.append)
     assert sample.name == "iris"
     assert "so this is iris" in said[0]
     np.testing.assert_allclose(sample.x.mean(0), 0, atol=1e-12)
@@ -288,10 +289,10 @@ def test_iris_stands_in_for_a_missing_file(tmp_path):
 
 @pytest.mark.parametrize("module", [em_gmm, em_to_vae])
 def test_what_stands_in_replaces_no_results(module, tmp_path, monkeypatch, capsys):
-    def run(sample, out, *_):
-        out.mkdir()
-        (out / "report.html").write_text(sample.name)
-        return out / "report.html"
+    def run(sample, settings, out):
+        out.folder.mkdir()
+        (out.folder / "report.html").write_text(sample.name)
+        return out.folder / "report.html"
 
     monkeypatch.setattr(module, "run", run)
     out = tmp_path / "out"
@@ -310,16 +311,16 @@ def test_a_resumed_ascent_is_one_training():
     x, _ = mixture().sample(23)
     ends = []
     for epochs in ((1, 2, 5), (5,)):
-        own = em_to_vae.PerDatumComponents(len(x), 2)
+        own = methods.PerDatumComponents(len(x), 2)
         fitted = mixture()
-        rows = em_to_vae.maximize_by_gradient(
+        rows = methods.maximize_by_gradient(
             fitted.model,
             own.guide,
             x,
-            partial(em_to_vae.measure_mixture, fitted, x, partial(own.logits.softmax, 1)),
+            partial(methods.measure_mixture, fitted, x, partial(own.logits.softmax, 1)),
             epochs,
             batch_size=23,
-            loss=em_to_vae.TraceEnum_ELBO(max_plate_nesting=1),
+            loss=methods.TraceEnum_ELBO(max_plate_nesting=1),
             learning_rate=0.1,
         )
         assert [row["data_passes"] for row in rows] == list(epochs)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pyro import poutine
 
-from analyses import latent_connection, latent_space
-from analyses.latent_connection import LINES, STEPS, programs, sample_rows
-from analyses.latent_space import main
-from analyses.latent_uses import features_verdict, patches
-from analyses.latent_work import compared, percent
+from analyses import latent_space
+from analyses.latent_space import connection, main
+from analyses.latent_space.connection import LINES, STEPS, programs, sample_rows
+from analyses.latent_space.uses import features_verdict, patches
+from analyses.latent_space.work import compared, percent
 from pyro_vae import VAE, log_evidence
 from pyro_vae.data import DatasetError
 from pyro_vae.extras.latents import feature_quality
@@ -143,7 +143,7 @@ def test_only_the_vae_has_an_evidence(networks: VAE) -> None:
 
 
 def test_the_lines_of_the_table_are_those_of_the_program() -> None:
-    source = (Path(__file__).parents[2] / "analyses" / "latent_connection.py").read_text()
+    source = (Path(__file__).parents[2] / "analyses" / "latent_space" / "connection.py").read_text()
     body = source.split("def programs")[1].split("return model, guide")[0]
     for line in LINES:
         for name in ("autoencoder", "VAE"):
@@ -158,7 +158,7 @@ def test_pictures_are_counted_against_as_many_data(monkeypatch: pytest.MonkeyPat
         sizes.append((len(pictures), len(data)))
         return precision_recall(pictures, data)
 
-    monkeypatch.setattr(latent_connection, "precision_recall", count)
+    monkeypatch.setattr(connection, "precision_recall", count)
     x, test = torch.randn(50, 3), torch.randn(21, 3)
     test[10:] += 30.0  # of another writer
     work: Any = SimpleNamespace(x=x, test=test, settings=SimpleNamespace(num_samples=40))

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from analyses.posterior_figures import Grid, chosen_data, on_grid
 from analyses.posterior_quality import CASES, TINY, extend, main, train_guide, with_compared
-from analyses.posterior_verdict import Case, Measured, of_base, of_best, of_change, row_of, verdicts
+from analyses.posterior_quality.figures import Grid, chosen_data, on_grid
+from analyses.posterior_quality.verdict import (
+    Case,
+    Measured,
+    of_base,
+    of_best,
+    of_change,
+    row_of,
+    verdicts,
+)
 from pyro_vae import VAE
 from pyro_vae.results import Result, label, load_result, make_result
 

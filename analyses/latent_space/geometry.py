@@ -14,16 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from analyses.latent_work import (
-    Work,
-    codes_of,
-    compared,
-    labelled,
-    percent,
-    probe,
-    unlabelled,
-)
-from analyses.sections import Section, mean_and_error
+from analyses.latent_space.work import Work, codes_of, compared, labelled, percent, probe
+from analyses.pages import mean_and_error
 from pyro_vae import VAE, Autoencoder
 from pyro_vae.diagnostics.gap import elbo_surgery
 from pyro_vae.extras.latents import (
@@ -64,7 +56,7 @@ ATTRIBUTES["mnist"] = ATTRIBUTES["digits"]
 # --- the manifold ---------------------------------------------------------------------------------
 
 
-def manifold_section(work: Work) -> Section:
+def tell_manifold(work: Work) -> dict[str, Any]:
     """What two numbers hold."""
     rows, held, named = [], {}, {}
     for vae in (work.manifold, work.vae):
@@ -90,14 +82,7 @@ def manifold_section(work: Work) -> Section:
     verdict = f"Two numbers keep {percent(*held[2])} of the variance of the pixels of test data"
     if named:
         verdict += f", and are enough to name {percent(*named[2])} of them rightly"
-    return Section(
-        "manifold",
-        "The manifold of two latents",
-        f"{verdict}. Left: what the decoder makes of a grid of codes that is even in prior "
-        "probability. Right: where the encoder puts the test data.",
-        (rows,),
-        figure,
-    )
+    return {"manifold": figure, "manifold_verdict": verdict, "manifold_rows": rows}
 
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -173,7 +158,7 @@ def path_row(name: str, measured: Measured) -> dict[str, str]:
     }
 
 
-def paths_section(work: Work) -> Section:
+def tell_paths(work: Work) -> dict[str, Any]:
     """How much shorter the shortest paths are, and what is seen on the way."""
     size = work.settings.latent_dim
     modules = {
@@ -194,17 +179,13 @@ def paths_section(work: Work) -> Section:
         + compared(nearer, error, "nearer to", "farther from", "neither nearer to nor farther from")
         + f" the data (by {abs(nearer):.2f} ± {error:.2f})"
     )
-    return Section(
-        "paths",
-        "Straight and shortest paths",
-        f"{verdict}. Means over {len(large.saving)} pairs of test data, of different classes "
-        "where there are classes. 'Distance from data' is that of the pictures on the way from "
-        "the nearest training picture; that of test data is 1. Drawn are, for each VAE, the three "
-        "pairs where the shortest path saves most.",
-        ([path_row(name, found) for name, found in measured.items()],),
-        paths_figure(work, measured),
-        tuple(small.result.provenance["notes"]),
-    )
+    return {
+        "paths": paths_figure(work, measured),
+        "paths_verdict": verdict,
+        "paths_rows": [path_row(name, found) for name, found in measured.items()],
+        "paths_notes": small.result.provenance["notes"],
+        "num_pairs": len(large.saving),
+    }
 
 
 def paths_figure(work: Work, measured: Mapping[str, Measured]) -> Figure:
@@ -240,98 +221,92 @@ def paths_figure(work: Work, measured: Mapping[str, Measured]) -> Figure:
 # --- attributes -----------------------------------------------------------------------------------
 
 
-def attributes_section(work: Work) -> Section:
-    """What adding the vector of an attribute does."""
-    title = "Attribute vectors"
-    known = ATTRIBUTES.get(work.data.name)
-    if known is None or work.data.test_labels is None:
-        return unlabelled(work, "attributes", title)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def tell_attributes(work: Work) -> dict[str, Any]:
+    """What adding the vector of an attribute does; nothing where there are no classes."""
+    known, test_labels = ATTRIBUTES.get(work.data.name), work.data.test_labels
+    train_labels = work.data.train_labels
+    if known is None or test_labels is None or train_labels is None:
+        return {}
     x, labels = labelled(work)
     judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
     judge.fit(x.numpy(), labels.numpy())
-    right = judge.score(work.test.numpy(), work.data.test_labels.numpy())
-    train_labels = work.data.train_labels
-    assert train_labels is not None
     train_codes, test_codes = codes_of(work.vae, work.x), codes_of(work.vae, work.test)
-    strengths = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     effects, rows, strips = {}, [], []
     for name, (without, having) in known.items():
         others = set(range(10)) - set(having) if without is None else without
         in_train = torch.isin(train_labels[: len(work.x)], torch.tensor([*others, *having]))
         has = torch.isin(train_labels[: len(work.x)], torch.tensor(having))
         vector = attribute_vector(train_codes[in_train], has[in_train])
-        start = test_codes[torch.isin(work.data.test_labels, torch.tensor(sorted(others)))]
+        start = test_codes[torch.isin(test_labels, torch.tensor(sorted(others)))]
         effects[name] = attribute_effect(
             work.vae.decode,
             start,
             vector,
             partial(probability_of, judge, having),
-            strengths=strengths,
+            strengths=STRENGTHS,
             seed=work.settings.seed,
         )
         work.results[f"attribute_{len(effects)}"] = effects[name]
-        at = effects[name].sel(strength=[0.0, 1.0, 1.5])
-        rows.append(
-            {
-                "attribute": name,
-                "test codes": str(len(start)),
-                **{
-                    f"{s:g} x": percent(float(p), float(e))
-                    for s, p, e in zip(
-                        at.strength.values,
-                        at.probability.values,
-                        at.probability_se.values,
-                        strict=True,
-                    )
-                },
-                "other directions, 1.5 x": percent(
-                    float(at["control"][-1]), float(at["control_se"][-1])
-                ),
-            }
-        )
+        rows.append(attribute_row(name, len(start), effects[name]))
         with torch.no_grad():
-            moved = start[0] + torch.tensor(strengths)[:, None] * vector
+            moved = start[0] + torch.tensor(STRENGTHS)[:, None] * vector
             strips.append(work.vae.decode(moved))
+    return {
+        "attributes": attributes_figure(work, effects, strips),
+        "attributes_verdict": attributes_verdict(effects),
+        "attributes_rows": rows,
+        "judge_right": percent(judge.score(work.test.numpy(), test_labels.numpy())),
+    }
+
+
+def attribute_row(name: str, num_codes: int, effect: Result) -> dict[str, str]:
+    """The probability of an attribute by how much of its vector is added."""
+    at = effect.sel(strength=[0.0, 1.0, 1.5])
+    columns = (at.strength.values, at.probability.values, at.probability_se.values)
+    return {
+        "attribute": name,
+        "test codes": str(num_codes),
+        **{f"{s:g} x": percent(float(p), float(e)) for s, p, e in zip(*columns, strict=True)},
+        "other directions, 1.5 x": percent(float(at["control"][-1]), float(at["control_se"][-1])),
+    }
+
+
+def attributes_figure(
+    work: Work, effects: Mapping[str, Result], strips: Sequence[Tensor]
+) -> Figure:
+    """Probabilities of the attributes, and a datum to which each vector is added."""
     figure = Figure(figsize=(12.0, 5.4), layout="constrained")
-    left, right_ax = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    plot_attribute_effects(effects, left)
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    plot_attribute_effects(dict(effects), left)
     plot_picture_rows(
-        torch.stack(strips),
+        torch.stack(list(strips)),
         work.shape,
-        [name.replace(" (", "\n(") for name in known],
-        right_ax,
-        columns=[f"{s:g} x" for s in strengths],
+        [name.replace(" (", "\n(") for name in effects],
+        right,
+        columns=[f"{s:g} x" for s in STRENGTHS],
         title="the first test datum without it, and its vector added",
         pixels=work.data.pixels,
     )
-    gains = {
-        name: (
-            float((e.probability - e.control).values[-1]),
-            float(np.hypot(e.probability_se, e.control_se).values[-1]),
-        )
-        for name, e in effects.items()
-    }
-    worked = [n for n, (gain, error) in gains.items() if gain > 2 * error]
-    rise = [
-        f"{percent(float(effects[n]['probability'][0]))} to "
-        f"{percent(float(effects[n]['probability'][-1]))}"
-        for n in worked
-    ]
-    verdict = (
-        f"Adding the vector once and a half raises the attribute's probability by more than "
-        f"directions of equal length do for {len(worked)} of {len(gains)} attributes"
-        + (": " + "; ".join(f"{n}, from {r}" for n, r in zip(worked, rise, strict=True)))
+    return figure
+
+
+def attributes_verdict(effects: Mapping[str, Result]) -> str:
+    """Which vectors do more than other directions of equal length."""
+    worked = []
+    for name, effect in effects.items():
+        gain = float((effect.probability - effect.control).values[-1])
+        error = float(np.hypot(effect.probability_se, effect.control_se).values[-1])
+        if gain > 2 * error:
+            first, last = (percent(float(effect["probability"][i])) for i in (0, -1))
+            worked.append(f"{name}, from {first} to {last}")
+    return (
+        "Adding the vector once and a half raises the attribute's probability by more than "
+        f"directions of equal length do for {len(worked)} of {len(effects)} attributes"
+        + (": " + "; ".join(worked))
         * bool(worked)
-    )
-    return Section(
-        "attributes",
-        title,
-        f"{verdict}. A vector is the mean code of training data with the attribute less that "
-        "without; it is added to codes of test data without. The judge is a logistic regression on "
-        f"pixels, right for {percent(right)} of the test data, which has never seen a decoded "
-        "picture.",
-        (rows,),
-        figure,
     )
 
 
@@ -344,7 +319,7 @@ def probability_of(judge: Any, classes: Sequence[int], pictures: Tensor) -> np.n
 # --- units ----------------------------------------------------------------------------------------
 
 
-def units_section(work: Work) -> Section:
+def tell_units(work: Work) -> dict[str, Any]:
     """What each unit does, and that collapsed ones do nothing."""
     vae, settings = work.vae, work.settings
     step = max(1, len(work.x) // settings.num_surgery)
@@ -394,12 +369,9 @@ def units_section(work: Work) -> Section:
             else f"No active unit does more than twice what a collapsed one does, {len(active)} "
             "units in all"
         )
-    return Section(
-        "units",
-        "What each unit does",
-        f"{verdict}. Activity is the variance over data of a unit's posterior mean (active above "
-        f"{above:g}); the effect is the standard deviation of a pixel while the unit is drawn from "
-        "the prior and the others stay at the code of a test datum.",
-        (rows,),
-        figure,
-    )
+    return {
+        "units": figure,
+        "units_verdict": verdict,
+        "units_rows": rows,
+        "active_above": above,
+    }

@@ -1,14 +1,15 @@
 """What codes are good for: as features of a classifier, and to compress."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.image import extract_patches_2d
 from torch import Tensor
 
-from analyses.latent_work import (
+from analyses.latent_space.work import (
     Codes,
     Settings,
     Work,
@@ -18,9 +19,8 @@ from analyses.latent_work import (
     make,
     percent,
     train,
-    unlabelled,
 )
-from analyses.sections import Section
+from analyses.pages import figure_of
 from pyro_vae import load_dataset
 from pyro_vae.extras.latents import FeatureSets, compression, feature_quality
 from pyro_vae.plots import plot_compression, plot_feature_quality
@@ -32,11 +32,10 @@ OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 # --- features -------------------------------------------------------------------------------------
 
 
-def features_section(work: Work) -> Section:
-    """How well codes serve a linear classifier and k-means."""
-    title = "How well codes serve"
+def tell_features(work: Work) -> dict[str, Any]:
+    """How well codes serve a linear classifier and k-means; nothing where there are no classes."""
     if work.data.test_labels is None:
-        return unlabelled(work, "features", title)
+        return {}
     x, labels = labelled(work)
     size = work.settings.latent_dim
     pca = PCA(size, random_state=work.settings.seed).fit(work.x.numpy())
@@ -54,42 +53,37 @@ def features_section(work: Work) -> Section:
         seed=work.settings.seed,
     )
     work.results["features"] = found
-    rows = []
-    for i, name in enumerate(found["features"].values):
-        cell = {
-            key: (float(found[key][i]), float(found[f"{key}_se"][i]))
-            for key in (
-                "probe_accuracy",
-                "probe_gain",
-                "cluster_accuracy",
-                "cluster_gain",
-                "adjusted_rand",
-            )
+    return {
+        "features": figure_of(plot_feature_quality(found)),
+        "features_verdict": features_verdict(found, size),
+        "features_rows": feature_rows(found),
+        "features_notes": found.provenance["notes"],
+        "num_labels": len(x),
+    }
+
+
+def feature_rows(found: Result) -> list[dict[str, str]]:
+    """A row for each code; the first is PCA's, which the others are compared with."""
+
+    def cell(name: str, i: int) -> str:
+        return percent(float(found[name][i]), float(found[f"{name}_se"][i]))
+
+    def rand(i: int) -> str:
+        value, error = (float(found[n][i]) for n in ("adjusted_rand", "adjusted_rand_se"))
+        return f"{value:.3f} ± {error:.3f}"
+
+    return [
+        {
+            "code": str(name),
+            "numbers": str(int(found["code_dim"][i])),
+            "linear classifier": cell("probe_accuracy", i),
+            "less PCA's": cell("probe_gain", i) if i else "",
+            "k-means": cell("cluster_accuracy", i),
+            "k-means less PCA's": cell("cluster_gain", i) if i else "",
+            "adjusted Rand": rand(i),
         }
-        rand, rand_se = cell["adjusted_rand"]
-        rows.append(
-            {
-                "code": str(name),
-                "numbers": str(int(found["code_dim"][i])),
-                "linear classifier": percent(*cell["probe_accuracy"]),
-                "less PCA's": percent(*cell["probe_gain"]) if i else "",
-                "k-means": percent(*cell["cluster_accuracy"]),
-                "k-means less PCA's": percent(*cell["cluster_gain"]) if i else "",
-                "adjusted Rand": f"{rand:.3f} ± {rand_se:.3f}",
-            }
-        )
-    figure = plot_feature_quality(found).figure
-    assert isinstance(figure, Figure)
-    return Section(
-        "features",
-        title,
-        f"{features_verdict(found, size)}. Errors hold the draw of the test data and, for trained "
-        f"codes, that of {work.settings.trainings} trainings; the classifier learned from "
-        f"{len(x)} labels.",
-        (rows,),
-        figure,
-        tuple(found.provenance["notes"]),
-    )
+        for i, name in enumerate(found["features"].values)
+    ]
 
 
 def features_verdict(found: Result, size: int) -> str:
@@ -157,7 +151,7 @@ def distributions(work: Work, root: str | None) -> dict[str, tuple[Tensor, Tenso
     }
 
 
-def compression_section(work: Work, root: str | None) -> Section:
+def tell_compression(work: Work, root: str | None) -> dict[str, Any]:
     """What a code compresses that was trained on something else."""
     sets = distributions(work, root)
     codes: dict[str, Codes] = {}
@@ -201,18 +195,12 @@ def compression_section(work: Work, root: str | None) -> Section:
         f"loses {percent(error[kind, other, other])}"
         for kind in ("autoencoder", "PCA")
     )
-    figure = plot_compression(found).figure
-    assert isinstance(figure, Figure)
-    return Section(
-        "compression",
-        "What a code compresses",
-        f"{verdict[0].upper() + verdict[1:]}. All codes have {work.settings.latent_dim} numbers "
-        f"for {work.x.shape[1]} pixels; 100 % is what their mean alone would lose. "
-        "Shuffled pixels are the same pictures with their pixels in another order: as "
-        "compressible, but only by a code trained on them.",
-        (rows,),
-        figure,
-    )
+    return {
+        "compression": figure_of(plot_compression(found)),
+        "compression_verdict": verdict[0].upper() + verdict[1:],
+        "compression_rows": rows,
+        "num_pixels": work.x.shape[1],
+    }
 
 
 def projection(x: Tensor, settings: Settings) -> Codes:

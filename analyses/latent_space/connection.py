@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.latent_work import Rows, Work, make, percent, train_programs
-from analyses.sections import Section
+from analyses.latent_space.work import Work, make, percent, train_programs
+from analyses.pages import Rows
 from pyro_vae import VAE, log_evidence
 from pyro_vae.extras.latents import kl_from_standard_normal, relative_error
 from pyro_vae.extras.samples import nearest_training_distance, precision_recall
@@ -117,7 +118,7 @@ def take_step(work: Work, networks: VAE, point: bool, flat: bool) -> Step:
         )
 
 
-def connection_section(work: Work) -> Section:
+def tell_connection(work: Work) -> dict[str, Any]:
     """Two lines, one after the other, and what they change."""
     start = make("VAE", work.x, work.settings)
     assert isinstance(start, VAE)
@@ -141,17 +142,15 @@ def connection_section(work: Work) -> Section:
         f"pictures decoded from N(0, I), {drawn[-1]['like data']} lie among the data against "
         f"{drawn[1]['like data']}"
     )
-    return Section(
-        "connection",
-        "From the autoencoder to the VAE",
-        f"{verdict}. The same networks from the same start, in three programs: the point becomes a "
-        "normal and the flat prior N(0, I), a line each. 'Data like them' counts data within balls "
-        "around the pictures, as wide as these lie apart: it means little where hardly a picture "
-        "is like data.",
-        (LINES, [step_row(name, step) for name, step in steps.items()], drawn),
-        connection_figure(work, steps, samples),
-        tuple(f"log_evidence of {n}: {s.evidence}." for n, s in steps.items() if s.refused)[:1],
-    )
+    refusals = [f"log_evidence of {n}: {s.evidence}." for n, s in steps.items() if s.refused]
+    return {
+        "connection": connection_figure(work, steps, samples),
+        "connection_verdict": verdict,
+        "program_lines": LINES,
+        "steps": [step_row(name, step) for name, step in steps.items()],
+        "drawn": drawn,
+        "refusals": refusals[:1],
+    }
 
 
 def step_row(name: str, step: Step) -> dict[str, str]:

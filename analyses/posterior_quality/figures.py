@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.posterior_verdict import Measured, per_datum, with_sign
+from analyses.pages import figure_of
+from analyses.posterior_quality.verdict import Measured, per_datum, with_sign
 from pyro_vae import VAE
 from pyro_vae.data import Dataset
 from pyro_vae.inference.mcmc import PosteriorSample
@@ -21,6 +23,8 @@ from pyro_vae.plots import (
     plot_khat_by_class,
     plot_khat_plane,
     plot_posterior,
+    plot_trust,
+    plot_worst,
 )
 from pyro_vae.results import Result
 
@@ -115,6 +119,45 @@ def describe_datum(quality: Result, datum: int) -> str:
 
 
 # --- figures --------------------------------------------------------------------------------------
+
+
+def draw(
+    found: Sequence[Measured], data: Dataset, x: Tensor, reference: PosteriorSample, grid_steps: int
+) -> dict[str, Any]:
+    """The figures by name, and what the page says of their grids."""
+    assert data.image_shape is not None
+    base, pictures = found[0], x.reshape(-1, *data.image_shape)
+    chosen = chosen_data(base.quality)
+    beside = [
+        (
+            f"{which} {by}, datum {n}\n{describe_datum(base.quality, n)}",
+            on_grid(base.vae, x, n, reference, grid_steps),
+            pictures[n],
+        )
+        for by, places in chosen.items()
+        for which, n in places.items()
+    ]
+    worst = chosen["KL(q || p)"]["worst"]
+    mended = [
+        (
+            f"{m.case.title}\n{describe_datum(m.quality, worst)}",
+            on_grid(m.vae, x, worst, reference, grid_steps),
+            pictures[worst] if m is base else None,
+        )
+        for m in found
+    ]
+    labels = None if data.test_labels is None else data.test_labels[: len(x)]
+    hardest = plot_worst(base.quality, x, data.image_shape, by="kl_guide_posterior")
+    return {
+        "agreement": of_grids([grid for _, grid, _ in beside]),
+        "table": figure_of(plot_trust({m.case.title: m.quality for m in found})),
+        "khat": draw_khat(base.quality, labels, data),
+        "posteriors": draw_posteriors(beside, 3, f"The base's posteriors, {data.name}"),
+        "mended": draw_posteriors(mended, min(4, len(mended)), f"Datum {worst}"),
+        "calibration": draw_calibration(found),
+        "coverage": draw_coverage(found),
+        "worst": hardest,
+    }
 
 
 def draw_khat(quality: Result, labels: Tensor | None, data: Dataset) -> Figure:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
+from matplotlib.figure import Figure
 from pyro.infer import SVI
 from scipy.stats import sem
 
 import analyses
-from analyses import elbo_gap
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.sections import mean_and_error
+from analyses import elbo_gap, pages
+from analyses.command import make_parser, out_folder, run_analysis
+from analyses.pages import make_page, mean_and_error, page_lines
+from pyro_vae.app.pages import Formula, Heading, Note, Paragraph, Picture, Table, Verbatim
 from pyro_vae.data import DatasetError
 
 
@@ -32,6 +35,65 @@ def test_one_value_has_no_error_and_none_has_no_mean():
     assert mean == 3.0
     assert math.isnan(error)
     assert all(math.isnan(number) for number in mean_and_error(np.array([math.nan])))
+
+
+@pytest.fixture
+def template(tmp_path, monkeypatch):
+    """A template of every kind of block; nothing in it may be taken for HTML."""
+    text = r"""# Growth of {{ data }}
+
+## First
+
+Numbers: {{ height|form(".2f") }}
+and 1 < 2.
+
+> Beware of {{ data }}.
+
+$$ p(x) = \sum_{k} \pi_k $$
+
+![How it (the height) rises.](rise)
+
+![](rows)
+
+|  | a |
+| b, c | d (e) |
+
+{{ paragraphs(["one", "two"]) }}
+
+## How it was made
+
+![](command)
+"""
+    (tmp_path / "growth.md.j2").write_text(text)
+    loader = pages._environment().loader
+    monkeypatch.setattr(loader, "searchpath", [str(tmp_path)])
+
+
+@pytest.mark.usefixtures("template")
+def test_a_template_becomes_the_parts_of_a_page():
+    told = {"data": "peas & beans", "height": np.float64(1.5), "command": "grow  --tiny"}
+    rise, rows = Figure(), [{"day": "1", "cm": "2"}, {"day": "2", "cm": "30"}]
+    page = make_page("growth", rise=rise, rows=rows, **told)
+    assert page.title == "Growth of peas & beans"
+    assert page.parts == [
+        Heading("First"),
+        Paragraph("Numbers: 1.50 and 1 < 2."),
+        Note("Beware of peas & beans."),
+        Formula(r"p(x) = \sum_{k} \pi_k"),
+        Picture(rise, "How it (the height) rises."),
+        Table(["day", "cm"], [["1", "2"], ["2", "30"]]),
+        Table(["", "a"], [["b, c", "d (e)"]]),
+        Paragraph("one"),
+        Paragraph("two"),
+        Heading("How it was made"),
+        Verbatim("grow  --tiny"),
+    ]
+    said = "\n".join(page_lines(page))
+    assert "## First" in said
+    assert "day  cm\n1    2\n2    30" in said
+    assert "grow" not in said
+    with pytest.raises(UndefinedError, match="height"):
+        make_page("growth", data="peas")
 
 
 # --- how an analysis begins and ends --------------------------------------------------------------
@@ -83,28 +145,31 @@ def test_the_folder_says_which_data_are_in_it():
 
 
 def test_results_take_their_place_when_all_is_done(tmp_path, capsys):
-    def write(folder, text, end=None):
-        folder.mkdir(parents=True)
-        (folder / "report.html").write_text(text)
-        if end is not None:
-            raise end
-        return folder / "report.html"
+    def write(text, end=None):
+        def analysis(out):
+            out.folder.mkdir(parents=True)
+            (out.folder / "report.html").write_text(text)
+            if end is not None:
+                raise end
+            return out.folder / "report.html"
+
+        return run_analysis(analysis, given("--out", str(out)))
 
     out = tmp_path / "results" / "growth"
-    assert run_on_one_thread(lambda folder: write(folder, "first"), out) == 0
+    assert write("first") == 0
     assert capsys.readouterr().out == f"\n{out / 'report.html'}\n"
     (out / "notes.txt").write_text("mine")
     ends = {130: KeyboardInterrupt("fit interrupted"), 2: DatasetError("no beans")}
     for status, end in ends.items():
-        assert run_on_one_thread(lambda folder, e=end: write(folder, "half", e), out) == status
+        assert write("half", end) == status
         assert (out / "report.html").read_text() == "first"
     unfinished = tmp_path / "results" / "growth.unfinished"
     said = capsys.readouterr().err
     assert f"what was measured so far is in {unfinished}" in said
     assert "no beans" in said
     with pytest.raises(ZeroDivisionError):
-        run_on_one_thread(lambda folder: write(folder, "half", ZeroDivisionError()), out)
-    assert run_on_one_thread(lambda folder: write(folder, "second"), out) == 0
+        write("half", ZeroDivisionError())
+    assert write("second") == 0
     assert (out / "report.html").read_text() == "second"
     assert sorted(path.name for path in out.parent.iterdir()) == ["growth"]
     assert (out / "notes.txt").read_text() == "mine"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm, spearmanr
 
-from analyses.sections import mean_and_error
+from analyses.pages import mean_and_error
 from pyro_vae import VAE
 from pyro_vae.diagnostics.posterior import worst_data
 from pyro_vae.inference.log_weights import khat_threshold

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyses.sections import Section
 from pyro_vae import VAE, Autoencoder, fit
 from pyro_vae.data import Dataset
 from pyro_vae.extras.latents import feature_quality
 from pyro_vae.inference.programs import Program
 from pyro_vae.results import Result
 
-Rows = list[dict[str, str]]
 Codes = Callable[[Tensor], Tensor]
 
 GAUSSIAN = {"name": "gaussian", "scale": "shared"}
@@ -174,8 +172,3 @@ def labelled(work: Work) -> tuple[Tensor, Tensor]:
     assert work.data.train_labels is not None
     step = max(1, len(work.x) // work.settings.num_labelled)
     return work.x[::step], work.data.train_labels[: len(work.x)][::step]
-
-
-def unlabelled(work: Work, name: str, title: str) -> Section:
-    """A part that needs classes, for data that have none."""
-    return Section(name, title, f"{work.data.name} has no classes, so there is nothing to measure.")

@@ -9,24 +9,17 @@ to a VAE. The sentence that opens each part is made from its numbers.
 
 import argparse
 import inspect
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.latent_connection import connection_section, programs
-from analyses.latent_geometry import (
-    attributes_section,
-    manifold_section,
-    paths_section,
-    units_section,
-)
-from analyses.latent_uses import OTHER, compression_section, features_section
-from analyses.latent_work import KINDS, Settings, Work, make, train
-from analyses.sections import Section, as_text, save_sections
+from analyses.command import Output, make_parser, run_analysis
+from analyses.latent_space.connection import programs, tell_connection
+from analyses.latent_space.geometry import tell_attributes, tell_manifold, tell_paths, tell_units
+from analyses.latent_space.uses import OTHER, tell_compression, tell_features
+from analyses.latent_space.work import KINDS, Settings, Work, make, train
 from pyro_vae import VAE, Autoencoder, load_dataset
 from pyro_vae.data import Dataset
 
@@ -49,10 +42,9 @@ TINY = Settings(
 )
 
 
-def prepare(data: Dataset, settings: Settings, progress: bool, say: Callable[[str], None]) -> Work:
+def prepare(data: Dataset, settings: Settings, progress: bool) -> Work:
     """Trains the models that several parts share."""
     x = data.train[: settings.num_train]
-    started = time.perf_counter()
     models: dict[str, list[VAE | Autoencoder]] = {}
     for kind in (*KINDS, "VAE"):
         for i in range(settings.trainings):
@@ -64,50 +56,34 @@ def prepare(data: Dataset, settings: Settings, progress: bool, say: Callable[[st
     manifold = make("VAE", x, small)
     assert isinstance(manifold, VAE)
     train(manifold, x, small, progress)
-    say(f"trained in {time.perf_counter() - started:.0f} s")
     return Work(data, x, settings, progress, models, manifold, {})
 
 
-def run(
-    data: Dataset,
-    root: str | None,
-    out: Path,
-    settings: Settings,
-    say: Callable[[str], None],
-    progress: bool,
-) -> Path:
+def run(data: Dataset, root: str | None, settings: Settings, out: Output) -> Path:
     """Trains, measures, saves and draws everything; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    work = prepare(data, settings, progress, say)
-    parts: tuple[Callable[[Work], Section], ...] = (
-        manifold_section,
-        paths_section,
-        attributes_section,
-        units_section,
-        features_section,
-        partial(compression_section, root=root),
-        connection_section,
-    )
-    sections = []
-    for part in parts:
-        started = time.perf_counter()
-        section = part(work)
-        sections.append(section)
-        say(f"\n## {section.title} ({time.perf_counter() - started:.0f} s)\n{section.text}\n")
-        for rows in section.tables:
-            say(f"{as_text(rows)}\n")
-        for note in section.notes:
-            say(note)
-    for name, result in work.results.items():
-        result.save(out / f"{name}.nc")
-    made = work.results["units"].provenance
-    return save_sections(
-        out,
-        f"The latent space of {data.name}",
-        sections,
-        f"pyro_vae {made['version']}, torch {made['torch']}, {made['created']}, {settings}, one "
-        "thread. Below, the programs of the last part.",
-        f"python -m analyses.latent_space --data {data.name}\n\n{inspect.getsource(programs)}",
+    with out.timed("training"):
+        work = prepare(data, settings, out.progress)
+    parts: dict[str, Callable[[Work], dict[str, Any]]] = {
+        "manifold": tell_manifold,
+        "paths": tell_paths,
+        "attributes": tell_attributes,
+        "units": tell_units,
+        "features": tell_features,
+        "compression": partial(tell_compression, root=root),
+        "connection": tell_connection,
+    }
+    told: dict[str, Any] = {}
+    for name, part in parts.items():
+        with out.timed(name):
+            told |= part(work)
+    out.save(work.results)
+    return out.write_page(
+        data=data.name,
+        settings=settings,
+        made=work.results["units"].provenance,
+        command=f"python -m analyses.latent_space --data {data.name}\n\n"
+        f"{inspect.getsource(programs)}",
+        **told,
     )
 
 
@@ -128,16 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     settings = Settings() if given.data == "digits" else LARGE
     settings = replace(TINY if given.tiny else settings, seed=given.seed)
-    say = partial(print, flush=True)
 
-    def analysis(out: Path) -> Path:
+    def analysis(out: Output) -> Path:
         data = load_dataset(given.data, given.root)
         if data.name in OTHER:  # needed at the end: missing files are told at once
             load_dataset(OTHER[data.name], given.root)
-        return run(data, given.root, out, settings, say, not given.no_progress)
+        return run(data, given.root, settings, out)
 
-    return run_on_one_thread(analysis, out_folder(given))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_analysis(analysis, given)

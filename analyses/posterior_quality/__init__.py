@@ -12,37 +12,22 @@ model's own data.
 
 import argparse
 import copy
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.command import make_parser, out_folder, run_on_one_thread
-from analyses.posterior_figures import (
-    chosen_data,
-    describe_datum,
-    draw_calibration,
-    draw_coverage,
-    draw_khat,
-    draw_posteriors,
-    of_grids,
-    on_grid,
-)
-from analyses.posterior_verdict import Case, Measured, row_of, verdicts, worst_rows
-from analyses.sections import Section, as_text, save_sections
+from analyses.command import Output, file_name, make_parser, run_analysis, unknown_case
+from analyses.posterior_quality.figures import chosen_data, draw
+from analyses.posterior_quality.verdict import Case, Measured, row_of, verdicts, worst_rows
 from pyro_vae import VAE, fit, posterior_quality
 from pyro_vae.data import Dataset
 from pyro_vae.inference.estimators import make_estimator
 from pyro_vae.inference.mcmc import PosteriorSample, sample_posterior
 from pyro_vae.models.parts import mlp
-from pyro_vae.plots import plot_trust, plot_worst
 from pyro_vae.runs import load_training_data
 
 
@@ -239,146 +224,45 @@ def measure(
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def run(
-    data: Dataset, out: Path, settings: Settings, say: Callable[[str], None], progress: bool
-) -> Path:
+def run(data: Dataset, settings: Settings, out: Output) -> Path:
     """Trains, measures, saves and draws everything; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
     training, x = data.train[: settings.num_train], data.test[: settings.num_data]
-    labels = None if data.test_labels is None else data.test_labels[: settings.num_data]
     started = time.perf_counter()
-    base = train_base(training, settings, progress)
+    base = train_base(training, settings, out.progress)
     seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    reference = sample_posterior(
-        base.model,
-        x,
-        num_chains=settings.num_chains,
-        num_warmup=settings.num_warmup,
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        progress=progress,
-    )
-    reference.result().save(out / "reference.nc")
-    say(f"reference: {time.perf_counter() - started:.0f} s")
+    with out.timed("reference"):
+        reference = sample_posterior(
+            base.model,
+            x,
+            num_chains=settings.num_chains,
+            num_warmup=settings.num_warmup,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            progress=out.progress,
+        )
+        out.save({"reference": reference.result()})
     found: list[Measured] = []
     for case in (BASE, *CASES):
         if settings.cases and case.title not in ("base", *settings.cases):
             continue
-        started = time.perf_counter()
-        vae = base if case is BASE else train_guide(case, base, training, settings, progress)
-        took = seconds if case is BASE else time.perf_counter() - started
-        found.append(measure(case, vae, x, reference, took, settings, progress))
-        name = "".join(c if c.isalnum() else "_" for c in case.title)
-        found[-1].quality.save(out / f"{name}.nc")
-        say(f"{case.title}: {time.perf_counter() - started:.0f} s")
-    sections = describe(found, data, x, labels, reference, settings.grid_steps)
-    for section in sections:
-        say(f"\n## {section.title}\n{section.text}")
-        for rows in section.tables:
-            say(f"{as_text(rows)}\n")
-        for note in section.notes:
-            say(note)
-    made = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value != ())
-    title, command = "Can the posterior be trusted?", "python -m analyses.posterior_quality"
-    return save_sections(out, title, sections, made, command)
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
-def describe(
-    found: Sequence[Measured],
-    data: Dataset,
-    x: Tensor,
-    labels: Tensor | None,
-    reference: PosteriorSample,
-    grid_steps: int,
-) -> list[Section]:
-    """Sections in the order of the page."""
-    assert data.image_shape is not None
-    base = found[0]
-    pictures = x.reshape(-1, *data.image_shape)
-    chosen = chosen_data(base.quality)
-    beside = [
-        (
-            f"{which} {by}, datum {n}\n{describe_datum(base.quality, n)}",
-            on_grid(base.vae, x, n, reference, grid_steps),
-            pictures[n],
-        )
-        for by, places in chosen.items()
-        for which, n in places.items()
-    ]
-    worst = chosen["KL(q || p)"]["worst"]
-    mended = [
-        (
-            f"{m.case.title}\n{describe_datum(m.quality, worst)}",
-            on_grid(m.vae, x, worst, reference, grid_steps),
-            pictures[worst] if m is base else None,
-        )
-        for m in found
-    ]
-    return [
-        Section("verdict", "The verdict, from the numbers below", "", notes=tuple(verdicts(found))),
-        Section(
-            "table",
-            "Which change improves what",
-            "One decoder, so one posterior of each datum; the guide alone is changed. The share of "
-            "data whose draws may be used as they are, and weighted; KL(q || p) in nats (a lower "
-            "bound where k-hat is bad); absolute error of the mean in posterior sds and ratio of "
-            "sds, against HMC; accuracy of a classifier between q and HMC (0.5 is best); how often "
-            "90 % intervals hold the truth, in percent for each latent, and p-values of uniform "
-            "ranks, under data from the model. Errors: one standard error over the data.",
-            ([row_of(m) for m in found],),
-            figure=figure_of(plot_trust({m.case.title: m.quality for m in found})),
-        ),
-        Section(
-            "khat",
-            "k-hat over the data: the base",
-            "Whether importance weights may be used; the threshold is min(1 - 1/log10 S, 0.7).",
-            figure=draw_khat(base.quality, labels, data),
-        ),
-        Section(
-            "posteriors",
-            "HMC beside q: the best, the median and the worst",
-            "Latents of the base, by k-hat above and by KL(q || p) below. "
-            + of_grids([grid for _, grid, _ in beside]),
-            figure=draw_posteriors(beside, 3, f"The base's posteriors, {data.name}"),
-        ),
-        Section(
-            "mended",
-            "The worst posterior under every guide",
-            f"Datum {worst}, the worst of the base by KL(q || p).",
-            figure=draw_posteriors(mended, min(4, len(mended)), f"Datum {worst}"),
-        ),
-        Section(
-            "calibration",
-            "Calibration under the model's own data",
-            "Above the band first and below it then: the guide is too narrow. Above all along: too "
-            "high. The p-value is that of all lines together.",
-            figure=draw_calibration(found),
-        ),
-        Section(
-            "coverage",
-            "Coverage of central intervals",
-            "Below zero, intervals hold the truth too rarely.",
-            figure=draw_coverage(found),
-        ),
-        Section(
-            "worst",
-            "The worst data of the base, with reasons",
-            "By KL(q || p) in the figure, by k-hat in the table.",
-            (worst_rows(base.quality),),
-            figure=plot_worst(base.quality, x, data.image_shape, by="kl_guide_posterior"),
-            notes=tuple(base.quality.provenance["notes"]),
-        ),
-    ]
-
-
-def figure_of(axes: Any) -> Figure:
-    """The figure that axes are on."""
-    assert isinstance(axes.figure, Figure)
-    return axes.figure
+        with out.timed(case.title):
+            started = time.perf_counter()
+            vae = (
+                base if case is BASE else train_guide(case, base, training, settings, out.progress)
+            )
+            took = seconds if case is BASE else time.perf_counter() - started
+            found.append(measure(case, vae, x, reference, took, settings, out.progress))
+            out.save({file_name(case.title): found[-1].quality})
+    quality = found[0].quality
+    return out.write_page(
+        settings=settings,
+        verdicts=verdicts(found),
+        guides=[row_of(m) for m in found],
+        worst_datum=chosen_data(quality)["KL(q || p)"]["worst"],
+        reasons=worst_rows(quality),
+        notes=quality.provenance["notes"],
+        **draw(found, data, x, reference, settings.grid_steps),
+    )
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -412,21 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
     given = parse(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
+    if unknown_case(given.case, [case.title for case in CASES], "guide"):
+        return 2
     if given.case:
-        unknown = sorted(set(given.case) - {case.title for case in CASES})
-        if unknown:
-            known = ", ".join(repr(case.title) for case in CASES)
-            print(f"there is no guide {unknown[0]!r}; choose from {known}", file=sys.stderr)
-            return 2
         settings = replace(settings, cases=tuple(sorted(with_compared(given.case))))
-    say = partial(print, flush=True)
 
-    def analysis(out: Path) -> Path:
+    def analysis(out: Output) -> Path:
         data = load_training_data(given.data, given.root, binarization="static")
-        return run(data, out, settings, say, not given.no_progress)
+        return run(data, settings, out)
 
-    return run_on_one_thread(analysis, out_folder(given))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_analysis(analysis, given)
