@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from analyses.blurry_samples.generators import (
     BASE,
     CASES,
