@@ -10,7 +10,7 @@ same :math:`[T(x), 1]` (the M step). `MixtureProblem` does both.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -22,6 +22,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.data import Seed, as_seed, takes_arrays
+from pyro_vae.models.mixtures.bayes import (
+    BernoulliConjugate,
+    ConjugateProblem,
+    PoissonConjugate,
+)
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -109,6 +114,8 @@ class ExponentialMixture(nn.Module, ABC):
     ) -> MixtureProblem:
         """The problem of this family, without the checks of `prepare`."""
 
+    _conjugate: ClassVar[type[ConjugateProblem]]  # the problem with priors on the parameters
+
     def _coordinates(self) -> Any:
         """Coordinates for scores, which owe nothing to the data that are scored."""
         return None
@@ -137,6 +144,30 @@ class ExponentialMixture(nn.Module, ABC):
         problem = self._problem(x, sample_weights, hold, None)
         problem.check()
         return problem
+
+    @takes_arrays(keep_dtype=True)
+    def prepare_conjugate(
+        self,
+        x: Num[Tensor, "batch features"],
+        sample_weights: Num[Tensor, " batch"] | None = None,
+        *,
+        prior: Mapping[str, Any] | None = None,
+    ) -> ConjugateProblem:
+        """This mixture with conjugate priors on its parameters, as variational Bayes takes it.
+
+        Args:
+            x: As `prepare`.
+            sample_weights: As `prepare`.
+            prior: Hyperparameters by name, in the data's units: `concentration` of the weights'
+                Dirichlet, and for Gaussians `loc`, `loc_precision`, `degrees_of_freedom` and
+                `inverse_scale` of a normal-Wishart, for Bernoullis `ones` and `zeros` of a Beta,
+                for Poissons `shape` and `rate` of a Gamma; see `GaussianConjugate`,
+                `BernoulliConjugate` and `PoissonConjugate` for the defaults.
+
+        Raises:
+            ValueError: As `prepare`, or if a hyperparameter is unknown or cannot be used.
+        """
+        return self._conjugate(self.prepare(x, sample_weights), prior)
 
     @property
     @abstractmethod
@@ -386,6 +417,7 @@ class BernoulliMixture(_MeanMixture):
     """
 
     measure = "binary"
+    _conjugate = BernoulliConjugate
 
     @classmethod
     def from_parameters(
@@ -455,6 +487,7 @@ class PoissonMixture(_MeanMixture):
     """
 
     measure = "counts"
+    _conjugate = PoissonConjugate
 
     @classmethod
     def from_parameters(
@@ -524,9 +557,15 @@ class _MeanProblem(MixtureProblem):
     def _log_base(self, rows: Any) -> Tensor | float:
         return self.mixture._log_base(self._x[rows])
 
+    def _canonical(self, parameters: MixtureParameters) -> tuple[Tensor, Tensor]:
+        """Natural parameters, and log pi_k - A(eta_k)."""
+        natural = parameters.natural
+        if natural is None:
+            natural = self.mixture._to_natural(parameters.locs)
+        return natural, parameters.log_weights - self.mixture._log_normaliser(natural)
+
     def _scorer(self, parameters: MixtureParameters) -> Any:
-        natural = self.mixture._to_natural(parameters.locs)
-        constant = parameters.log_weights - self.mixture._log_normaliser(natural)
+        natural, constant = self._canonical(parameters)
         return lambda chunk: torch.addmm(constant[:, None], natural, chunk.x)
 
     def _sums(self, chunk: Chunk, q: Tensor, about: Tensor | None) -> Tensor:
@@ -550,8 +589,7 @@ class _MeanProblem(MixtureProblem):
 
     def expected_log_joint(self, statistics: Statistics, parameters: MixtureParameters) -> float:
         sums, counts = self._unpack(statistics)
-        natural = self.mixture._to_natural(parameters.locs)
-        constant = parameters.log_weights - self.mixture._log_normaliser(natural)
+        natural, constant = self._canonical(parameters)
         return float((sums * natural).sum() + counts @ constant) + self._base_total
 
     @property

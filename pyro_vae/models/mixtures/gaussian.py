@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.models.mixtures.bayes import GaussianConjugate
 from pyro_vae.models.mixtures.exponential import ExponentialMixture
 from pyro_vae.models.mixtures.problem import (
     Chunk,
@@ -70,6 +71,7 @@ class GaussianMixture(ExponentialMixture):
     """
 
     measure = "real"
+    _conjugate = GaussianConjugate
 
     def __init__(
         self,
