@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["ConjugateModel", "StatisticsModel", "StatisticsProblem"]
+__all__ = ["ConjugateModel", "NaturalModel", "StatisticsModel", "StatisticsProblem"]
 
 
 @runtime_checkable
@@ -100,3 +100,11 @@ class ConjugateModel(StatisticsModel, Protocol):
         self, x: Any, sample_weights: Any = None, *, prior: Mapping[str, Any] | None = None
     ) -> Any:
         """A `StatisticsProblem` whose parameters are a posterior, with its `described`."""
+
+
+@runtime_checkable
+class NaturalModel(Protocol):
+    """What `standard_errors` takes: a model of one vector of free natural parameters."""
+
+    def natural_form(self, x: Any) -> Any:
+        """Has `theta`, `x`, `labels`, `log_joint`, `values` and `fitted`; see `NaturalForm`."""

@@ -27,6 +27,7 @@ from pyro_vae.models.mixtures.bayes import (
     ConjugateProblem,
     PoissonConjugate,
 )
+from pyro_vae.models.mixtures.natural import NaturalForm, mean_form
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -168,6 +169,19 @@ class ExponentialMixture(nn.Module, ABC):
             ValueError: As `prepare`, or if a hyperparameter is unknown or cannot be used.
         """
         return self._conjugate(self.prepare(x, sample_weights), prior)
+
+    @takes_arrays(keep_dtype=True)
+    def natural_form(self, x: Num[Tensor, "batch features"]) -> NaturalForm:
+        """The mixture as a function of its free natural parameters, with these data.
+
+        Raises:
+            ValueError: As `prepare`.
+        """
+        return self._natural_form(self.prepare(x))
+
+    @abstractmethod
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        """The form of a prepared problem."""
 
     @property
     @abstractmethod
@@ -342,6 +356,8 @@ class _Means(nn.Module):
 class _MeanMixture(ExponentialMixture):
     r"""A mixture with :math:`T(x) = x`: its components are known by their means."""
 
+    _natural_name: ClassVar[str]
+
     def _make_generative(self) -> nn.Module:
         return _Means(self.num_components, self.dim)
 
@@ -378,6 +394,9 @@ class _MeanMixture(ExponentialMixture):
 
     @abstractmethod
     def _distribution(self, natural: Tensor) -> Distribution: ...
+
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        return mean_form(problem, self._natural_name)
 
     @abstractmethod
     def _to_natural(self, means: Tensor) -> Tensor: ...
@@ -418,6 +437,7 @@ class BernoulliMixture(_MeanMixture):
 
     measure = "binary"
     _conjugate = BernoulliConjugate
+    _natural_name = "logit_probs"
 
     @classmethod
     def from_parameters(
@@ -488,6 +508,7 @@ class PoissonMixture(_MeanMixture):
 
     measure = "counts"
     _conjugate = PoissonConjugate
+    _natural_name = "log_rates"
 
     @classmethod
     def from_parameters(

@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 
 from pyro_vae.models.mixtures.bayes import GaussianConjugate
 from pyro_vae.models.mixtures.exponential import ExponentialMixture
+from pyro_vae.models.mixtures.natural import NaturalForm, gaussian_form
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -187,6 +188,9 @@ class GaussianMixture(ExponentialMixture):
         self, x: Tensor, sample_weights: Tensor | None, hold: Sequence[str], coordinates: Any
     ) -> MixtureProblem:
         return _GaussianProblem(self, x, sample_weights, hold, coordinates)
+
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        return gaussian_form(problem)
 
     @torch.no_grad()
     def _coordinates(self) -> tuple[Tensor, Tensor]:
