@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.coverage import evidence, gradients, posterior, samples
+from benchmarks.coverage import evidence, gradients, parameters, posterior, samples
 from benchmarks.coverage.kinds import CLAIMED, Study
 
 __all__ = ["EXCEPTIONS", "GROUPS", "SILENT", "functions", "named_in_source", "unlisted"]
@@ -14,6 +14,7 @@ GROUPS: dict[str, list[Study]] = {
     "posterior": posterior.STUDIES,
     "gradients": gradients.STUDIES,
     "samples": samples.STUDIES,
+    "parameters": parameters.STUDIES,
 }
 
 _AN_ESTIMATE = "itself an estimate (of how far off something is), with an error of its own"

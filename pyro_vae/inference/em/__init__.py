@@ -2,9 +2,11 @@
 
 from pyro_vae.inference.em.fit_em import EMFit, fit_em
 from pyro_vae.inference.em.sampled import MonteCarloEM
+from pyro_vae.inference.em.standard_errors import standard_errors
 
 __all__ = [
     "EMFit",
     "MonteCarloEM",
     "fit_em",
+    "standard_errors",
 ]

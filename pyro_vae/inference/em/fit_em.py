@@ -14,13 +14,19 @@ differ in is how far each goes. Every half step is a row of the history with all
 | hard | the most probable component | the maximum | Celeux & Govaert 1992 |
 | incremental | the posterior of a block of data | the maximum | Neal & Hinton 1998 |
 | online | the posterior of a mini-batch | the maximum, of averages | Cappe & Moulines 2009 |
+| variational_bayes | the best q(z) under q(theta) | the best q(theta) | Attias 2000 |
+| stochastic_variational_bayes | that of a mini-batch | a natural gradient | Hoffman et al. 2013 |
+
+In the last two :math:`\theta` is latent with a conjugate prior, q is :math:`q(z) q(\theta)` and F a
+bound on log p(x) with the parameters integrated out, which itself is not known.
 
 Models with sufficient statistics (`StatisticsModel`; the mixtures of this package are such) have
 closed M steps: `em_methods`. "generalized" takes any Pyro program whose latents can be enumerated:
 `em_generalized`. Both share the loop in `em_loop`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
@@ -32,6 +38,7 @@ from pyro_vae.inference.em.generalized import fit_generalized
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.em.loop import (
     METHODS,
+    RANDOM_METHODS,
     EMSettings,
     Ending,
     Reached,
@@ -39,7 +46,11 @@ from pyro_vae.inference.em.loop import (
     random_stream,
 )
 from pyro_vae.inference.em.methods import ALGORITHMS
-from pyro_vae.inference.em.protocol import StatisticsModel, StatisticsProblem
+from pyro_vae.inference.em.protocol import (
+    ConjugateModel,
+    StatisticsModel,
+    StatisticsProblem,
+)
 from pyro_vae.inference.programs import (
     FittedProgram,
     Program,
@@ -60,8 +71,15 @@ _RECORDED_DATA = 2_000  # up to which mini-batch methods record every half step
 _MAX_SINGULAR = 20  # starts that may fail in all where on_singular="restart"
 
 
+@dataclass(frozen=True, repr=False)
 class EMFit(Fit):
-    """What `fit_em` reached: a `Fit` whose history has a row a half step, dimension `step`."""
+    """What `fit_em` reached: a `Fit` whose history has a row a half step, dimension `step`.
+
+    Attributes:
+        posterior: Over the parameters, from variational Bayes: a `MixturePosterior`; else None.
+    """
+
+    posterior: Any = None
 
     @property
     def converged(self) -> bool:
@@ -75,9 +93,11 @@ class EMFit(Fit):
         if self.history.sizes["step"]:
             last = self.history.isel(step=-1)
             text += f" after {int(last.iteration)} iterations, {float(last.seconds):.1f} s"
-            if settings["method"] not in ("monte_carlo", "online"):
+            if settings["method"] not in RANDOM_METHODS:
                 text += ", converged" if self.converged else ", not converged"
-            text += f"; log p(x) {float(last.log_evidence):.6g}, bound {float(last.bound):.6g}"
+            known = "log_evidence" in self.history
+            text += f"; log p(x) {float(last.log_evidence):.6g}, " if known else "; "
+            text += f"bound {float(last.bound):.6g}"
             text += " nats per datum"
         if (free := settings["num_parameters"]) is not None:
             return f"{text}; {free:,} free parameters"
@@ -91,7 +111,7 @@ def fit_em(
     method: str = "exact",
     max_iterations: int = 200,
     tolerance: float = 1e-7,
-    initialization: str = "k-means++",
+    initialization: str | Any = "k-means++",
     num_restarts: int = 1,
     seed: Seed = 0,
     sample_weights: Any = None,
@@ -100,10 +120,12 @@ def fit_em(
     batch_size: int | None = None,
     num_samples: int = 1,
     step_exponent: float = 0.6,
+    step_delay: float = 0.0,
     num_held: int = 20,
     num_gradient_steps: int = 5,
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
     record: Literal["half steps", "passes"] | None = None,
+    prior: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> EMFit:
     r"""Fits a model by expectation-maximisation or one of its relatives.
@@ -123,12 +145,14 @@ def fit_em(
         method: "exact" (EM), "generalized" or "generalised" (gradient M steps), "monte_carlo"
             (draws from the posterior), "hard" (its most probable component), "incremental" (blocks
             of data) or "online" (mini-batches: :math:`s \leftarrow s + n^{-a} (\hat s - s)` for the
-            statistics s, averaged over the second half).
+            statistics s, averaged over the second half); "variational_bayes" (a posterior over
+            parameters) or "stochastic_variational_bayes" (the same by mini-batches).
         max_iterations: Iterations at most; passes over the data for "incremental" and "online".
         tolerance: Stops when an iteration raises the bound by less, in nats per datum. 0 makes all
             iterations. "monte_carlo" and "online" are random and make all as well.
         initialization: "k-means++", "k-means" or "random"; "given" starts at the parameters in the
-            model, as "generalized" does for programs in any case.
+            model, as "generalized" does for programs in any case. Or responsibilities to start
+            from with an M step, shape (batch, components), not for "generalized".
         num_restarts: Starts; the one with the highest final log p(x) (or bound, if hard) is kept.
         seed: Of starts, draws and orders. The caller's random state is left alone.
         sample_weights: How often each datum counts, shape (batch,).
@@ -138,13 +162,16 @@ def fit_em(
         batch_size: For "incremental" and "online"; a tenth of the data if None, and at least 100
             if so many there are.
         num_samples: Draws for each datum, for "monte_carlo".
-        step_exponent: The a of "online", above 0.5 and at most 1.
-        num_held: Data that "online" sees before its first M step.
+        step_exponent: The a of the mini-batch methods, above 0.5 and at most 1.
+        step_delay: Added to n in their steps from the second on, so that early ones are shorter.
+        num_held: Data that they see before their first M step.
         num_gradient_steps: In each M step of "generalized".
         optimizer: For "generalized": from parameters to a torch optimizer; L-BFGS with a line
             search if None.
         record: Whether "incremental" and "online" record every half step, at the price of a pass
             over all data each, or passes only; None decides by the size of the data.
+        prior: Of variational Bayes: hyperparameters by name, such as `{"concentration": 1.0}`; see
+            `prepare_conjugate` of the mixture. Defaults follow from the data, in part.
         progress: Shows a bar where stderr is a terminal.
 
     Returns:
@@ -160,12 +187,17 @@ def fit_em(
     Note: EM finds a local maximum; `num_restarts` looks at several. For the KL after exact M steps
         with more than 200,000 responsibilities, log p(x) - bound stands in (`config` says so).
 
+    Note: of variational Bayes the history has no `log_evidence` and no `gap`, `kl` is that of
+        components and parameters together, `posterior` the result, and the model has its means.
+
     References:
         Dempster, Laird & Rubin (1977), JRSS B 39, 1-38. Wei & Tanner (1990), JASA 85, 699-704.
         Celeux & Govaert (1992), A classification EM algorithm for clustering and two stochastic
         versions, CSDA 14, 315-332. Neal & Hinton (1998), A view of the EM algorithm that justifies
         incremental, sparse, and other variants. Cappe & Moulines (2009), On-line
-        expectation-maximization algorithm for latent data models, JRSS B 71, 593-613.
+        expectation-maximization algorithm for latent data models, JRSS B 71, 593-613. Attias
+        (2000), A variational Bayesian framework for graphical models. Hoffman, Blei, Wang & Paisley
+        (2013), Stochastic variational inference, JMLR 14, 1303-1347.
     """
     method = {"generalised": "generalized"}.get(method, method)
     seed = as_seed(seed)
@@ -173,21 +205,27 @@ def fit_em(
         method=method,
         max_iterations=max_iterations,
         tolerance=float(tolerance),
-        initialization=initialization,
+        initialization=initialization
+        if isinstance(initialization, str)
+        else as_tensor(initialization, torch.float64),
         num_restarts=num_restarts,
         seed=seed,
         on_singular=on_singular,
         batch_size=batch_size,
         num_samples=num_samples,
         step_exponent=float(step_exponent),
+        step_delay=float(step_delay),
         num_held=num_held,
         num_gradient_steps=num_gradient_steps,
         optimizer=optimizer,
         record=record,
         progress=progress,
+        prior=prior,
     )
     settings.check()
     generalized = method == "generalized"
+    if generalized and isinstance(settings.initialization, Tensor):
+        raise ValueError("the generalised method starts at parameters, not at responsibilities")
     if generalized and (sample_weights is not None or tuple(hold)):
         raise ValueError(
             "the generalised method knows neither sample_weights nor hold; weight the model's "
@@ -225,6 +263,7 @@ def fit_em(
         config=config,
         parameters=end.parameters,
         status=end.reached.status,
+        posterior=end.posterior,
     )
 
 
@@ -236,7 +275,7 @@ def _fit_on_statistics(
     settings: EMSettings,
 ) -> Ending:
     """Any method but the generalised one, from any number of starts."""
-    problem = model.prepare(x, sample_weights, hold=hold)
+    problem = _prepared(model, x, sample_weights, hold, settings)
     best, failures, ends = _best_of_restarts(problem, settings)
     problem.write(best.parameters)
     facts = {
@@ -250,7 +289,28 @@ def _fit_on_statistics(
     }
     parameters = {name: v.detach().clone() for name, v in model.fitted_values().items()}
     state = _state_of(model, x)
-    return Ending(model.model, model.guide, state, parameters, problem.measure, best, facts)
+    ending = Ending(model.model, model.guide, state, parameters, problem.measure, best, facts)
+    if settings.bayesian:
+        ending.posterior = problem.described(best.parameters)
+        ending.facts["prior"] = {n: v.tolist() for n, v in ending.posterior.prior.items()}
+    return ending
+
+
+def _prepared(
+    model: StatisticsModel,
+    x: Tensor,
+    sample_weights: Tensor | None,
+    hold: Sequence[str],
+    settings: EMSettings,
+) -> Any:
+    """The problem on these data, with parameters or a posterior over them."""
+    if not settings.bayesian:
+        return model.prepare(x, sample_weights, hold=hold)
+    if tuple(hold):
+        raise ValueError("variational Bayes holds no parameters; a sharp prior does that")
+    if not isinstance(model, ConjugateModel):
+        raise ValueError(f"{type(model).__name__} has no conjugate priors; pass method='exact'")
+    return model.prepare_conjugate(x, sample_weights, prior=settings.prior)
 
 
 def _state_of(model: StatisticsModel, x: Tensor) -> dict[str, Any]:
@@ -312,14 +372,17 @@ def _run_once(
 ) -> Reached:
     """One start to its end."""
     record = HalfSteps(problem.total_weight)
-    record.measures = (
+    record.knows_evidence = not settings.bayesian
+    record.measures = settings.method != "variational_bayes" and (
         settings.method != "exact"
         or problem.num_data * problem.num_components <= _MEASURED_RESPONSIBILITIES
     )
     record.every_half_step = settings.record == "half steps" or (
         settings.record is None and problem.num_data <= _RECORDED_DATA
     )
-    if settings.initialization == "given":
+    if isinstance(settings.initialization, Tensor):
+        parameters = _m_step_at(problem, settings.initialization)
+    elif settings.initialization == "given":
         parameters = problem.read()
     else:
         generator = random_stream(settings.seed, attempt)
@@ -328,3 +391,14 @@ def _run_once(
         problem, parameters, record, settings, random_stream(settings.seed, attempt, 1)
     )
     return drive(algorithm, settings, problem.total_weight, interrupted)
+
+
+def _m_step_at(problem: StatisticsProblem, q: Tensor) -> Any:
+    """Parameters after an M step at these responsibilities."""
+    shape = (problem.num_data, problem.num_components)
+    if q.shape != shape or not bool((q >= 0).all() and ((q.sum(1) - 1).abs() < 1e-6).all()):
+        raise ValueError(
+            f"responsibilities to start from have shape {shape}, are not negative and sum to 1 "
+            f"for each datum; not so those of shape {tuple(q.shape)}"
+        )
+    return problem.m_step(problem.statistics(q), problem.read())

@@ -41,6 +41,7 @@ def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> E
     ends: list[float] = []
     best: tuple[Ending, Any] | None = None
     for attempt in range(settings.num_restarts):
+        assert isinstance(settings.initialization, str)
         if settings.initialization != "given":
             generator = random_stream(settings.seed, attempt)
             problem.write(problem.initialize(settings.initialization, generator))

@@ -23,6 +23,7 @@ class HalfSteps:
         total_weight: What totals are divided by to be per datum.
         measures: Whether the KL is summed by itself, not taken as log p(x) - bound.
         every_half_step: Whether mini-batch methods record every half step.
+        knows_evidence: Whether log p(x) is known, and so the gap; not where parameters are latent.
         rows: What was recorded.
         passes: Passes over the data so far.
         spent: Seconds until the clock was started last.
@@ -32,6 +33,7 @@ class HalfSteps:
     total_weight: float
     measures: bool = True
     every_half_step: bool = True
+    knows_evidence: bool = True
     rows: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
     spent: float = 0.0
@@ -72,7 +74,8 @@ class HalfSteps:
 
         Args:
             stamp: From `stamp`, at the end of the half step.
-            log_likelihood: log p(x); this and the others are totals in nats.
+            log_likelihood: log p(x), or the bound at the best q(z) where that is not known; this
+                and the others are totals in nats.
             elbo: The bound.
             divergence: KL(q || p(z | x)).
             kl: KL(q(z) || p(z)), where it is known.
@@ -86,6 +89,8 @@ class HalfSteps:
                 "values in the data, or pass reg_covar"
             )
         totals = {"log_evidence": log_likelihood, "bound": elbo, "gap": divergence}
+        if not self.knows_evidence:
+            totals = {"bound": elbo}
         row = {**stamp, "loss": -elbo / self.total_weight}
         for name, value in totals.items():
             row |= {name: value / self.total_weight, f"{name}_total": value}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,16 @@ from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.programs import Program
 from pyro_vae.progress import progress_bar
 
-__all__ = ["METHODS", "EMSettings", "Ending", "Reached", "drive", "random_stream"]
+__all__ = ["METHODS", "RANDOM_METHODS", "EMSettings", "Ending", "Reached", "drive", "random_stream"]
 
-METHODS = ("exact", "generalized", "monte_carlo", "online", "incremental", "hard")
+METHODS = (
+    *("exact", "generalized", "monte_carlo", "online", "incremental", "hard"),
+    *("variational_bayes", "stochastic_variational_bayes"),
+)
 """What `fit_em` takes as `method`."""
+
+RANDOM_METHODS = ("monte_carlo", "online", "stochastic_variational_bayes")
+"""Those whose bound moves at random, so that a small gain means nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,20 @@ class EMSettings:
     method: str
     max_iterations: int
     tolerance: float
-    initialization: str
+    initialization: str | Tensor
     num_restarts: int
     seed: int
     on_singular: str
     batch_size: int | None
     num_samples: int
     step_exponent: float
+    step_delay: float
     num_held: int
     num_gradient_steps: int
     optimizer: Any
     record: str | None
     progress: bool
+    prior: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Raises ValueError for a value that cannot be used."""
@@ -56,22 +64,37 @@ class EMSettings:
                 f"step_exponent must lie above 0.5 and be at most 1, or the averages do not "
                 f"settle; not {self.step_exponent!r}"
             )
+        if not 0 <= self.step_delay < math.inf:
+            raise ValueError(f"step_delay must be 0 or positive, not {self.step_delay!r}")
+        if self.prior is not None and not self.bayesian:
+            raise ValueError(
+                f"method={self.method!r} has no prior on parameters; pass "
+                "method='variational_bayes'"
+            )
         check_count("seed", self.seed, 0)
         if self.on_singular not in ("raise", "restart"):
             raise ValueError(f"on_singular is 'raise' or 'restart', not {self.on_singular!r}")
         if self.record not in (None, "half steps", "passes"):
             raise ValueError(f"record is 'half steps', 'passes' or None, not {self.record!r}")
-        given = self.initialization == "given"
-        if given and (self.num_restarts > 1 or self.on_singular == "restart"):
+        if self.starts_given and (self.num_restarts > 1 or self.on_singular == "restart"):
             raise ValueError(
-                "restarts from the given parameters would all be the same; pass "
-                "initialization='k-means++'"
+                "restarts from what is given would all be the same; pass initialization='k-means++'"
             )
 
     @property
     def random(self) -> bool:
         """Whether the bound moves at random, so that a small gain means nothing."""
-        return self.method in ("monte_carlo", "online")
+        return self.method in RANDOM_METHODS
+
+    @property
+    def bayesian(self) -> bool:
+        """Whether parameters are latent: the bound is then one on their evidence."""
+        return self.method.endswith("variational_bayes")
+
+    @property
+    def starts_given(self) -> bool:
+        """Whether the start is told, so that every one is the same."""
+        return isinstance(self.initialization, Tensor) or self.initialization == "given"
 
     def described(self) -> dict[str, Any]:
         """What config.json says of them: the common ones, and those that the method uses."""
@@ -81,12 +104,17 @@ class EMSettings:
         )
         own: dict[str, tuple[str, ...]] = {
             "monte_carlo": ("num_samples",),
-            "online": ("batch_size", "step_exponent", "num_held"),
+            "online": ("batch_size", "step_exponent", "step_delay", "num_held"),
+            "stochastic_variational_bayes": (
+                *("batch_size", "step_exponent", "step_delay", "num_held"),
+            ),
             "incremental": ("batch_size",),
             "generalized": ("num_gradient_steps",),
         }
-        names = (*common, *own.get(self.method, ()))
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+        said = {name: getattr(self, name) for name in (*common, *own.get(self.method, ()))}
+        if isinstance(self.initialization, Tensor):
+            said["initialization"] = "responsibilities"
+        return json.loads(json.dumps(said))
 
 
 def random_stream(seed: int, *streams: int) -> torch.Generator:
@@ -119,6 +147,7 @@ class Ending:
         measure: What the data are.
         reached: Where the best start ended.
         facts: What the config says of the course of the fit.
+        posterior: Over the parameters, where there is one.
     """
 
     model: Program
@@ -128,6 +157,7 @@ class Ending:
     measure: str
     reached: Reached
     facts: dict[str, Any]
+    posterior: Any = None
 
 
 def drive(

@@ -1,5 +1,8 @@
 """EM, hard, Monte-Carlo, incremental and online EM, on models with sufficient statistics.
 
+Variational Bayes is EM on a problem whose parameters are a posterior, and its stochastic form is
+online EM on it: natural gradients of conjugate models are differences of statistics.
+
 Each is a generator: it yields where it stands after every iteration, and `em_loop.drive` decides
 whether it goes on.
 """
@@ -171,13 +174,18 @@ def _closing_row(
 
 
 def _online(
+    averages: bool,
     problem: StatisticsProblem,
     parameters: Any,
     record: HalfSteps,
     settings: EMSettings,
     generator: torch.Generator,
 ) -> Iterator[Reached]:
-    """Averages statistics over mini-batches with steps n^-a, and over the second half again."""
+    """Averages statistics over mini-batches with steps (n + delay)^-a; the second half's again.
+
+    The latter with `averages` only. Where a posterior is the prior with statistics added, such a
+    step is one along the natural gradient (Hoffman et al. 2013, section 2.4).
+    """
     q = problem.responsibilities(parameters)  # for the record: what each datum had when last seen
     elbo = _measure(problem, record, "E", 0, parameters, q)
     yield Reached(parameters, elbo, record)
@@ -197,13 +205,13 @@ def _online(
             of_batch = of_batch * (problem.num_data / len(rows))
             number += 1
             seen += len(rows)
-            step = number**-settings.step_exponent
+            step = (number + settings.step_delay) ** -settings.step_exponent
             statistics = (
                 of_batch if statistics is None else statistics * (1 - step) + of_batch * step
             )
             if seen >= settings.num_held:
                 parameters = problem.m_step(statistics, parameters)
-            if number > settings.max_iterations * len(blocks) / 2:
+            if averages and number > settings.max_iterations * len(blocks) / 2:
                 total = statistics if total is None else total + statistics
                 counted += 1
             if shown:
@@ -219,6 +227,8 @@ ALGORITHMS: dict[str, Callable[..., Iterator[Reached]]] = {
     "hard": partial(_with_point_masses, _most_probable),
     "monte_carlo": partial(_with_point_masses, _drawn),
     "incremental": _incremental,
-    "online": _online,
+    "online": partial(_online, True),
+    "variational_bayes": _exact,
+    "stochastic_variational_bayes": partial(_online, False),
 }
 """The generator of each method: called with problem, start, record, settings and randomness."""

@@ -1,12 +1,12 @@
 """What `fit_em` asks of a model whose M step is a function of sufficient statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["StatisticsModel", "StatisticsProblem"]
+__all__ = ["ConjugateModel", "NaturalModel", "StatisticsModel", "StatisticsProblem"]
 
 
 @runtime_checkable
@@ -90,3 +90,21 @@ class StatisticsModel(Protocol):
 
     def fitted_values(self) -> dict[str, Tensor]:
         """The parameters by name, as users see them."""
+
+
+@runtime_checkable
+class ConjugateModel(StatisticsModel, Protocol):
+    """What `fit_em` takes for variational Bayes: one whose parameters have conjugate priors."""
+
+    def prepare_conjugate(
+        self, x: Any, sample_weights: Any = None, *, prior: Mapping[str, Any] | None = None
+    ) -> Any:
+        """A `StatisticsProblem` whose parameters are a posterior, with its `described`."""
+
+
+@runtime_checkable
+class NaturalModel(Protocol):
+    """What `standard_errors` takes: a model of one vector of free natural parameters."""
+
+    def natural_form(self, x: Any) -> Any:
+        """Has `theta`, `x`, `labels`, `log_joint`, `values` and `fitted`; see `NaturalForm`."""

@@ -1,5 +1,6 @@
 """Mixtures that EM fits in closed form: Gaussian, Bernoulli, Poisson."""
 
+from pyro_vae.models.mixtures.bayes import MixturePosterior
 from pyro_vae.models.mixtures.exponential import (
     BernoulliMixture,
     ExponentialMixture,
@@ -13,6 +14,7 @@ __all__ = [
     "BernoulliMixture",
     "ExponentialMixture",
     "GaussianMixture",
+    "MixturePosterior",
     "PoissonMixture",
     "SingularComponentError",
 ]

@@ -10,7 +10,7 @@ same :math:`[T(x), 1]` (the M step). `MixtureProblem` does both.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -22,6 +22,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.data import Seed, as_seed, takes_arrays
+from pyro_vae.models.mixtures.bayes import (
+    BernoulliConjugate,
+    ConjugateProblem,
+    PoissonConjugate,
+)
+from pyro_vae.models.mixtures.natural import NaturalForm, mean_form
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -109,6 +115,8 @@ class ExponentialMixture(nn.Module, ABC):
     ) -> MixtureProblem:
         """The problem of this family, without the checks of `prepare`."""
 
+    _conjugate: ClassVar[type[ConjugateProblem]]  # the problem with priors on the parameters
+
     def _coordinates(self) -> Any:
         """Coordinates for scores, which owe nothing to the data that are scored."""
         return None
@@ -137,6 +145,43 @@ class ExponentialMixture(nn.Module, ABC):
         problem = self._problem(x, sample_weights, hold, None)
         problem.check()
         return problem
+
+    @takes_arrays(keep_dtype=True)
+    def prepare_conjugate(
+        self,
+        x: Num[Tensor, "batch features"],
+        sample_weights: Num[Tensor, " batch"] | None = None,
+        *,
+        prior: Mapping[str, Any] | None = None,
+    ) -> ConjugateProblem:
+        """This mixture with conjugate priors on its parameters, as variational Bayes takes it.
+
+        Args:
+            x: As `prepare`.
+            sample_weights: As `prepare`.
+            prior: Hyperparameters by name, in the data's units: `concentration` of the weights'
+                Dirichlet, and for Gaussians `loc`, `loc_precision`, `degrees_of_freedom` and
+                `inverse_scale` of a normal-Wishart, for Bernoullis `ones` and `zeros` of a Beta,
+                for Poissons `shape` and `rate` of a Gamma; see `GaussianConjugate`,
+                `BernoulliConjugate` and `PoissonConjugate` for the defaults.
+
+        Raises:
+            ValueError: As `prepare`, or if a hyperparameter is unknown or cannot be used.
+        """
+        return self._conjugate(self.prepare(x, sample_weights), prior)
+
+    @takes_arrays(keep_dtype=True)
+    def natural_form(self, x: Num[Tensor, "batch features"]) -> NaturalForm:
+        """The mixture as a function of its free natural parameters, with these data.
+
+        Raises:
+            ValueError: As `prepare`.
+        """
+        return self._natural_form(self.prepare(x))
+
+    @abstractmethod
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        """The form of a prepared problem."""
 
     @property
     @abstractmethod
@@ -311,6 +356,8 @@ class _Means(nn.Module):
 class _MeanMixture(ExponentialMixture):
     r"""A mixture with :math:`T(x) = x`: its components are known by their means."""
 
+    _natural_name: ClassVar[str]
+
     def _make_generative(self) -> nn.Module:
         return _Means(self.num_components, self.dim)
 
@@ -347,6 +394,9 @@ class _MeanMixture(ExponentialMixture):
 
     @abstractmethod
     def _distribution(self, natural: Tensor) -> Distribution: ...
+
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        return mean_form(problem, self._natural_name)
 
     @abstractmethod
     def _to_natural(self, means: Tensor) -> Tensor: ...
@@ -386,6 +436,8 @@ class BernoulliMixture(_MeanMixture):
     """
 
     measure = "binary"
+    _conjugate = BernoulliConjugate
+    _natural_name = "logit_probs"
 
     @classmethod
     def from_parameters(
@@ -455,6 +507,8 @@ class PoissonMixture(_MeanMixture):
     """
 
     measure = "counts"
+    _conjugate = PoissonConjugate
+    _natural_name = "log_rates"
 
     @classmethod
     def from_parameters(
@@ -524,9 +578,15 @@ class _MeanProblem(MixtureProblem):
     def _log_base(self, rows: Any) -> Tensor | float:
         return self.mixture._log_base(self._x[rows])
 
+    def _canonical(self, parameters: MixtureParameters) -> tuple[Tensor, Tensor]:
+        """Natural parameters, and log pi_k - A(eta_k)."""
+        natural = parameters.natural
+        if natural is None:
+            natural = self.mixture._to_natural(parameters.locs)
+        return natural, parameters.log_weights - self.mixture._log_normaliser(natural)
+
     def _scorer(self, parameters: MixtureParameters) -> Any:
-        natural = self.mixture._to_natural(parameters.locs)
-        constant = parameters.log_weights - self.mixture._log_normaliser(natural)
+        natural, constant = self._canonical(parameters)
         return lambda chunk: torch.addmm(constant[:, None], natural, chunk.x)
 
     def _sums(self, chunk: Chunk, q: Tensor, about: Tensor | None) -> Tensor:
@@ -550,8 +610,7 @@ class _MeanProblem(MixtureProblem):
 
     def expected_log_joint(self, statistics: Statistics, parameters: MixtureParameters) -> float:
         sums, counts = self._unpack(statistics)
-        natural = self.mixture._to_natural(parameters.locs)
-        constant = parameters.log_weights - self.mixture._log_normaliser(natural)
+        natural, constant = self._canonical(parameters)
         return float((sums * natural).sum() + counts @ constant) + self._base_total
 
     @property

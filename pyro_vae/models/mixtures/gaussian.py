@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.models.mixtures.bayes import GaussianConjugate
 from pyro_vae.models.mixtures.exponential import ExponentialMixture
+from pyro_vae.models.mixtures.natural import NaturalForm, gaussian_form
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -70,6 +72,7 @@ class GaussianMixture(ExponentialMixture):
     """
 
     measure = "real"
+    _conjugate = GaussianConjugate
 
     def __init__(
         self,
@@ -185,6 +188,9 @@ class GaussianMixture(ExponentialMixture):
         self, x: Tensor, sample_weights: Tensor | None, hold: Sequence[str], coordinates: Any
     ) -> MixtureProblem:
         return _GaussianProblem(self, x, sample_weights, hold, coordinates)
+
+    def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
+        return gaussian_form(problem)
 
     @torch.no_grad()
     def _coordinates(self) -> tuple[Tensor, Tensor]:

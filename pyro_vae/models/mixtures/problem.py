@@ -62,11 +62,14 @@ class MixtureParameters:
         locs: Means of the components, shape (components, features).
         roots: Gaussians only: W with precision W^T W; (components, features, features) if full,
             (1, features, features) if tied, otherwise its diagonal, (components, features).
+        natural: What stands for the natural parameters of `locs`, where it is not theirs but an
+            expectation; (components, features).
     """
 
     log_weights: Float[Tensor, " components"]
     locs: Float[Tensor, "components features"]
     roots: Tensor | None = None
+    natural: Tensor | None = None
 
 
 @dataclass(frozen=True)
