@@ -12,6 +12,8 @@ PYTHON ?=
 PYTHONS ?= 3.11 3.13
 ARGS ?=
 VENV ?= .venv
+# Where this is set, every process compiles torch and its company anew, which takes as long as many tests.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV_VERSION := uv>=0.8,<1

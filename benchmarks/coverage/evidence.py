@@ -100,6 +100,21 @@ def _bidirectional(count: int, seed: int) -> Found:
     }
 
 
+def _two_sided(count: int, seed: int) -> Found:
+    """KL both ways does not depend on the datum, so that of any simulated one is known."""
+    pair, parts = NormalNormal(), []
+    variance, shift = pair.scale**2, pair.shift**2
+    truth = (variance + shift - 1) / 2 + ((1 + shift) / variance - 1) / 2
+    for i in range(count):
+        options: dict[str, Any] = {"num_particles": 20, "seed": seed + i, "progress": False}
+        x = pair.data(50, seed + i)
+        found = watched(log_evidence(pair.model, pair.guide, x, method="two_sided", **options))
+        parts.append(
+            {"symmetric_kl_se": interval(found.symmetric_kl, found.symmetric_kl_se, truth)}
+        )
+    return joined(parts)
+
+
 def _bridge(pair: Pair, proposal: str, samples: int, count: int, seed: int) -> Found:
     x = pair.data(count, seed)
     found = watched(
@@ -347,6 +362,14 @@ STUDIES = [
         "log_evidence",
         partial(_annealed, NormalNormal(noise=0.02), 2),
         (_broken("log_evidence_se", 0.9, "few temperatures"),),
+        quick=0,
+        longest=500,
+    ),
+    Study(
+        "two-sided, 50 simulations",
+        "log_evidence",
+        _two_sided,
+        (Row("symmetric_kl_se"),),
         quick=0,
         longest=500,
     ),

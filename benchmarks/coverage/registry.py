@@ -29,6 +29,7 @@ EXCEPTIONS: dict[str, str] = {
     "squared_error": "a mean, beside which relative_error_se stands",
     "seconds_se": "a clock has no planted truth",
     "error_bound_se": "sd / sqrt(data) of a mean, the formula of data_standard_error",
+    "simulated_elbo_se": "that of elbo, of simulated data",
     "khat_se": "that of pareto_tail, wherever weights are",
     "standard_errors": "Verdict's: how many of them a limit asks for",
     "precision_held_out_se": "that of precision, of other rows",

@@ -17,10 +17,10 @@ from pyro_vae.inference.log_weights import (
     mean_error,
     pareto_tail,
 )
-from pyro_vae.inference.programs import Pair
+from pyro_vae.inference.programs import Pair, Potential
 from pyro_vae.results import data_text
 
-__all__ = ["Importance", "importance_columns", "importance_notes"]
+__all__ = ["Importance", "importance_columns", "importance_notes", "two_sided_columns"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,41 @@ def importance_columns(pair: Pair, plan: ChunkPlan, num_particles: int) -> Colum
     """Every column of a chunk of data, its particles drawn in parts."""
     weights = torch.cat([pair.log_weights(count) for count in plan.particles(num_particles)])
     return _reduce(weights.double())
+
+
+def two_sided_columns(
+    potential: Potential, exact: Float[Tensor, "1 batch dim"], num_particles: int
+) -> Columns:
+    r"""ELBO, importance bound and EUBO of simulated data, whose exact posterior draws are known.
+
+    .. math:: \mathbb E_q[\log w] \le \log p(x) \le \mathbb E_{p(z \mid x)}[\log w]
+
+    and the two lie KL(q || p) below and KL(p || q) above. One exact draw gives the upper one
+    without bias, and is never where the posterior is not.
+
+    Args:
+        potential: The pair at the simulated data.
+        exact: The latents behind them.
+        num_particles: Draws of the guide.
+
+    Raises:
+        ProgramError: If the guide's density cannot be evaluated at a given latent.
+    """
+    potential.check_guide_density("use method='bidirectional', which can start at the prior")
+    draws = potential.draw(num_particles, "guide")
+    lower, upper = (
+        (joint - start).double()
+        for joint, start in (potential.log_densities(u, "guide") for u in (draws, exact))
+    )
+    found = _reduce(lower)
+    kept = {"log_evidence": "simulated_lower", "elbo": "simulated_elbo"}
+    columns = {
+        f"{new}{part}": found[f"{old}{part}"]
+        for old, new in kept.items()
+        for part in ("", "_se", "_bias")
+        if f"{old}{part}" in found
+    }
+    return columns | {"simulated_upper": upper[0]}
 
 
 def _reduce(log_weights: Float[Tensor, "particles batch"]) -> dict[str, Tensor]:

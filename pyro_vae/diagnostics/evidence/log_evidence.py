@@ -31,20 +31,20 @@ from pyro_vae.diagnostics.evidence.importance import (
     Importance,
     importance_columns,
     importance_notes,
+    two_sided_columns,
 )
+from pyro_vae.diagnostics.evidence.labels import labelled_evidence
 from pyro_vae.diagnostics.evidence.proper import check_proper
-from pyro_vae.diagnostics.evidence.quadrature import Quadrature, is_exact, quadrature_columns
+from pyro_vae.diagnostics.evidence.quadrature import Quadrature, quadrature_columns
 from pyro_vae.inference.programs import (
     Pair,
     Potential,
     Program,
     ProgramError,
-    ProgramStructure,
     inspected_guide,
     latent_potential,
     program_scope,
     simulate,
-    tensors_of,
     tool,
 )
 from pyro_vae.results import Result, data_text, label, make_result, sha256_of
@@ -74,6 +74,7 @@ def log_evidence(
     method              log_evidence is      settings (defaults in the class named)
     ==================  ===================  =====================================================
     `"importance"`      lower, in expect.    `num_particles`: 1000 draws from the guide
+    `"two_sided"`       lower, in expect.    the same; what both directions say of simulated data
     `"annealed"`        lower, in expect.    `annealing.Annealing`: `num_chains`, `schedule`, ...
     `"bidirectional"`   lower, in expect.    the same; an interval for its error besides
     `"bridge"`          consistent           `bridge.Bridging`: `proposal`, `num_samples`, ...
@@ -114,7 +115,11 @@ def log_evidence(
         `"importance"` adds `elbo` and `gap` (log evidence - ELBO, in expectation at most the true
         gap). `"bidirectional"` adds, for as many data drawn from the model (dimension
         `simulation`), `simulated_lower` and `simulated_upper`, between which their log evidence
-        lies in expectation, and the mean distance `error_bound`. With `joint` there is no `datum`.
+        lies in expectation, and the mean distance `error_bound`. `"two_sided"` adds the same with
+        one log weight of an exact posterior draw as the upper bound (EUBO), the `simulated_elbo`,
+        and over all simulations `symmetric_kl`, the mean of EUBO - ELBO = KL(q || p) + KL(p || q),
+        and `forward_ess`, the effective share of the guide's draws as draws of the posterior see
+        it: what the guide never visits, they do. With `joint` there is no `datum`.
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), a latent's prior is
@@ -133,7 +138,8 @@ def log_evidence(
         Salakhutdinov & Grosse (2017), On the quantitative analysis of decoder-based generative
         models; Grosse, Ghahramani & Adams (2015), Sandwiching the marginal likelihood using
         bidirectional Monte Carlo, arXiv:1511.02543; Meng & Wong (1996), Simulating ratios of
-        normalizing constants.
+        normalizing constants; Blessing, Jia, Esslinger, Vargas & Neumann (2024), Beyond ELBOs: a
+        large-scale evaluation of variational methods for sampling (EUBO, forward ESS).
 
     Example:
         >>> import torch
@@ -155,8 +161,8 @@ def log_evidence(
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(_NAMES)}")
     chosen = METHODS[method]
     own = _settings_of(chosen.settings, method, settings)
-    if guide is None and method == "importance":
-        raise ValueError("importance sampling draws from the guide; pass one")
+    if guide is None and chosen.settings is Importance:
+        raise ValueError(f"method {method!r} draws from the guide; pass one")
     if guide is None and method == "bridge" and own.proposal == "guide":
         own = Bridging(**{**asdict(own), "proposal": "normal"})
     check_max_memory(max_memory)
@@ -169,7 +175,7 @@ def log_evidence(
             pair,
             num_particles=chosen.at_once(own),
             max_memory=max_memory,
-            max_data=None if method == "importance" else _CHUNK,
+            max_data=None if chosen.settings is Importance else _CHUNK,
         )
         found = run_chunks(
             plan,
@@ -184,7 +190,7 @@ def log_evidence(
     if method == "bidirectional":
         found = with_shared_draws(found, own.num_chains)
     notes = chosen.notes(found, own)
-    return _result(found, plan.structure, x, config, count, seed, notes)
+    return labelled_evidence(found, plan.structure, x, config, count, seed, notes)
 
 
 def _settings_of(kind: type, method: str, given: Mapping[str, Any]) -> Any:
@@ -233,20 +239,17 @@ def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
     return {**reduce_forward(found["forward"]), "acceptance": found["acceptance"].double()}
 
 
+def _two_sided_columns(task: _Task, settings: Importance) -> Columns:
+    columns = _importance_columns(task, settings)
+    potential, exact = _at_simulated(task, "use method='bidirectional', which starts at the prior")
+    return columns | two_sided_columns(potential, exact, settings.num_particles)
+
+
 def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     columns = _annealed_columns(task, settings)
-    pair = task.pair
-    drawn = simulate(pair.model, pair.x)
-    if settings.start == "guide" and not drawn.replaced:
-        raise ProgramError(
-            "the model's observed data are not among its arguments as they are, so the guide "
-            "cannot be run on simulated data; use start='prior'"
-        )
-    args, kwargs = drawn.arguments
-    data = kwargs if kwargs and not args else args
-    guide = pair.guide if task.has_guide else None
-    potential = latent_potential(drawn.model, guide, data, joint=pair.joint)
-    found = annealed_weights(potential, settings, potential.unconstrain(drawn.latents))
+    instead = "use start='prior'" if settings.start == "guide" else None
+    potential, exact = _at_simulated(task, instead)
+    found = annealed_weights(potential, settings, exact)
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     columns["simulated_lower"] = lower["log_evidence"]
     columns["simulated_lower_se"] = lower["log_evidence_se"]
@@ -255,6 +258,27 @@ def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     columns["simulated_upper_se"] = upper["log_evidence_se"]
     columns["simulated_upper_bias"] = upper["log_evidence_bias"]
     return columns
+
+
+def _at_simulated(task: _Task, instead: str | None) -> tuple[Potential, Tensor]:
+    """The log joint at data drawn from the model, and the exact posterior draws behind them.
+
+    Args:
+        task: The chunk of data whose shapes the simulated ones have.
+        instead: What to do where the guide cannot be run on them; None where it is not.
+    """
+    pair = task.pair
+    drawn = simulate(pair.model, pair.x)
+    if instead is not None and not drawn.replaced:
+        raise ProgramError(
+            "the model's observed data are not among its arguments as they are, so the guide "
+            f"cannot be run on simulated data; {instead}"
+        )
+    args, kwargs = drawn.arguments
+    data = kwargs if kwargs and not args else args
+    guide = pair.guide if task.has_guide else None
+    potential = latent_potential(drawn.model, guide, data, joint=pair.joint)
+    return potential, potential.unconstrain(drawn.latents)
 
 
 def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
@@ -306,6 +330,15 @@ def _annealed_notes(found: Columns, settings: Annealing) -> list[str]:
     if settings.start == "guide":
         notes.append("Chains that start from the guide may never reach a mode that it misses.")
     return notes
+
+
+def _two_sided_notes(found: Columns, settings: Importance) -> list[str]:
+    return [
+        "symmetric_kl and forward_ess are of data simulated from the model, on which an exact "
+        "posterior draw is known; they see a mode that the guide never visits if the prior does, "
+        "and say nothing of data unlike the model's.",
+        *importance_notes(found, settings),
+    ]
 
 
 def _bidirectional_notes(found: Columns, settings: Annealing) -> list[str]:
@@ -369,6 +402,9 @@ METHODS = {
     "importance": _Method(
         Importance, _importance_columns, importance_notes, lambda s: s.num_particles, True
     ),
+    "two_sided": _Method(
+        Importance, _two_sided_columns, _two_sided_notes, lambda s: s.num_particles, True
+    ),
     "annealed": _Method(
         Annealing, _annealed_columns, _annealed_notes, lambda s: s.num_chains, True
     ),
@@ -381,94 +417,3 @@ METHODS = {
 """The sampled and computed methods of `log_evidence`, beside `"exact"`."""
 
 _NAMES = [*(repr(name) for name in METHODS), "'exact'"]
-
-# --- the result -----------------------------------------------------------------------------------
-
-_TEXTS = {
-    "elbo": ("nats", "lower", "evidence lower bound of the guide"),
-    "gap": ("nats", "lower", "log evidence - ELBO, estimates KL(q(z|x) || p(z|x)) from below"),
-    "ess": ("particles", "none", "effective sample size"),
-    "khat": ("none", "none", "Pareto k-hat of the importance weights"),
-    "acceptance": ("none", "none", "mean acceptance probability of the chains"),
-    "rhat": ("none", "none", "largest split R-hat of the posterior chains"),
-    "quadrature_error": ("nats", "none", "estimated error of the quadrature"),
-    "simulated_lower": ("nats", "lower", "log p(x) of data simulated from the model, from below"),
-    "simulated_upper": ("nats", "upper", "log p(x) of data simulated from the model, from above"),
-}
-_OF_EVIDENCE = {
-    "importance": ("nats", "lower", "importance-weighted estimate of log p(x)"),
-    "annealed": ("nats", "lower", "annealed importance sampling; unbiased on the natural scale"),
-    "bidirectional": (
-        "nats",
-        "lower",
-        "annealed importance sampling; unbiased on the natural scale",
-    ),
-    "bridge": ("nats", "none", "bridge sampling; consistent, neither bound"),
-    "quadrature": ("nats", "exact", "log p(x) by quadrature, to the error stated"),
-}
-
-
-def _result(
-    found: Mapping[str, Tensor],
-    structure: ProgramStructure,
-    x: Any,
-    config: Mapping[str, Any],
-    num_particles: int | None,
-    seed: int,
-    notes: list[str],
-) -> Result:
-    joint, method = config["joint"], config["method"]
-    texts = {**_TEXTS, "log_evidence": _OF_EVIDENCE[method]}
-    if method == "quadrature" and not is_exact(found):
-        texts["log_evidence"] = ("nats", "none", "log p(x) by quadrature that has not converged")
-    variables: dict[str, Any] = {}
-    for name, values in found.items():
-        dims = "simulation" if name.startswith("simulated_") else () if joint else "datum"
-        if values.dtype == torch.bool:
-            variables[name] = (dims, values if dims else values[0], {})
-            continue
-        unit, bound, description = texts[name.removesuffix("_se").removesuffix("_bias")]
-        rated = "error_reliable" in found and name in ("log_evidence", "gap")
-        attrs = label(
-            unit=unit,
-            bound=bound,
-            reduction=("total" if joint else "per datum")
-            if unit == "nats"
-            else "none"
-            if joint
-            else "per datum",
-            measure=structure.measure if unit == "nats" else None,
-            num_particles=num_particles,
-            description=description,
-            reliable_by="error_reliable" if rated else None,
-        )
-        variables[name] = (dims, values if dims else values[0], attrs)
-    if "simulated_upper" in found:
-        variables |= _error_bound(found, joint, num_particles)
-    return make_result(
-        variables,
-        function="log_evidence",
-        config=config,
-        seed=seed,
-        data_sha256=sha256_of(*tensors_of(x)),
-        notes=notes,
-    )
-
-
-def _error_bound(
-    found: Mapping[str, Tensor], joint: bool, num_particles: int | None
-) -> dict[str, Any]:
-    """The mean distance of upper and lower bound over the simulated data."""
-    distance = found["simulated_upper"] - found["simulated_lower"]
-    attrs = label(
-        bound="upper",
-        reduction="total" if joint else "per datum",
-        num_particles=num_particles,
-        description="error of the annealed estimate, bounded on simulated data",
-    )
-    few = len(distance) < 2
-    error = torch.tensor(math.nan) if few else distance.std() / math.sqrt(len(distance))
-    return {
-        "error_bound": ((), distance.mean(), attrs),
-        "error_bound_se": ((), error, attrs),
-    }

@@ -562,3 +562,61 @@ def test_the_error_of_the_gap_is_that_of_its_influence_function():
     assert (found <= 2 * by_hand).all()
     wrong = (w / w.mean(0) - 1 + log_weights).std(0) / math.sqrt(2000)
     assert (wrong > 2 * by_hand).all()
+
+
+def test_two_sided_bounds_enclose_the_evidence_and_their_distance_is_both_divergences(linear):
+    """The posteriors of a linear-Gaussian model have one covariance: so have both divergences."""
+    found = log_evidence(
+        linear.model,
+        linear.best_diagonal_guide,
+        torch.zeros(400, D),
+        method="two_sided",
+        num_particles=50,
+    )
+    weight = linear.weight.detach()
+    precision = torch.eye(H) + weight.mT @ weight / 0.5
+    variance = 1 / precision.diagonal()  # the best mean field has the posterior's mean
+    exact = float(
+        (precision.diagonal() @ variance + (precision.inverse().diagonal() / variance).sum()) / 2
+        - H
+    )
+    both = found.quantity("symmetric_kl")
+    assert abs(both.value - exact) < STANDARD_ERRORS * both.standard_error
+    assert abs(both.value - 2 * exact) > STANDARD_ERRORS * both.standard_error
+    bounds = [float(found[f"simulated_{n}"].mean()) for n in ("elbo", "lower", "upper")]
+    assert bounds == sorted(bounds)
+    assert found.simulated_upper.sizes == {"simulation": 400}
+    assert found.error_bound > 0
+    assert found.forward_ess > 0.1
+
+
+def test_two_sided_sees_a_mode_that_the_guide_never_visits():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z**2, 0.2), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.clamp_min(0.05).sqrt(), 0.15))
+
+    x = torch.linspace(1.0, 2.0, 100)
+    found = log_evidence(model, guide, x, method="two_sided", num_particles=200)
+    assert float((found.khat < 0.7).mean()) > 0.5  # the weights look well for most
+    assert found.forward_ess < 0.01
+    assert found.symmetric_kl > 10
+    assert any("never visits" in note for note in found.provenance["notes"])
+
+
+def test_two_sided_needs_a_guide_and_data_that_it_can_be_given(linear, x):
+    with pytest.raises(ValueError, match="method 'two_sided' draws from the guide; pass one"):
+        log_evidence(linear.model, None, x, method="two_sided")
+
+    def standardised(x):
+        return linear.model(x - 1.0)
+
+    def guide(x):
+        return linear.best_diagonal_guide(x - 1.0)
+
+    with pytest.raises(ProgramError, match="cannot be run on simulated data; use method='bidir"):
+        log_evidence(standardised, guide, x, method="two_sided")
