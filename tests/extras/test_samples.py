@@ -17,7 +17,7 @@ from pyro_vae.extras.samples import (
     sample_quality,
 )
 from pyro_vae.extras.samples import quality as module
-from pyro_vae.extras.samples.quality import frechet_distance, frechet_distance_infinity
+from pyro_vae.extras.samples.frechet import frechet_distance, frechet_distance_infinity
 from pyro_vae.results import IncomparableError, load_result
 
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
