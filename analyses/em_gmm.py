@@ -35,7 +35,8 @@ from pyro_vae.plots import (
     plot_model_choice,
     plot_restarts,
 )
-from pyro_vae.results import Result, label, make_result, rows_text, sha256_of
+from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.text import rows_text
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pyro_vae.app.pages import (
     Table,
     Verbatim,
 )
-from pyro_vae.results import rows_text
+from pyro_vae.text import rows_text
 
 __all__ = ["Rows", "figure_of", "make_page", "mean_and_error", "page_lines"]
 

@@ -37,7 +37,8 @@ from pyro_vae import VAE, GaussianMixture, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.plots import plot_bounds, plot_decoder, plot_evidence_parts, plot_mixture
-from pyro_vae.results import Result, label, make_result, rows_text, sha256_of
+from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.text import rows_text
 
 # --- results --------------------------------------------------------------------------------------
 
