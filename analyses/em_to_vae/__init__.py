@@ -7,7 +7,6 @@ its Gaussian a network's output: what stays exact, what becomes a bound, what am
     python -m analyses.em_to_vae
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -248,9 +247,9 @@ def run(sample: Sample, settings: Settings, out: Output) -> Path:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
+    given = make_parser(
         "em_to_vae",
         "Fits the same Gaussian mixture to the same data in seven ways, from exact EM to an\n"
         "amortised guide, and draws their bounds on the same axes; then replaces the components\n"
@@ -259,12 +258,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         data_help=DATA_HELP,
         epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
         "NetCDF: bounds.nc, vae_bounds.nc, vae_ends.nc; pyro_vae.results.load_result reads them.",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    ).parse_args(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     return run_on_sample(partial(run, settings=settings), given)
