@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyro_vae.app.terminal import DATA, EXIT_INTERRUPTED, Quiet, Root, Threads, import_slowly, say
+
 if TYPE_CHECKING:
     from pyro_vae.inference.svi import Fit
-
-from pyro_vae.app.terminal import DATA, EXIT_INTERRUPTED, Quiet, Root, Threads, import_slowly, say
 
 __all__ = ["EPILOG", "fit"]
 
@@ -22,8 +22,6 @@ _BOUNDS = (
     "PIWAE, MIWAE, CIWAE"
 )
 _OBJECTIVES = "BetaELBO, FreeBits, InfoVAE"
-
-
 EPILOG = """\b
 Examples:
   pyro-vae fit --data mnist

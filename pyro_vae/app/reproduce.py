@@ -7,9 +7,7 @@ from typing import Any
 from pyro_vae.inference.estimators import objective_names
 from pyro_vae.models import Autoencoder
 from pyro_vae.models.parts import part_text
-from pyro_vae.results import (
-    Result,
-)
+from pyro_vae.results import Result
 from pyro_vae.runs import Run
 
 __all__ = ["PARTS", "is_autoencoder", "made_with", "reproduce_commands"]

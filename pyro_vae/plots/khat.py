@@ -11,15 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.log_weights import khat_threshold
-from pyro_vae.plots.style import (
-    _BLUE,
-    _ORANGE,
-    _SQUARE,
-    _WIDE,
-    _axes,
-    _legend_below,
-    _title,
-)
+from pyro_vae.plots.style import _BLUE, _ORANGE, _SQUARE, _WIDE, _axes, _legend_below, _title
 from pyro_vae.results import Result
 
 __all__ = ["plot_khat", "plot_khat_by_class", "plot_khat_plane"]

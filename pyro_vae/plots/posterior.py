@@ -22,16 +22,7 @@ from torch import Tensor
 from pyro_vae.diagnostics.calibration import coverage
 from pyro_vae.diagnostics.posterior import worst_data
 from pyro_vae.plots.images import _images, _look_of
-from pyro_vae.plots.style import (
-    _BLUE,
-    _GREY,
-    _ORANGE,
-    _SQUARE,
-    _WIDE,
-    _axes,
-    _legend_below,
-    _sign,
-)
+from pyro_vae.plots.style import _BLUE, _GREY, _ORANGE, _SQUARE, _WIDE, _axes, _legend_below, _sign
 from pyro_vae.results import Result
 
 __all__ = ["plot_calibration", "plot_coverage", "plot_posterior", "plot_trust", "plot_worst"]

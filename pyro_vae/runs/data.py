@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import Dataset, load_dataset
-from pyro_vae.inference.svi import (
-    CheckpointError,
-)
+from pyro_vae.inference.svi import CheckpointError
 from pyro_vae.progress import announced, say
 from pyro_vae.runs.load import Run
 

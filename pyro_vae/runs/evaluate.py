@@ -7,9 +7,7 @@ from pathlib import Path
 from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
-from pyro_vae.inference.svi import (
-    CheckpointError,
-)
+from pyro_vae.inference.svi import CheckpointError
 from pyro_vae.results import Result, load_result
 from pyro_vae.runs.data import load_run_data
 from pyro_vae.runs.load import Run

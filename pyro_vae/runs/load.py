@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.programs import (
-    FittedProgram,
-    Program,
-    common_owner,
-    pyro_parameters,
-)
+from pyro_vae.inference.programs import FittedProgram, Program, common_owner, pyro_parameters
 from pyro_vae.inference.svi import (
     FORMAT,
     CheckpointError,
@@ -26,9 +21,7 @@ from pyro_vae.inference.svi import (
     read_rows,
     tensor_type,
 )
-from pyro_vae.models import (
-    CLASSES,
-)
+from pyro_vae.models import CLASSES
 from pyro_vae.results import Result, leftovers
 
 __all__ = ["Run", "build_module", "clear_run", "load_run"]

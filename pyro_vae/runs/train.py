@@ -15,9 +15,7 @@ from pyro.infer import ELBO
 from pyro_vae.checks import check_count
 from pyro_vae.data import Dataset, Seed, as_seed
 from pyro_vae.inference.estimators import make_objective, objective_names
-from pyro_vae.inference.programs import (
-    keep_random_state,
-)
+from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.inference.svi import (
     CheckpointError,
     Fit,

@@ -11,9 +11,7 @@ from pyro.distributions.transforms.spline import ConditionedSpline
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_vae.inference.programs import (
-    ProgramError,
-)
+from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.refit.freed import _Free, _Layout, _Reshaped
 
 _COUPLINGS, _COUPLING_UNITS = 4, 16
