@@ -8,7 +8,6 @@ timed: steps, and runs of the programs. The recommendations are computed from th
     python -m analyses.elbo_estimators
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -334,8 +333,8 @@ def run(data: Dataset, settings: Settings, out: Output) -> Path:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
     parser = make_parser(
         "elbo_estimators",
         (__doc__ or "").rsplit("\n\n", 1)[0],
@@ -344,12 +343,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, help="gradients of each estimator")
     parser.add_argument("--train-epochs", type=int, help="epochs of each training at equal steps")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    given = parser.parse_args(arguments)
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
     if given.data == "mnist":
         settings = replace(settings, hidden=(200,), latent_dim=20)

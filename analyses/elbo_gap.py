@@ -8,7 +8,6 @@ and decoder sizes, other guides and after other training times: what narrows whi
     python -m analyses.elbo_gap
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -293,9 +292,9 @@ def draw(measured: Mapping[str, GapOnBoth], test: Tensor, data: Dataset) -> dict
     return figures
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
+    given = make_parser(
         "elbo_gap",
         (__doc__ or "").rsplit("\n\n", 1)[0],
         data=("digits", "mnist", "fashion_mnist"),
@@ -303,13 +302,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="A wide amortisation gap calls for a larger encoder or more training of it; a wide\n"
         "approximation gap for a richer guide family, and the gains say which one is worth it.\n"
         "An amortisation gap that is wide on test data alone is an encoder that overfits.",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    ).parse_args(arguments)
     settings = replace(TINY if given.tiny else FULL if given.full else Settings(), seed=given.seed)
 
     def analysis(out: Output) -> Path:

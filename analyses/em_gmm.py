@@ -7,7 +7,6 @@ scikit-learn agrees.
     python -m analyses.em_gmm
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,7 +34,8 @@ from pyro_vae.plots import (
     plot_model_choice,
     plot_restarts,
 )
-from pyro_vae.results import Result, label, make_result, rows_text, sha256_of
+from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.text import rows_text
 
 
 @dataclass(frozen=True)
@@ -398,9 +398,9 @@ def run(sample: Sample, settings: Settings, out: Output) -> Path:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
+    given = make_parser(
         "em_gmm",
         "Fits a Gaussian mixture by EM and shows every half step of it: the fit, the staircase\n"
         "of E and M steps under log p(x), where other starts end, the number of components by\n"
@@ -410,13 +410,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
         "NetCDF: history.nc, restarts.nc, choice.nc and agreement.nc, which\n"
         "pyro_vae.results.load_result reads.",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    ).parse_args(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     return run_on_sample(partial(run, settings=settings), given)
 

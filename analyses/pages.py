@@ -30,7 +30,7 @@ from pyro_vae.app.pages import (
     Table,
     Verbatim,
 )
-from pyro_vae.results import rows_text
+from pyro_vae.text import rows_text
 
 __all__ = ["Rows", "figure_of", "make_page", "mean_and_error", "page_lines"]
 
@@ -78,7 +78,9 @@ def _environment() -> Environment:
     environment.globals |= {"abs": abs, "paragraphs": "\n\n".join}
     environment.filters["form"] = lambda value, form: format(float(value), form)
     environment.filters["fields"] = lambda settings: ", ".join(
-        f"{name} {value}" for name, value in asdict(settings).items() if value != ()
+        f"{name} {value}"
+        for name, value in asdict(settings).items()
+        if (name, value) != ("cases", ())  # which stands for all of them
     )
     return environment
 

@@ -17,7 +17,7 @@ ROOT = Path(pyro_vae.__file__).parent
 
 # A module of the package imports from its own layer and from lower ones.
 LAYERS = (
-    {"checks", "data", "intervals", "progress", "results"},
+    {"checks", "data", "intervals", "progress", "results", "text"},
     {"models"},
     {"inference"},
     {"diagnostics"},

@@ -9,7 +9,6 @@ held-out data, which says what perfect samples would get.
     python -m analyses.blurry_samples
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,8 +134,8 @@ def scatter(found: Sequence[Measured]) -> dict[str, tuple[float, float, float]]:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
     parser = make_parser(
         "blurry_samples",
         (__doc__ or "").rsplit("\n\n", 1)[0],
@@ -146,12 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, help="of every training")
     parser.add_argument("--case", action="append", help="only this generator and the base; repeat")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    given = parser.parse_args(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     if given.epochs is not None:
         settings = replace(settings, epochs=given.epochs, adversarial_epochs=given.epochs)

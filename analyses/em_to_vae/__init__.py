@@ -7,7 +7,6 @@ its Gaussian a network's output: what stays exact, what becomes a bound, what am
     python -m analyses.em_to_vae
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,8 @@ from pyro_vae import VAE, GaussianMixture, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap
 from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.plots import plot_bounds, plot_decoder, plot_evidence_parts, plot_mixture
-from pyro_vae.results import Result, label, make_result, rows_text, sha256_of
+from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.text import rows_text
 
 # --- results --------------------------------------------------------------------------------------
 
@@ -247,9 +247,9 @@ def run(sample: Sample, settings: Settings, out: Output) -> Path:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
+    given = make_parser(
         "em_to_vae",
         "Fits the same Gaussian mixture to the same data in seven ways, from exact EM to an\n"
         "amortised guide, and draws their bounds on the same axes; then replaces the components\n"
@@ -258,12 +258,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         data_help=DATA_HELP,
         epilog="It writes report.html (read this one), the figures as PNG, and the numbers as\n"
         "NetCDF: bounds.nc, vae_bounds.nc, vae_ends.nc; pyro_vae.results.load_result reads them.",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    ).parse_args(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     return run_on_sample(partial(run, settings=settings), given)

@@ -7,7 +7,6 @@ to a VAE. The sentence that opens each part is made from its numbers.
     python -m analyses.latent_space
 """
 
-import argparse
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -87,21 +86,15 @@ def run(data: Dataset, root: str | None, settings: Settings, out: Output) -> Pat
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis from the command line."""
+    given = make_parser(
         "latent_space",
         (__doc__ or "").rsplit("\n\n", 1)[0],
         data=("digits", "mnist", "fashion_mnist", "frey_face"),
         epilog="It writes report.html (read this one), the figures as PNG, and the numbers as "
         "NetCDF,\nwhich pyro_vae.results.load_result reads.",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the analysis from the command line."""
-    given = parse(arguments)
+    ).parse_args(arguments)
     settings = Settings() if given.data == "digits" else LARGE
     settings = replace(TINY if given.tiny else settings, seed=given.seed)
 

@@ -10,7 +10,6 @@ model's own data.
     python -m analyses.posterior_quality
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Sequence
@@ -268,21 +267,6 @@ def run(data: Dataset, settings: Settings, out: Output) -> Path:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(
-        "posterior_quality",
-        (__doc__ or "").rsplit("\n\n", 1)[0],
-        data=("digits", "mnist"),
-        epilog="k-hat says whether importance weights may be used, not whether the guide is\n"
-        "right: read the columns of both. Calibration is about data from the model, on average.",
-    )
-    parser.add_argument(
-        "--case", action="append", help="only this guide and what it is compared with; repeat"
-    )
-    return parser.parse_args(arguments)
-
-
 def with_compared(titles: Sequence[str]) -> set[str]:
     """Guides together with those that they are compared with, and so on."""
     against = {case.title: case.against for case in CASES}
@@ -294,7 +278,17 @@ def with_compared(titles: Sequence[str]) -> set[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis from the command line."""
-    given = parse(arguments)
+    parser = make_parser(
+        "posterior_quality",
+        (__doc__ or "").rsplit("\n\n", 1)[0],
+        data=("digits", "mnist"),
+        epilog="k-hat says whether importance weights may be used, not whether the guide is\n"
+        "right: read the columns of both. Calibration is about data from the model, on average.",
+    )
+    parser.add_argument(
+        "--case", action="append", help="only this guide and what it is compared with; repeat"
+    )
+    given = parser.parse_args(arguments)
     settings = replace(TINY if given.tiny else Settings(), seed=given.seed)
     if unknown_case(given.case, [case.title for case in CASES], "guide"):
         return 2

@@ -14,9 +14,11 @@ from pyro_vae.app.report import (
     write_report,
 )
 from pyro_vae.data import Seed, as_seed
-from pyro_vae.results import Result, rows_text
+from pyro_vae.models import ModelSpec
+from pyro_vae.results import Result
 from pyro_vae.runs import (
     Run,
+    RunSettings,
     clear_run,
     evaluate_run,
     load_run,
@@ -24,6 +26,7 @@ from pyro_vae.runs import (
     load_training_data,
     start_run,
 )
+from pyro_vae.text import rows_text
 
 __all__ = ["Demo", "run_demo"]
 
@@ -94,6 +97,9 @@ def run_demo(
     target = Path(folder)
     (target / "report.html").unlink(missing_ok=True)  # of runs that are about to go
     dataset = load_training_data("digits", binarization="dynamic")
+    settings = RunSettings(
+        learning_rate=3e-3, epochs=epochs, patience=40, seed=seed, threads=threads
+    )
     runs: list[Run] = []
     evaluations: list[Result] = []
     for latent_dim in latent_dims:
@@ -102,13 +108,8 @@ def run_demo(
         fitted = start_run(
             place,
             dataset,
-            latent_dim=latent_dim,
-            hidden=hidden,
-            learning_rate=3e-3,
-            epochs=epochs,
-            patience=40,
-            seed=seed,
-            threads=threads,
+            ModelSpec(latent_dim=latent_dim, hidden=hidden),
+            settings,
             progress=progress,
         )
         say(f"{place}: {fitted.summary()}")

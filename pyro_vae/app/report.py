@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae.app.pages import figure_panels, figure_png, render_template
+from pyro_vae.app.reproduce import PARTS, is_autoencoder, made_with, reproduce_commands
 from pyro_vae.data import Dataset, DatasetError
-from pyro_vae.inference.estimators import bounds_nothing, loss_text, objective_names
-from pyro_vae.models import VAE, Autoencoder
+from pyro_vae.inference.estimators import bounds_nothing, loss_text
+from pyro_vae.models import VAE
 from pyro_vae.models.parts import part_text
 from pyro_vae.plots import (
     pixels_text,
@@ -40,7 +40,6 @@ __all__ = [
     "RunFigure",
     "comparison_rows",
     "difference_sentences",
-    "reproduce_commands",
     "run_figures",
     "save_figures",
     "write_report",
@@ -74,7 +73,6 @@ _BOUND_WHILE_TRAINING = (
 _MAP_WHILE_TRAINING = (
     "The MAP objective while training: log p(x | code) less the penalty, no bound."
 )
-_PARTS = ("likelihood", "prior", "posterior", "network", "kind")
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,8 @@ def write_report(
             [(r, e) for r, e in zip(loaded, evaluations, strict=True) if e is not None]
         ),
         differences=difference_sentences(loaded, evaluations),
-        bounded=not all(map(_is_autoencoder, loaded)),
-        points=any(map(_is_autoencoder, loaded)),
+        bounded=not all(map(is_autoencoder, loaded)),
+        points=any(map(is_autoencoder, loaded)),
         measure_text=" ".join(dict.fromkeys(_MEASURES.get(m, _UNKNOWN_MEASURE) for m in measures)),
         shared=_take_shared_notes(sections),
         runs=sections,
@@ -221,12 +219,8 @@ def _model_text(run: Run) -> str:
     if name == "TwoLayerVAE":
         lower, upper = config["latent_dims"]
         layers = [config["data_dim"], *hidden[0], lower, *hidden[1], upper]
-    kind = f"{config['kind']['name']} " if _is_autoencoder(run) else ""
+    kind = f"{config['kind']['name']} " if is_autoencoder(run) else ""
     return f"{kind}{name} {'-'.join(str(n) for n in layers)}"
-
-
-def _is_autoencoder(run: Run) -> bool:
-    return isinstance(run.module, Autoencoder)
 
 
 def _table(found: Result) -> list[dict[str, str]]:
@@ -261,7 +255,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
         dataset = load_run_data(run, root)
     except (DatasetError, CheckpointError, ValueError) as error:
         notes.append(f"Figures that show data are left out: {error}")
-    if _is_autoencoder(run):
+    if is_autoencoder(run):
         notes.insert(0, _NO_EVIDENCE)
     elif found is None:
         stale = (run.path / "evaluation.nc").exists()
@@ -285,7 +279,7 @@ def _section(run: Run, found: Result | None, root: str | os.PathLike[str] | None
             for shown in run_figures(run, dataset, found)
         ],
         "commands": reproduce_commands(run, found),
-        "made_with": _made_with(run, found),
+        "made_with": made_with(run, found),
         "config": json.dumps(run.config, indent=2),
     }
 
@@ -309,7 +303,7 @@ def _sentence(run: Run) -> str:
     trained = run.config.get("fit", {})
     text = f"{_model_text(run)}, {count:,} parameters, on {run.data_name}{how}. "
     arguments = run.config["model"]["arguments"]
-    parts = [f"{name} {part_text(arguments[name])}" for name in _PARTS if name in arguments]
+    parts = [f"{name} {part_text(arguments[name])}" for name in PARTS if name in arguments]
     if parts:
         text += f"Parts: {'; '.join(parts)}. "
     if not run.history.sizes.get("epoch"):
@@ -324,7 +318,7 @@ def _sentence(run: Run) -> str:
         looks = run.history["validation_bound"].values
         best = int(looks.argmax())
         kept = ", whose parameters are kept" if trained.get("patience") else ""
-        what = "MAP objective" if _is_autoencoder(run) else "bound"
+        what = "MAP objective" if is_autoencoder(run) else "bound"
         text += (
             f" The held-out {what} was best, {looks[best]:.2f} nats per datum, after epoch "
             f"{int(run.history.epoch[best])}{kept}. The held-out data are "
@@ -336,7 +330,7 @@ def _sentence(run: Run) -> str:
 def _objective_text(run: Run) -> str:
     """What training maximised, and whether that is a bound."""
     trained = run.config.get("fit", {})
-    if _is_autoencoder(run):
+    if is_autoencoder(run):
         return "MAP objective, no bound"
     particles = trained.get("num_particles") or 1
     text = loss_text(trained) + (f", {particles} particles" if particles > 1 else "")
@@ -364,7 +358,7 @@ def run_figures(
         add(
             "bound",
             plot_bound(run.history, data=data),
-            (_MAP_WHILE_TRAINING if _is_autoencoder(run) else _BOUND_WHILE_TRAINING)
+            (_MAP_WHILE_TRAINING if is_autoencoder(run) else _BOUND_WHILE_TRAINING)
             + " Held-out data that fall behind training data show overfitting.",
         )
     if evaluation is not None:
@@ -437,118 +431,3 @@ def save_figures(figures: Sequence[RunFigure], folder: str | os.PathLike[str]) -
         with atomic_path(path) as temporary:
             temporary.write_bytes(figure_png(shown.figure))
     return paths
-
-
-# --- how it was made ------------------------------------------------------------------------------
-
-
-def reproduce_commands(run: Run, evaluation: Result | None = None) -> str:
-    """The commands that make a run of `start_run` again, its evaluation and this report.
-
-    Args:
-        run: The run.
-        evaluation: What `evaluate_run` found, or None.
-
-    Returns:
-        Shell commands; empty if the run was trained on data of the caller, or in a way the command
-        line has no words for.
-    """
-    config, data = run.config, run.config.get("data", {})
-    described, trained = config["model"]["arguments"], config.get("fit", {})
-    model, loss = _model_options(run), trained.get("loss")
-    rate = trained.get("learning_rate")
-    known = loss == "Trace_ELBO" or loss in objective_names()
-    if not (model and known and "sha256" in data and isinstance(rate, int | float)):
-        return ""
-    parts = [part for part in _PARTS if part in described and part != "kind"]
-    options = {
-        "--data": data["name"],
-        "--binarize": data["binarization"] or "none",
-        **model,
-        **{f"--{part}": part_text(described[part]) for part in parts},
-        "--activation": described["activation"],
-        **_objective_options(trained),
-        "--epochs": trained["epochs"],
-        "--patience": trained["patience"] or 0,
-        "--batch-size": trained["batch_size"],
-        "--learning-rate": rate,
-        "--warmup-epochs": trained["warmup_epochs"],
-        "--seed": trained["seed"],
-        "--threads": trained["num_threads"],
-        "--out": run.path,
-    }
-    words = [f"{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    lines = _wrapped(words)
-    folder = shlex.quote(str(run.path))
-    commands = [
-        "pyro-vae fit " + " \\\n    ".join(lines),
-        f"pyro-vae evaluate {folder}{_evaluate_options(evaluation)}",
-        f"pyro-vae report {folder}",
-    ]
-    return "\n".join(commands[::2] if _is_autoencoder(run) else commands)
-
-
-def _wrapped(words: Sequence[str], width: int = 80) -> list[str]:
-    """Options in lines of at most so many letters, where one alone is not longer."""
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def _model_options(run: Run) -> dict[str, Any]:
-    """The options that name the model and its sizes; none for a model that they cannot name."""
-    name, described = type(run.module).__name__, run.config["model"]["arguments"]
-    hidden = described.get("hidden", ())
-    if name == "TwoLayerVAE":
-        lower, upper = described["latent_dims"]
-        part = {"name": "two_layer", "upper_dim": upper, "upper_hidden": hidden[1]}
-        return _sizes(part_text(part), lower, hidden[0])
-    if name == "Autoencoder":
-        return _sizes(part_text(described["kind"]), described["code_dim"], hidden)
-    return _sizes("vae", described["latent_dim"], hidden) if name == "VAE" else {}
-
-
-def _sizes(model: str, latent_dim: int, hidden: Sequence[int]) -> dict[str, Any]:
-    sizes = ",".join(map(str, hidden))
-    return {"--model": model, "--latent-dim": latent_dim, "--hidden": sizes}
-
-
-def _objective_options(trained: Mapping[str, Any]) -> dict[str, Any]:
-    if trained["loss"] == "Trace_ELBO":
-        return {}
-    part = {"name": trained["loss"], **trained["loss_options"]}
-    return {"--objective": part_text(part), "--num-particles": trained["num_particles"]}
-
-
-def _evaluate_options(evaluation: Result | None) -> str:
-    if evaluation is None:
-        return ""
-    made = evaluation.provenance
-    return (
-        f" --num-particles {made['config']['num_particles']}"
-        f" --num-data {made['num_data']} --seed {made['seed']}"
-    )
-
-
-def _made_with(run: Run, found: Result | None) -> str:
-    made = found.provenance if found is not None else {}
-    trained = run.config.get("fit", {})
-    threads = trained.get("num_threads", "?")
-    plural = "" if threads == 1 else "s"
-    parts = [f"Trained with {threads} thread{plural}, {trained.get('dtype')}"]
-    if made:
-        commit = f", commit {str(made['commit'])[:12]}" if made.get("commit") else ""
-        dirty = " with local changes" if made.get("dirty") else ""
-        parts.append(
-            f"evaluated {made.get('created')} by pyro_vae {made.get('version')}{commit}{dirty}, "
-            f"torch {made.get('torch')}, Pyro {made.get('pyro')}, Python {made.get('python')}, "
-            f"seed {made.get('seed')}"
-        )
-    sha256 = run.config.get("data", {}).get("sha256")
-    if sha256:
-        parts.append(f"data sha256 {sha256[:16]}...")
-    return "; ".join(parts) + ". Another thread count or processor changes the last digits."

@@ -4,6 +4,7 @@ from pyro_vae.models.autoencoder import Autoencoder, Contractive, Denoising, Spa
 from pyro_vae.models.choices import (
     AUTOENCODERS,
     CLASSES,
+    ModelSpec,
     build_model,
     choose_binarization,
     choose_likelihood,
@@ -68,6 +69,7 @@ __all__ = [
     "LinearGaussian",
     "LowRankPosterior",
     "MixturePrior",
+    "ModelSpec",
     "PoissonMixture",
     "Posterior",
     "Prior",

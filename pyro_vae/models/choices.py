@@ -31,6 +31,7 @@ __all__ = [
     "AUTOENCODERS",
     "CLASSES",
     "MODELS",
+    "ModelSpec",
     "build_model",
     "choose_binarization",
     "choose_likelihood",
@@ -201,22 +202,11 @@ def model_name(model: Part) -> str:
     return name
 
 
-def build_model(
-    dataset: Dataset,
-    model: Part = "vae",
-    *,
-    latent_dim: int = 20,
-    hidden: Sequence[int] = (400,),
-    likelihood: Part | None = None,
-    prior: Part | None = None,
-    posterior: Part | None = None,
-    network: Part | None = None,
-    activation: str = "tanh",
-) -> Any:
-    """Builds a model for data from the names of its parts.
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which model, of which parts; a part is a name, or a mapping of a name and arguments.
 
-    Args:
-        dataset: The data, of the measure that `on_levels` gave them.
+    Attributes:
         model: One of `MODELS`: a `VAE`, a `TwoLayerVAE`, or an `Autoencoder` of that kind. A
             mapping may have the arguments of the kind, or, for "two_layer", `upper_dim` and
             `upper_hidden`; without them the upper layer has half of everything, as Burda et al.'s
@@ -229,39 +219,57 @@ def build_model(
         posterior: None for a diagonal one; an autoencoder has none.
         network: None for perceptrons; a convolutional one gets the data's picture shape.
         activation: As for `VAE`.
+    """
+
+    model: Part = "vae"
+    latent_dim: int = 20
+    hidden: Sequence[int] = (400,)
+    likelihood: Part | None = None
+    prior: Part | None = None
+    posterior: Part | None = None
+    network: Part | None = None
+    activation: str = "tanh"
+
+
+def build_model(dataset: Dataset, spec: ModelSpec) -> Any:
+    """Builds a model for data from the names of its parts.
+
+    Args:
+        dataset: The data, of the measure that `on_levels` gave them.
+        spec: Which model.
 
     Raises:
         ValueError: If a part is unknown, does not fit the data, or cannot stand in this model; says
             what can.
     """
-    name = model_name(model)
-    chosen = choose_likelihood(dataset.measure, likelihood, dataset.pixels)
+    name, latent_dim, hidden = model_name(spec.model), spec.latent_dim, spec.hidden
+    chosen = choose_likelihood(dataset.measure, spec.likelihood, dataset.pixels)
     make_checked("likelihood", make_likelihood, chosen)
     shape: dict[str, Any] = {
         "data_dim": dataset.train.shape[1],
         "likelihood": chosen,
-        "activation": activation,
-        "network": _network(dataset, network or "mlp"),
+        "activation": spec.activation,
+        "network": _network(dataset, spec.network or "mlp"),
     }
     if name in AUTOENCODERS:
-        given = [what for what, part in (("prior", prior), ("posterior", posterior)) if part]
+        given = [what for what in ("prior", "posterior") if getattr(spec, what)]
         if given:
             raise ValueError(
                 f"the {name} autoencoder takes no {given[0]}: its guide is a point, and its kind "
                 "says which prior it has. Leave it out, or use the model 'vae'"
             )
-        kind = make_checked("autoencoder", make_kind, model)
+        kind = make_checked("autoencoder", make_kind, spec.model)
         return _at_mean(
             Autoencoder(code_dim=latent_dim, hidden=hidden, kind=kind, **shape), dataset
         )
-    shape["prior"] = prior or "normal"
-    shape["posterior"] = posterior or "diagonal"
+    shape["prior"] = spec.prior or "normal"
+    shape["posterior"] = spec.posterior or "diagonal"
     if name == "vae":
-        _only(model, ())
+        _only(spec.model, ())
         _check_parts(shape, latent_dim, latent_dim, dataset.train.shape[1])
         return _at_mean(VAE(latent_dim=latent_dim, hidden=hidden, **shape), dataset)
-    _only(model, ("upper_dim", "upper_hidden"))
-    asked = {} if isinstance(model, str) else model
+    _only(spec.model, ("upper_dim", "upper_hidden"))
+    asked = {} if isinstance(spec.model, str) else spec.model
     upper_dim = asked.get("upper_dim", max(latent_dim // 2, 1))
     upper_hidden = asked.get("upper_hidden", [max(size // 2, 1) for size in hidden])
     _check_parts(shape, min(latent_dim, upper_dim), upper_dim, None)

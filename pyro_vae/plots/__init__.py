@@ -1,20 +1,20 @@
 """Figures: every function takes what it shows and, if wanted, the `Axes` to draw on."""
 
 from pyro_vae.plots.autoencoders import plot_code_activity, plot_denoising, plot_sensitivity
-from pyro_vae.plots.figures import (
-    pixels_text,
-    plot_bound,
+from pyro_vae.plots.estimators import (
     plot_estimator_cost,
-    plot_evidence,
     plot_evidence_by_estimator,
-    plot_gap,
+    plot_signal_to_noise,
+)
+from pyro_vae.plots.evidence import plot_bound, plot_evidence, plot_gap, plot_widest_gaps
+from pyro_vae.plots.images import (
+    pixels_text,
     plot_latent,
     plot_manifold,
     plot_reconstructions,
     plot_samples,
-    plot_signal_to_noise,
-    plot_widest_gaps,
 )
+from pyro_vae.plots.khat import plot_khat, plot_khat_by_class, plot_khat_plane
 from pyro_vae.plots.latents import (
     plot_attribute_effects,
     plot_compression,
@@ -35,9 +35,6 @@ from pyro_vae.plots.mixture import (
 from pyro_vae.plots.posterior import (
     plot_calibration,
     plot_coverage,
-    plot_khat,
-    plot_khat_by_class,
-    plot_khat_plane,
     plot_posterior,
     plot_trust,
     plot_worst,

@@ -15,17 +15,8 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.extras.latents import code_activity
 from pyro_vae.inference.programs import keep_random_state
 from pyro_vae.models import Denoising
-from pyro_vae.plots.figures import (
-    _BLUE,
-    _GREY,
-    _ORANGE,
-    _axes,
-    _call,
-    _grid,
-    _images,
-    _show,
-    _title,
-)
+from pyro_vae.plots.images import _call, _grid, _images, _show
+from pyro_vae.plots.style import _BLUE, _GREY, _ORANGE, _axes, _title
 from pyro_vae.results import Result
 
 __all__ = ["plot_code_activity", "plot_denoising", "plot_sensitivity"]

@@ -16,7 +16,8 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from torch import Tensor
 
 from pyro_vae.extras.latents import Decoder, magnification
-from pyro_vae.plots.figures import (
+from pyro_vae.plots.images import _grid, _images, _show
+from pyro_vae.plots.style import (
     _BLUE,
     _CLASSES,
     _GREY,
@@ -25,9 +26,6 @@ from pyro_vae.plots.figures import (
     _SQUARE,
     _WIDE,
     _axes,
-    _grid,
-    _images,
-    _show,
     _sign,
 )
 from pyro_vae.results import Result

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae.models import VAE, GaussianMixture
 from pyro_vae.models.parts import Gaussian
-from pyro_vae.plots.figures import _BLUE, _CLASSES, _GREY, _ORANGE, _SQUARE, _WIDE, _axes, _sign
+from pyro_vae.plots.style import _BLUE, _CLASSES, _GREY, _ORANGE, _SQUARE, _WIDE, _axes, _sign
 
 __all__ = [
     "plot_bounds",

@@ -1,4 +1,4 @@
-"""Figures of generated samples, in the manner of `pyro_vae.plots.figures`."""
+"""Figures of generated samples, in the manner of `pyro_vae.plots.style`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,17 +8,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from pyro_vae.extras.samples import PowerSpectrum
-from pyro_vae.plots.figures import (
-    _GREY,
-    _WIDE,
-    _axes,
-    _grid,
-    _images,
-    _legend_below,
-    _show,
-    _sign,
-    _title,
-)
+from pyro_vae.plots.images import _grid, _images, _show
+from pyro_vae.plots.style import _GREY, _WIDE, _axes, _legend_below, _sign, _title
 
 __all__ = ["plot_power", "plot_sample_rows", "plot_sharpness"]
 

@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import nn
 
 from pyro_vae.data import Seed
-from pyro_vae.plots.figures import _BLUE, _GREY, _ORANGE, _axes, _sign, _signs, _title, plot_samples
+from pyro_vae.plots.images import plot_samples
+from pyro_vae.plots.style import _BLUE, _GREY, _ORANGE, _axes, _sign, _signs, _title
 from pyro_vae.results import Result
 
 __all__ = ["plot_gradient_draws", "plot_learning_curves", "plot_rates", "plot_sample_grids"]

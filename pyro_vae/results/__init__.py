@@ -25,7 +25,7 @@ from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import float32_precision, processor_name, sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
 from pyro_vae.results.result import Result, load_result, paired_difference
-from pyro_vae.results.table import rows_html, rows_text, summary_html
+from pyro_vae.results.table import rows_html, summary_html
 
 __all__ = [
     "BOUNDS",
@@ -48,7 +48,6 @@ __all__ = [
     "paired_difference",
     "processor_name",
     "rows_html",
-    "rows_text",
     "sha256_of",
     "shapes_text",
     "summary_html",

@@ -24,7 +24,6 @@ __all__ = [
     "WIDTH",
     "hidden_rows",
     "rows_html",
-    "rows_text",
     "summary_html",
     "table_html",
     "table_rows",
@@ -66,16 +65,6 @@ def table_rows(dataset: xr.Dataset, *, brief: bool = False) -> Iterator[tuple[st
             chosen = part.isel(dict(zip(others, place, strict=True)))
             where = ", ".join(_place(chosen, d, i) for d, i in zip(others, place, strict=True))
             yield _row(f"{name} ({where})" if where else name, name, chosen)
-
-
-def rows_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with the same keys as an aligned table, keys first."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def rows_html(rows: Sequence[Mapping[str, str]]) -> str:

@@ -3,7 +3,8 @@
 import pytest
 
 from analyses.elbo_estimators import Settings, main
-from pyro_vae.results import load_result, rows_text
+from pyro_vae.results import load_result
+from pyro_vae.text import rows_text
 
 
 @pytest.mark.long

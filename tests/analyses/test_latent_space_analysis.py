@@ -18,7 +18,7 @@ from pyro_vae import VAE, log_evidence
 from pyro_vae.data import DatasetError
 from pyro_vae.extras.latents import feature_quality
 from pyro_vae.extras.samples import precision_recall
-from pyro_vae.extras.samples.quality import PrecisionRecall
+from pyro_vae.extras.samples.neighbours import PrecisionRecall
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.results import load_result
 

@@ -121,7 +121,7 @@ def unasked(source):
 def test_nobody_measures_a_training_that_was_interrupted():
     root = Path(analyses.__file__).parents[1]
     package = root / "pyro_vae"
-    returned = {package / "runs.py"}  # to a caller who is in this list
+    returned = {package / "runs" / "train.py"}  # to a caller who is in this list
     folders = ("analyses", "benchmarks", "pyro_vae/diagnostics", "pyro_vae/extras")
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
     found = {str(path): unasked(path.read_text()) for path in paths if path not in returned}

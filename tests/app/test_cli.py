@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from pyro_vae import load_run
 from pyro_vae.app import cli
 from pyro_vae.app.demo import run_demo
-from pyro_vae.app.report import reproduce_commands
+from pyro_vae.app.reproduce import reproduce_commands
 from pyro_vae.data import dataset_names
 from pyro_vae.inference.estimators import objective_names
 from pyro_vae.inference.svi import load_tensors

@@ -15,13 +15,15 @@ import pytest
 from pyro_vae import LinearGaussian, fit
 from pyro_vae.app.report import (
     comparison_rows,
-    reproduce_commands,
     run_figures,
     save_figures,
     write_report,
 )
+from pyro_vae.app.reproduce import reproduce_commands
+from pyro_vae.models import ModelSpec
 from pyro_vae.runs import (
     Run,
+    RunSettings,
     evaluate_run,
     load_evaluation,
     load_run,
@@ -42,10 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start_run(
             folder / f"vae-{latent_dim}",
             digits,
-            latent_dim=latent_dim,
-            hidden=(6,),
-            epochs=1,
-            batch_size=700,
+            ModelSpec(latent_dim=latent_dim, hidden=(6,)),
+            RunSettings(epochs=1, batch_size=700),
             progress=False,
         )
         run = load_run(folder / f"vae-{latent_dim}")
@@ -227,7 +227,8 @@ def test_a_run_of_the_callers_data_is_reported(tmp_path: Path) -> None:
 
 def test_an_autoencoder_is_reported_as_what_it_is(made: Path, tmp_path: Path) -> None:
     digits = load_training_data("digits")
-    start_run(tmp_path / "run", digits, model="contractive", latent_dim=2, hidden=(5,), epochs=1)
+    spec = ModelSpec("contractive", latent_dim=2, hidden=(5,))
+    start_run(tmp_path / "run", digits, spec, RunSettings(epochs=1))
     page = Page(write_report(tmp_path / "run"))
     text = " ".join(page.text.split())
     assert "contractive Autoencoder 64-5-2" in text
@@ -250,13 +251,14 @@ def test_parts_and_objective_are_named(tmp_path: Path) -> None:
     start_run(
         tmp_path / "run",
         digits,
-        model="two_layer",
-        latent_dim=4,
-        hidden=(6,),
-        likelihood="categorical",
-        prior={"name": "mixture", "num_components": 3},
-        objective={"name": "BetaELBO", "beta": 2.0},
-        epochs=1,
+        ModelSpec(
+            "two_layer",
+            latent_dim=4,
+            hidden=(6,),
+            likelihood="categorical",
+            prior={"name": "mixture", "num_components": 3},
+        ),
+        RunSettings(objective={"name": "BetaELBO", "beta": 2.0}, epochs=1),
         progress=False,
     )
     text = " ".join(Page(write_report(tmp_path / "run")).text.split())

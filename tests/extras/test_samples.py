@@ -13,11 +13,11 @@ from pyro_vae.extras.samples import (
     high_frequency_power,
     make_features,
     nearest_training_distance,
+    neighbours,
     precision_recall,
     sample_quality,
 )
-from pyro_vae.extras.samples import quality as module
-from pyro_vae.extras.samples.quality import frechet_distance, frechet_distance_infinity
+from pyro_vae.extras.samples.frechet import frechet_distance, frechet_distance_infinity
 from pyro_vae.results import IncomparableError, load_result
 
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
@@ -186,7 +186,7 @@ def test_standard_errors_of_shares_are_not_too_small():
 def test_many_points_are_compared_in_parts(monkeypatch):
     a, b = torch.randn(30, 2), torch.randn(40, 2) + 0.5
     whole = precision_recall(a, b)
-    monkeypatch.setattr(module, "_CHUNK", 90)
+    monkeypatch.setattr(neighbours, "_CHUNK", 90)
     assert precision_recall(a, b) == whole
 
 

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import linear_pair
 from pyro.infer import MCMC, NUTS, config_enumerate
 
 from pyro_vae.inference.mcmc import Tempered, bulk_ess, hmc_step, sample_posterior
@@ -19,11 +20,7 @@ STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
 @pytest.fixture
 def linear():
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(D, H, generator=generator)
-    return LinearGaussian.from_parameters(
-        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
-    )
+    return linear_pair(D, H)
 
 
 @pytest.fixture

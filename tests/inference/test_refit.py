@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vae import LinearGaussian, log_weights
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.refit import RefittedGuide
-from pyro_vae.inference.refit.refit_guide import maximize_per_datum, refit_guide
+from pyro_vae.inference.refit.ascent import maximize_per_datum
+from pyro_vae.inference.refit.refit_guide import refit_guide
 
 
 def quiet_refit(*args: Any, **options: Any) -> RefittedGuide:

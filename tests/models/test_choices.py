@@ -10,6 +10,7 @@ from pyro_vae.models import (
     AUTOENCODERS,
     VAE,
     Autoencoder,
+    ModelSpec,
     TwoLayerVAE,
     VampPrior,
     build_model,
@@ -95,7 +96,10 @@ def test_data_become_counts_where_levels_have_probabilities() -> None:
     dataset, chosen = on_levels(made(), "discretized_logistic")
     assert dataset.measure == "counts"
     assert chosen == {"name": "discretized_logistic", "levels": 5}
-    assert build_model(dataset, likelihood=chosen, latent_dim=2).likelihood.measure == "counts"
+    assert (
+        build_model(dataset, ModelSpec(likelihood=chosen, latent_dim=2)).likelihood.measure
+        == "counts"
+    )
     again = on_levels(dataset, chosen)
     assert again[1] == chosen
     same, plain = on_levels(made(), "gaussian")
@@ -112,7 +116,7 @@ def test_data_become_counts_where_levels_have_probabilities() -> None:
 def test_every_model_is_built_by_its_name() -> None:
     kinds = {"vae": VAE, "two_layer": TwoLayerVAE}
     for name in MODELS:
-        built = build_model(made(), name, latent_dim=4, hidden=(6,), activation="relu")
+        built = build_model(made(), ModelSpec(name, latent_dim=4, hidden=(6,), activation="relu"))
         assert type(built).__name__ == kinds.get(name, Autoencoder).__name__
         assert built.data_dim == 6
         assert built.activation == "relu"
@@ -122,20 +126,22 @@ def test_every_model_is_built_by_its_name() -> None:
 
 
 def test_the_upper_layer_has_half_of_everything_or_what_it_is_given() -> None:
-    built = build_model(made(), "two_layer", latent_dim=5, hidden=(9, 4))
+    built = build_model(made(), ModelSpec("two_layer", latent_dim=5, hidden=(9, 4)))
     assert (built.latent_dims, built.hidden) == ((5, 2), ((9, 4), (4, 2)))
     model = {"name": "two_layer", "upper_dim": 3, "upper_hidden": [7]}
-    built = build_model(made(), model, latent_dim=5, hidden=(9, 4))
+    built = build_model(made(), ModelSpec(model, latent_dim=5, hidden=(9, 4)))
     assert (built.latent_dims, built.hidden) == ((5, 3), ((9, 4), (7,)))
-    paper = build_model(made(), "two_layer", latent_dim=100, hidden=(200, 200))
+    paper = build_model(made(), ModelSpec("two_layer", latent_dim=100, hidden=(200, 200)))
     assert (paper.latent_dims, paper.hidden) == ((100, 50), ((200, 200), (100, 100)))
 
 
 def test_convolutions_get_the_shape_of_the_pictures() -> None:
-    network = build_model(made(), network={"name": "conv", "channels": [2]}).config["network"]
+    network = build_model(made(), ModelSpec(network={"name": "conv", "channels": [2]})).config[
+        "network"
+    ]
     assert network == {"name": "conv", "channels": [2], "image_shape": [2, 3]}
     with pytest.raises(ValueError, match="has no pictures to convolve"):
-        build_model(made(image=False), network="conv")
+        build_model(made(image=False), ModelSpec(network="conv"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +171,7 @@ def test_convolutions_get_the_shape_of_the_pictures() -> None:
 )
 def test_what_cannot_be_built_says_why(parts: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        build_model(made(), **parts)
+        build_model(made(), ModelSpec(**parts))
 
 
 def test_names_of_models() -> None:
@@ -177,7 +183,7 @@ def test_names_of_models() -> None:
 def test_pseudo_inputs_start_at_data() -> None:
     x = made().train.double()
     prior = {"name": "vamp", "num_pseudo_inputs": 4}
-    module = build_model(made(), prior=prior, latent_dim=2).double()
+    module = build_model(made(), ModelSpec(prior=prior, latent_dim=2)).double()
     data_pseudo_inputs(module, x)
     assert isinstance(module.prior, VampPrior)
     distance = torch.cdist(module.prior.pseudo_inputs.detach(), x.clamp(0.01, 0.99)).amin(1)
@@ -185,7 +191,7 @@ def test_pseudo_inputs_start_at_data() -> None:
     before = module.prior.raw.clone()
     data_pseudo_inputs(module, x[:3])  # too few
     assert torch.equal(module.prior.raw, before)
-    data_pseudo_inputs(build_model(made()), x)  # has none
+    data_pseudo_inputs(build_model(made(), ModelSpec()), x)  # has none
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,9 @@ def test_a_decoder_starts_at_the_mean_of_the_data(likelihood: str, network: str)
     mean = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.9, 0.0])
     x = (torch.rand(4000, 6) < mean).to(torch.float32)
     dataset = Dataset("made", x, x[:4], "binary" if likelihood == "bernoulli" else "grey")
-    module = build_model(dataset, latent_dim=2, likelihood=likelihood, network=network).double()
+    module = build_model(
+        dataset, ModelSpec(latent_dim=2, likelihood=likelihood, network=network)
+    ).double()
     bias = module.decoder[-1].bias.detach()
     started = module.likelihood.mean(bias)
     assert torch.allclose(started, x.mean(0).double().clamp(0.01, 0.99), atol=1e-5)
@@ -209,7 +217,7 @@ def test_other_decoders_start_as_they_are() -> None:
     for likelihood, dataset in (("gaussian", made(measure="real")), ("categorical", made())):
         chosen = on_levels(dataset, choose_likelihood(dataset.measure, likelihood))
         torch.manual_seed(0)
-        module = build_model(chosen[0], latent_dim=2, likelihood=chosen[1])
+        module = build_model(chosen[0], ModelSpec(latent_dim=2, likelihood=chosen[1]))
         torch.manual_seed(0)
         plain = VAE(6, 2, likelihood=chosen[1])
         assert torch.equal(module.decoder[-1].bias, plain.decoder[-1].bias)

@@ -29,7 +29,7 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.gradients.measurement import Measured, measure
 from pyro_vae.diagnostics.gradients.recommend import EstimatorComparison
 from pyro_vae.diagnostics.gradients.references import Reference
-from pyro_vae.diagnostics.gradients.sampler import CannotMakeError, GradientSampler, own_parameters
+from pyro_vae.diagnostics.gradients.sampler import CannotMakeError, GradientSampler
 from pyro_vae.diagnostics.gradients.specs import specs_of
 from pyro_vae.diagnostics.gradients.statistics import (
     FALSE_ALARMS,
@@ -39,6 +39,7 @@ from pyro_vae.diagnostics.gradients.statistics import (
 from pyro_vae.inference.programs import (
     FilledGaps,
     Program,
+    own_parameters,
     program_scope,
     tensors_of,
     tool,

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vae.results import Result, label, make_result, rows_html, rows_text
+from pyro_vae.results import Result, label, make_result, rows_html
+from pyro_vae.text import rows_text
 
 __all__ = [
     "EstimatorComparison",

@@ -39,7 +39,7 @@ from pyro_vae.inference.programs import (
     weighted_sites,
 )
 
-__all__ = ["CannotMakeError", "Draws", "GradientSampler", "count_passes", "own_parameters"]
+__all__ = ["CannotMakeError", "Draws", "GradientSampler", "count_passes"]
 
 _MAX_ENTRIES = 50_000  # of a group, so that all repeats fit in memory
 _ROOM_FOR_REPEATS = 2**29  # bytes of the gradients of estimators that share their draws
@@ -370,15 +370,6 @@ def count_passes(elbo: ELBO, model: Program, guide: Program, arguments: Argument
         runs.update(model=0, guide=0)
         one.loss_and_grads(model, guide, *args, **kwargs)
     return max(runs.values()) * (one.num_particles if together else 1)
-
-
-def own_parameters(start: dict[str, Any]) -> None:
-    """Copies the store's parameters, so that gradients do not reach the caller's tensors."""
-    store = pyro.get_param_store()
-    state = store.get_state()
-    own = {name: value.detach().clone().requires_grad_() for name, value in state["params"].items()}
-    store.set_state({"params": own, "constraints": state["constraints"]})
-    store.set_state(start)
 
 
 def _leaves_of(

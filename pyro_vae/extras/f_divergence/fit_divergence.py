@@ -34,8 +34,10 @@ from pyro_vae.inference.programs import (
     ieee_precision,
     keep_random_state,
     leaves,
+    own_parameters,
     program_scope,
     remember_fitted,
+    store_state,
     unwrap_programs,
 )
 from pyro_vae.inference.svi import (
@@ -197,11 +199,7 @@ def fit_divergence(
     _check_data(x, validation)
     start, generator, _ = unwrap_programs(generator, generator)
     with program_scope(seed, training=True), torch.enable_grad():
-        store = pyro.get_param_store()
-        caller = store.get_state()
-        own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
-        store.set_state({**caller, "params": own})
-        store.set_state(start)
+        own_parameters(start)
         run = _Run(generator, TrainingData(x, None, seed), validation, critic, settings)
         begun = {name: v.detach().clone() for name, v in run.used.items()}
         run.train(progress)
@@ -337,10 +335,7 @@ class _Run:
 
     def result(self) -> DivergenceFit:
         store = pyro.get_param_store()
-        state = {
-            part: {name: value for name, value in values.items() if name in self.used}
-            for part, values in store.get_state().items()
-        }
+        state = store_state(self.used.__contains__)
         config = {
             "generator": describe_programs(self.generator, self.generator),
             "critic": type(self.critic).__name__,

@@ -59,6 +59,7 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     program_scope,
     ready_data,
+    store_state,
     tensors_of,
 )
 from pyro_vae.inference.svi import Fit, deferred_interrupt
@@ -322,11 +323,7 @@ def _state_of(model: StatisticsModel, x: Tensor) -> dict[str, Any]:
         row = x[:1].to(like)
         model.model(row)
         model.guide(row)
-        state = store.get_state()
-    return {
-        part: {name: value for name, value in values.items() if name not in before}
-        for part, values in state.items()
-    }
+        return store_state(lambda name: name not in before)
 
 
 def _best_of_restarts(

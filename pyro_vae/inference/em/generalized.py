@@ -18,8 +18,10 @@ from pyro_vae.inference.programs import (
     keep_random_state,
     measure_of,
     no_guide,
+    own_parameters,
     program_scope,
     remember_fitted,
+    store_state,
     unwrap_programs,
 )
 from pyro_vae.inference.svi import deferred_interrupt
@@ -66,11 +68,8 @@ def _fit_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> E
     """One start to its end."""
     start, model, guide = unwrap_programs(model, guide)
     with program_scope(settings.seed), FilledGaps(), torch.enable_grad():
+        own_parameters(start)
         store = pyro.get_param_store()
-        given = store.get_state()
-        own = {n: v.detach().clone().requires_grad_() for n, v in given["params"].items()}
-        store.set_state({"params": own, "constraints": given["constraints"]})
-        store.set_state(start)
         program = EnumeratedProgram(model, x)
         begun = {n: v.detach().clone() for n, v in store.named_parameters()}
         record = HalfSteps(float(program.length))
@@ -79,10 +78,7 @@ def _fit_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> E
             reached = drive(algorithm, settings, record.total_weight, interrupted)
         with torch.no_grad(), keep_random_state():  # registers what the guide has of its own
             guide(*program.arguments[0], **program.arguments[1])
-        state = {
-            part: {n: v for n, v in values.items() if n not in program.foreign}
-            for part, values in store.get_state().items()
-        }
+        state = store_state(lambda name: name not in program.foreign)
         values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
     remember_fitted(model, begun, state["params"])
     facts = {"num_data": program.length, "converged": reached.converged, "gap": "difference"}

@@ -4,7 +4,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -40,10 +40,12 @@ __all__ = [
     "ieee_precision",
     "keep_random_state",
     "modules_of",
+    "own_parameters",
     "program_scope",
     "pyro_parameters",
     "remember_fitted",
     "shown_value",
+    "store_state",
     "unwrap_programs",
     "warn_of_unfitted",
 ]
@@ -94,6 +96,27 @@ def program_scope(seed: int | None = None, *, training: bool = False) -> Iterato
         torch.set_default_dtype(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def own_parameters(start: dict[str, Any]) -> None:
+    """Copies the store's parameters, so that gradients do not reach the caller's tensors.
+
+    Args:
+        start: State of the store, as of a `FittedProgram`, that is set on top of them.
+    """
+    store = pyro.get_param_store()
+    state = store.get_state()
+    own = {name: value.detach().clone().requires_grad_() for name, value in state["params"].items()}
+    store.set_state({"params": own, "constraints": state["constraints"]})
+    store.set_state(start)
+
+
+def store_state(wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The state of the parameter store, of the names that are wanted."""
+    return {
+        part: {name: value for name, value in values.items() if wanted(name)}
+        for part, values in pyro.get_param_store().get_state().items()
+    }
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
@@ -22,6 +21,7 @@ from pyro_vae.inference.programs import (
     UnfittedWarning,
     check_module_names,
     modules_of,
+    own_parameters,
     program_scope,
     remember_fitted,
     tool,
@@ -166,11 +166,7 @@ def fit(
     with program_scope(seed, training=True), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
         warnings.simplefilter("ignore", UnfittedWarning)  # here they are fitted
-        store = pyro.get_param_store()
-        caller = store.get_state()
-        own = {n: v.detach().clone().requires_grad_() for n, v in caller["params"].items()}
-        store.set_state({**caller, "params": own})
-        store.set_state(start)
+        own_parameters(start)
         run = TrainingRun(model, guide, TrainingData(x, transform, seed), validation, settings)
         if settings.checkpoint is not None:
             remove_leftovers(settings.checkpoint)

@@ -24,6 +24,7 @@ from pyro_vae.inference.programs import (
     ieee_precision,
     keep_random_state,
     run_programs,
+    store_state,
     trace_programs,
 )
 from pyro_vae.inference.svi.checkpoint import (
@@ -469,10 +470,7 @@ class TrainingRun:
 
     def result(self) -> Fit:
         """What was reached, for the caller."""
-        state = {
-            part: {n: value for n, value in values.items() if n not in self.prepared.foreign}
-            for part, values in pyro.get_param_store().get_state().items()
-        }
+        state = store_state(lambda name: name not in self.prepared.foreign)
         config, seed = self._config(), self.settings.seed
         for parameter in self._parameters().values():
             parameter.grad = None

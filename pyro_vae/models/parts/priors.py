@@ -19,14 +19,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_vae.models.parts.networks import Autoregressive, mlp
 
-__all__ = [
-    "FlowPrior",
-    "MixturePrior",
-    "Prior",
-    "StandardNormal",
-    "VampPrior",
-    "make_prior",
-]
+__all__ = ["FlowPrior", "MixturePrior", "Prior", "StandardNormal", "VampPrior", "make_prior"]
 
 Encoder = Callable[[Float[Tensor, "batch features"]], Distribution]
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import exact_log_evidence, linear_pair
 
 from pyro_vae import log_evidence, log_weights
 from pyro_vae.diagnostics.evidence import annealing
@@ -37,16 +38,7 @@ STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
 @pytest.fixture
 def linear():
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(D, H, generator=generator)
-    return LinearGaussian.from_parameters(
-        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
-    )
-
-
-def exact_log_evidence(linear, x):
-    covariance = linear.weight @ linear.weight.T + 0.5 * torch.eye(D)
-    return torch.distributions.MultivariateNormal(linear.bias, covariance).log_prob(x).detach()
+    return linear_pair(D, H)
 
 
 @pytest.fixture

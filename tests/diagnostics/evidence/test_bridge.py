@@ -6,10 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import exact_log_evidence, linear_pair
 
 from pyro_vae import log_evidence
 from pyro_vae.diagnostics.evidence.bridge import bridge_evidence
-from pyro_vae.models import LinearGaussian
 
 N, D, H = 6, 5, 3
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
@@ -17,21 +17,12 @@ STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
 @pytest.fixture
 def linear():
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(D, H, generator=generator)
-    return LinearGaussian.from_parameters(
-        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
-    )
+    return linear_pair(D, H)
 
 
 @pytest.fixture
 def x():
     return torch.randn(N, D, generator=torch.Generator().manual_seed(2)) * 1.5
-
-
-def exact_log_evidence(linear, x):
-    covariance = linear.weight @ linear.weight.T + 0.5 * torch.eye(D)
-    return torch.distributions.MultivariateNormal(linear.bias, covariance).log_prob(x).detach()
 
 
 def log_ratios(shift, chains, draws, data):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import z_score
 from scipy import integrate, stats
 
 from pyro_vae.diagnostics.posterior import pairs
@@ -44,10 +45,6 @@ def scaled_discrepancy(sd: float, h: float, dim: int) -> float:
     mean = math.sqrt(h**2 / (h**2 + v))
     product = (v - v * h**2 / (h**2 + v)) * mean / 4
     return (1 - sd**-2) ** 2 * dim * product * mean ** (dim - 1)
-
-
-def z_score(values: torch.Tensor, truth: float) -> float:
-    return abs(float((values.mean() - truth) / (values.std() / math.sqrt(len(values)))))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

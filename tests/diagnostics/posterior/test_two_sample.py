@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import z_score
 from scipy import stats
 
 from pyro_vae.diagnostics.posterior import pairs
@@ -62,11 +63,6 @@ def normal_mmd(shift: float, a: float, b: float, h: float, dim: int) -> float:
 
     between = mean_kernel(dim * shift**2, a**2 + b**2)
     return mean_kernel(0, 2 * a**2) + mean_kernel(0, 2 * b**2) - 2 * between
-
-
-def z_score(values: torch.Tensor, truth: float) -> float:
-    """Of the mean of independent repetitions."""
-    return abs(float((values.mean() - truth) / (values.std() / math.sqrt(len(values)))))
 
 
 def test_moment_errors_are_those_of_numpy():

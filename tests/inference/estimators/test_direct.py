@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import gauss
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import Adam
@@ -26,11 +27,6 @@ from pyro_vae.inference.programs import ProgramError
 N, D, H = 3, 4, 2  # data, features, latents: all different
 EXACT = 1e-12
 ERRORS = 4.0  # standard errors: chance fails one coordinate with probability 6e-5; seeds are fixed
-
-
-def gauss(value: Tensor, loc: Tensor | float, scale: Tensor | float) -> Tensor:
-    scale = torch.as_tensor(scale)
-    return -0.5 * ((value - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -4,9 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import linear_pair
 
 from pyro_vae.inference.programs import ProgramError, program_scope, simulate
-from pyro_vae.models import LinearGaussian
 
 D, H = 5, 3
 STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
@@ -14,11 +14,7 @@ STANDARD_ERRORS = 4.5  # two-sided failure rate 7e-6 a comparison
 
 @pytest.fixture
 def linear():
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(D, H, generator=generator)
-    return LinearGaussian.from_parameters(
-        weight, torch.randn(D, generator=generator), torch.tensor(0.5)
-    )
+    return linear_pair(D, H)
 
 
 def test_simulated_data_follow_the_model(linear):

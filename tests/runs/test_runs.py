@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.distributions import constraints
 from pyro_vae import LinearGaussian, compare_estimators, fit, log_evidence, log_weights
 from pyro_vae.data import Dataset
 from pyro_vae.inference.programs import ProgramError
-from pyro_vae.inference.svi import load_tensors, save_tensors
+from pyro_vae.inference.svi import Fit, load_tensors, save_tensors
+from pyro_vae.models import ModelSpec
 from pyro_vae.runs import (
     CheckpointError,
+    RunSettings,
     clear_run,
     default_schedule,
     evaluate_run,
@@ -35,13 +38,18 @@ from pyro_vae.runs import (
     start_run,
 )
 
-SMALL: dict[str, Any] = {
-    "latent_dim": 3,
-    "hidden": (7, 5),
-    "batch_size": 300,
-    "progress": False,
-    "seed": 4,
-}
+SMALL: dict[str, Any] = {"latent_dim": 3, "hidden": (7, 5), "batch_size": 300, "seed": 4}
+
+
+def start(
+    path: Path, dataset: Dataset, *, overwrite: bool = False, resume: bool = False, **given: Any
+) -> Fit:
+    """Starts a run with the fields of its model and of its training side by side."""
+    of_model = {f.name: given.pop(f.name) for f in fields(ModelSpec) if f.name in given}
+    spec, settings = ModelSpec(**of_model), RunSettings(**given)
+    return start_run(
+        path, dataset, spec, settings, overwrite=overwrite, resume=resume, progress=False
+    )
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def digits() -> Dataset:
 
 @pytest.fixture
 def folder(tmp_path: Path, digits: Dataset) -> Path:
-    start_run(tmp_path / "run", digits, epochs=2, **SMALL)
+    start(tmp_path / "run", digits, epochs=2, **SMALL)
     return tmp_path / "run"
 
 
@@ -64,7 +72,7 @@ def made(rows: int, features: int = 6, **kwargs: Any) -> Dataset:
 
 
 def test_a_run_is_loaded_as_it_was_kept(tmp_path: Path, digits: Dataset) -> None:
-    fitted = start_run(tmp_path / "run", digits, epochs=2, **SMALL)
+    fitted = start(tmp_path / "run", digits, epochs=2, **SMALL)
     state = torch.get_rng_state()
     run = load_run(tmp_path / "run")
     assert torch.equal(state, torch.get_rng_state())
@@ -82,7 +90,7 @@ def test_a_run_is_loaded_as_it_was_kept(tmp_path: Path, digits: Dataset) -> None
 
 
 def test_the_history_is_the_one_that_fit_returned(tmp_path: Path, digits: Dataset) -> None:
-    fitted = start_run(tmp_path / "run", digits, epochs=2, **SMALL)
+    fitted = start(tmp_path / "run", digits, epochs=2, **SMALL)
     history = load_run(tmp_path / "run").history
     for name in fitted.history.data_vars:
         assert history[name].attrs == fitted.history[name].attrs
@@ -96,11 +104,11 @@ def test_the_history_is_the_one_that_fit_returned(tmp_path: Path, digits: Datase
 
 def test_a_run_depends_on_its_seed_alone(tmp_path: Path, digits: Dataset) -> None:
     state = torch.get_rng_state()
-    start_run(tmp_path / "a", digits, epochs=1, **SMALL)
+    start(tmp_path / "a", digits, epochs=1, **SMALL)
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
     torch.set_default_dtype(torch.float32)
-    start_run(tmp_path / "b", digits, epochs=1, **SMALL)
+    start(tmp_path / "b", digits, epochs=1, **SMALL)
     assert torch.get_default_dtype() == torch.float32
     torch.set_default_dtype(torch.float64)
     first, second = (load_tensors(tmp_path / name / "model.safetensors")[0] for name in "ab")
@@ -472,8 +480,8 @@ def test_the_schedule_follows_the_steps(
 
 
 def test_a_resumed_run_is_one_that_never_stopped(tmp_path: Path, digits: Dataset) -> None:
-    start_run(tmp_path / "whole", digits, epochs=3, patience=0, **SMALL)
-    start_run(tmp_path / "parts", digits, epochs=1, patience=0, **SMALL)
+    start(tmp_path / "whole", digits, epochs=3, patience=0, **SMALL)
+    start(tmp_path / "parts", digits, epochs=1, patience=0, **SMALL)
     resumed = resume_run(tmp_path / "parts", epochs=3, progress=False)
     assert resumed.status == "finished"
     whole, parts = (
@@ -484,7 +492,7 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path: Path, digits: Dataset
 
 
 def test_a_short_training_is_looked_at_often(tmp_path: Path, digits: Dataset) -> None:
-    fitted = start_run(tmp_path / "run", digits, epochs=12, latent_dim=1, hidden=(2,))
+    fitted = start(tmp_path / "run", digits, epochs=12, latent_dim=1, hidden=(2,))
     assert fitted.history.epoch.values.tolist() == list(range(1, 13))
 
 
@@ -526,10 +534,10 @@ def test_a_start_goes_on_where_it_may(folder: Path, digits: Dataset, tmp_path: P
     """What a job does that is started again by the same line whenever it was killed."""
     parts = tmp_path / "parts"
     for epochs in (1, 2):
-        start_run(parts, digits, epochs=epochs, resume=True, **SMALL)
+        start(parts, digits, epochs=epochs, resume=True, **SMALL)
     assert_same_run(parts, folder)
     with pytest.raises(CheckpointError, match=r"trained with hidden \[7, 5\], not \[8\]"):
-        start_run(parts, digits, epochs=3, resume=True, **{**SMALL, "hidden": (8,)})
+        start(parts, digits, epochs=3, resume=True, **{**SMALL, "hidden": (8,)})
 
 
 def test_what_holds_no_run_yet_cannot_go_on_by_itself(tmp_path: Path) -> None:
@@ -546,7 +554,7 @@ def test_a_learning_rate_that_is_a_function_cannot_be_resumed(folder: Path) -> N
 
 def test_a_run_is_never_replaced_unasked(folder: Path, digits: Dataset) -> None:
     with pytest.raises(CheckpointError, match="already has"):
-        start_run(folder, digits, epochs=1, **SMALL)
+        start(folder, digits, epochs=1, **SMALL)
 
 
 def test_clearing_takes_a_runs_own_files_alone(folder: Path, tmp_path: Path) -> None:
@@ -587,8 +595,8 @@ def test_a_run_of_parts_is_loaded_and_goes_on_as_if_never_stopped(
     name: str, tmp_path: Path
 ) -> None:
     grey, chosen = load_training_data("digits"), CHOICES[name]
-    start_run(tmp_path / "whole", grey, epochs=2, patience=0, **SMALL, **chosen)
-    start_run(tmp_path / "parts", grey, epochs=1, patience=0, **SMALL, **chosen)
+    start(tmp_path / "whole", grey, epochs=2, patience=0, **SMALL, **chosen)
+    start(tmp_path / "parts", grey, epochs=1, patience=0, **SMALL, **chosen)
     for path in (tmp_path / "parts").iterdir():
         if path.name != "training.safetensors":  # which is all that it takes
             path.unlink()
@@ -612,11 +620,11 @@ def test_a_run_of_parts_is_loaded_and_goes_on_as_if_never_stopped(
 
 def test_a_run_says_what_it_maximised(tmp_path: Path, digits: Dataset) -> None:
     run: dict[str, Any] = {**SMALL, "epochs": 1, "num_particles": 5}
-    start_run(tmp_path / "a", digits, objective={"name": "CIWAE", "beta": 0.25}, **run)
+    start(tmp_path / "a", digits, objective={"name": "CIWAE", "beta": 0.25}, **run)
     trained = load_run(tmp_path / "a").config["fit"]
     assert (trained["loss"], trained["loss_options"]) == ("CIWAE", {"beta": 0.25})
     assert trained["num_particles"] == 5
-    start_run(tmp_path / "b", digits, **run)  # several particles of the ELBO itself
+    start(tmp_path / "b", digits, **run)  # several particles of the ELBO itself
     assert load_run(tmp_path / "b").config["fit"]["loss"] == "PathwiseELBO"
     changed = {**trained, "loss_options": {"beta": 0.5}}
     change_config(tmp_path / "a", fit=changed)
@@ -642,7 +650,7 @@ def test_what_an_autoencoder_does_not_take(
     wrong: dict[str, Any], says: str, tmp_path: Path, digits: Dataset
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        start_run(tmp_path / "run", digits, model="sparse", epochs=1, **SMALL, **wrong)
+        start(tmp_path / "run", digits, model="sparse", epochs=1, **SMALL, **wrong)
     assert not (tmp_path / "run").exists()
 
 
@@ -651,9 +659,9 @@ def test_a_run_is_not_replaced_by_one_that_cannot_be(folder: Path, digits: Datas
     for wrong in ({"prior": "none"}, {"objective": "none"}, {"likelihood": "categorical"}):
         given: Any = {**SMALL, **wrong}
         with pytest.raises(ValueError, match=r"none|categorical"):
-            start_run(folder, digits, epochs=1, overwrite=True, **given)
+            start(folder, digits, epochs=1, overwrite=True, **given)
     assert (folder / "model.safetensors").read_bytes() == before
-    start_run(folder, digits, epochs=1, overwrite=True, **{**SMALL, "seed": 5})
+    start(folder, digits, epochs=1, overwrite=True, **{**SMALL, "seed": 5})
     assert (folder / "model.safetensors").read_bytes() != before
 
 
