@@ -35,7 +35,12 @@ def _mixture(rates: tuple[float, float], size: int, count: int, seed: int) -> Fo
             chosen = found.sel({along: entry})
             numbers[name].append((float(chosen[name]), float(chosen[f"{name}_se"])))
     return {
-        f"{name}_se": interval(*np.array(rows).T, truth[name], np.array(flagged))
+        f"{name}_se": interval(
+            [value for value, _ in rows],
+            [error for _, error in rows],
+            truth[name],
+            np.array(flagged),
+        )
         for name, rows in numbers.items()
     }
 
