@@ -408,9 +408,12 @@ def _run_once(
 def _m_step_at(problem: StatisticsProblem, q: Tensor) -> Any:
     """Parameters after an M step at these responsibilities."""
     shape = (problem.num_data, problem.num_components)
-    if q.shape != shape or not bool((q >= 0).all() and ((q.sum(1) - 1).abs() < 1e-6).all()):
+    total = q.sum(-1)
+    known = ((total - 1).abs() < 1e-6) | (total == 0)
+    if q.shape != shape or not bool((q >= 0).all() and known.all() and (q.sum(0) > 0).all()):
         raise ValueError(
-            f"responsibilities to start from have shape {shape}, are not negative and sum to 1 "
-            f"for each datum; not so those of shape {tuple(q.shape)}"
+            f"responsibilities to start from have shape {shape}, are not negative, sum to 1 for "
+            "each datum (0 for one that has no say yet) and leave no component empty; not so those "
+            f"of shape {tuple(q.shape)}"
         )
     return problem.m_step(problem.statistics(q), problem.read())

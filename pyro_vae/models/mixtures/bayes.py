@@ -57,10 +57,13 @@ class MixturePosterior:
     predictive: Distribution
 
     @takes_arrays()
+    def log_joint(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch components"]:
+        """The log of p(x, z = k) of new data, in nats, with the parameters integrated out."""
+        return self.marginals["weights"].mean.log() + self.predictive.log_prob(x[:, None])
+
     def log_predictive(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, " batch"]:
         """The log-density of each new datum, in nats, with the parameters integrated out."""
-        weights = self.marginals["weights"].mean.log()
-        return (weights + self.predictive.log_prob(x[:, None])).logsumexp(1)
+        return self.log_joint(x).logsumexp(1)
 
 
 class ConjugateProblem(ABC):

@@ -104,18 +104,13 @@ class GaussianConjugate(ConjugateProblem):
     :math:`\lambda_k \sim \mathrm{Gamma}(D \nu / 2, D V / 2)`. The names are `concentration` alpha,
     `loc` m, `loc_precision` kappa, `degrees_of_freedom` nu and `inverse_scale` V, with the defaults
     of scikit-learn's `BayesianGaussianMixture`: 1 / K, the mean of the data, 1, D, and their
-    covariance. Its full covariances are these; its other three are further approximations, and
-    equal these in one dimension only.
+    covariance, to whose diagonal the mixture's `reg_covar` is added. Its full covariances are
+    these; its other three are further approximations, and equal these in one dimension only.
     """
 
     names = ("concentration", "loc", "loc_precision", "degrees_of_freedom", "inverse_scale")
 
     def __init__(self, points: Any, prior: Mapping[str, Any] | None = None) -> None:
-        if points.mixture.reg_covar:
-            raise ValueError(
-                "variational Bayes takes no reg_covar, for its prior keeps covariances from being "
-                "singular: pass prior={'inverse_scale': ...} and reg_covar=0"
-            )
         self._kind, self._dim = points.mixture.covariance, points.mixture.dim
         self._dense = self._kind in ("full", "tied")
         super().__init__(points, prior)
@@ -134,7 +129,10 @@ class GaussianConjugate(ConjugateProblem):
         try:
             self._precisions.root  # noqa: B018
         except torch.linalg.LinAlgError as error:
-            raise ValueError("prior['inverse_scale'] is not positive definite") from error
+            raise ValueError(
+                "prior['inverse_scale'] is not positive definite: pass another one, or, where it "
+                "is the covariance of the data, reg_covar to the mixture"
+            ) from error
 
     def _hyperparameters(self) -> dict[str, Tensor]:
         one = torch.ones((), dtype=torch.float64, device=self.points._x.device)
@@ -158,6 +156,7 @@ class GaussianConjugate(ConjugateProblem):
         scatter = sum((a * w) @ a.mT for a, w in zip(away, weights, strict=True))
         covariance = scatter / (total - 1 if total > 1 else total)
         covariance = covariance * points._scale.outer(points._scale)
+        covariance = covariance + points.mixture.reg_covar * torch.eye(self._dim).to(covariance)
         if not self._dense:
             covariance = covariance.diagonal()
         if self._kind == "spherical":
