@@ -34,10 +34,14 @@ def _mixture(rates: tuple[float, float], size: int, count: int, seed: int) -> Fo
             along = {"natural": "parameter", "fitted": "fitted_parameter"}[name]
             chosen = found.sel({along: entry})
             numbers[name].append((float(chosen[name]), float(chosen[f"{name}_se"])))
-    columns = {name: np.array(rows) for name, rows in numbers.items()}
     return {
-        f"{name}_se": interval(rows[:, 0], rows[:, 1], truth[name], np.array(flagged))
-        for name, rows in columns.items()
+        f"{name}_se": interval(
+            [value for value, _ in rows],
+            [error for _, error in rows],
+            truth[name],
+            np.array(flagged),
+        )
+        for name, rows in numbers.items()
     }
 
 

@@ -59,6 +59,7 @@ SILENT: dict[str, str] = {
     "gradient_draws": "holds the draws themselves; compare_estimators states their errors",
     "directional_sensitivity": "derivatives, without sampling; it states no error",
     "sample_posterior": "states R-hat and effective draws; their errors are in posterior_quality",
+    "compare_num_components": "criteria of maxima and bounds, as fit_em; it states no error",
     "fit_em": "bounds are sums without sampling, or labelled objectives; it states no error",
 }
 """Makers of results without a study, with the reason."""

@@ -2,6 +2,12 @@
 
 from pyro_vae.sklearn.autoencoder import VAETransformer
 from pyro_vae.sklearn.linear import FactorAnalyzer, ProbabilisticPCA
-from pyro_vae.sklearn.mixture import GaussianMixtureEM
+from pyro_vae.sklearn.mixture import BayesianMixture, GaussianMixtureEM
 
-__all__ = ["FactorAnalyzer", "GaussianMixtureEM", "ProbabilisticPCA", "VAETransformer"]
+__all__ = [
+    "BayesianMixture",
+    "FactorAnalyzer",
+    "GaussianMixtureEM",
+    "ProbabilisticPCA",
+    "VAETransformer",
+]

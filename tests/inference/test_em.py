@@ -23,7 +23,9 @@ from pyro_vae.models import GaussianMixture, PoissonMixture
 from pyro_vae.results import load_result
 
 NUM_DATA, DIM, NUM_COMPONENTS = 191, 2, 3
-ON_STATISTICS = ["exact", "hard", "monte_carlo", "incremental", "online"]
+ON_STATISTICS = ["exact", "hard", "monte_carlo", "stochastic_approximation"]
+ON_STATISTICS += ["incremental", "online"]
+ON_POINTS = ["hard", "monte_carlo", "stochastic_approximation"]
 MONOTONE = ["exact", "generalized", "incremental", "hard"]
 
 
@@ -62,7 +64,7 @@ def test_evidence_is_bound_plus_divergence(method, covariance):
         assert (history.gap[history.phase == "E"] == 0).all()
     if method in MONOTONE:
         assert np.diff(history.bound_total)[:-1].min() > -1e-10
-    assert float(history.gap[-1]) == 0 or method in ("hard", "monte_carlo")
+    assert float(history.gap[-1]) == 0 or method in ON_POINTS
 
 
 def test_a_bound_that_falls_would_be_seen():
@@ -272,6 +274,39 @@ def test_many_draws_are_the_posterior():
         assert (away < 5) or not inside
         if not inside:
             assert (drawn - exact).abs().max() > 1e-4
+
+
+def test_averaged_draws_settle_where_single_ones_do_not():
+    """Away from the maximum by 0.2e-3 nats per datum, not 2.8e-3 (means of 12 seeds, errors 20 %).
+
+    With six seeds the two means are on the wrong side of 1e-3 for fewer than one choice in 1000.
+    """
+    x = data()
+    best = run(x=x, max_iterations=2000, tolerance=1e-13)
+    away = {}
+    for method in ("stochastic_approximation", "monte_carlo"):
+        ends = []
+        for seed in range(6):
+            mixture = GaussianMixture.from_parameters(**best.parameters)
+            options: dict[str, Any] = {"initialization": "given", "step_exponent": 0.9}
+            fitted = fit_em(mixture, x, method=method, max_iterations=40, seed=seed, **options)
+            ends.append(float(best.history.log_evidence[-1] - fitted.history.log_evidence[-1]))
+        away[method] = np.mean(ends)
+    assert 0 < away["stochastic_approximation"] < 1e-3 < away["monte_carlo"]
+
+
+def test_the_first_average_is_its_draw():
+    """Later ones hold earlier draws as well."""
+    one, other = (
+        run(method, max_iterations=1).history.bound
+        for method in ("stochastic_approximation", "monte_carlo")
+    )
+    np.testing.assert_allclose(one, other, atol=1e-12)
+    one, other = (
+        run(method, max_iterations=2).history.bound
+        for method in ("stochastic_approximation", "monte_carlo")
+    )
+    assert np.abs(one - other).max() > 1e-4
 
 
 def test_hard_em_is_k_means_in_the_limit():

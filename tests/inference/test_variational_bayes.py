@@ -356,6 +356,12 @@ def test_arguments_that_cannot_be_used(options, message):
         run("full", data("full"), **options)
 
 
-def test_a_floor_on_covariances_is_refused():
-    with pytest.raises(ValueError, match="takes no reg_covar"):
-        fit_em(GaussianMixture(2, DIM, reg_covar=1e-6), data("full"), method="variational_bayes")
+def test_data_on_a_line_need_a_floor_or_a_prior():
+    x = torch.linspace(0.0, 1.0, 9, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0])
+    options: dict[str, Any] = {"method": "variational_bayes", "max_iterations": 3}
+    with pytest.raises(ValueError, match="reg_covar to the mixture"):
+        fit_em(GaussianMixture(1, DIM), x, **options)
+    found = fit_em(GaussianMixture(1, DIM, reg_covar=0.3), x, **options)
+    wanted = np.cov(x.numpy().T) + 0.3 * np.eye(2)
+    np.testing.assert_allclose(found.posterior.prior["inverse_scale"], wanted, atol=1e-12)
+    assert np.diff(found.history.bound_total).min() > -1e-10

@@ -13,13 +13,19 @@ from sklearn.datasets import load_iris
 from sklearn.decomposition import PCA, FactorAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.mixture import GaussianMixture
+from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pyro_vae import LinearGaussian
-from pyro_vae.sklearn import FactorAnalyzer, GaussianMixtureEM, ProbabilisticPCA, VAETransformer
+from pyro_vae.sklearn import (
+    BayesianMixture,
+    FactorAnalyzer,
+    GaussianMixtureEM,
+    ProbabilisticPCA,
+    VAETransformer,
+)
 
 X, Y = load_iris(return_X_y=True)
 TYPES = ("full", "tied", "diag", "spherical")
@@ -29,20 +35,21 @@ def small_vae(**settings):
     return VAETransformer(**{"hidden": (5,), "epochs": 2, "num_particles": 5, **settings})
 
 
-ALL = [GaussianMixtureEM(), ProbabilisticPCA(), FactorAnalyzer(), small_vae()]
+ALL = [BayesianMixture(), GaussianMixtureEM(), ProbabilisticPCA(), FactorAnalyzer(), small_vae()]
 
 
 CONTRACT = """
 import json, warnings
 warnings.simplefilter("ignore")
 from sklearn.utils.estimator_checks import check_estimator
-from pyro_vae.sklearn import FactorAnalyzer, GaussianMixtureEM, ProbabilisticPCA, VAETransformer
+from pyro_vae.sklearn import *
 class Unruly(ProbabilisticPCA):
     def transform(self, X):
         return super().transform(X) + len(X)  # of a datum, by how many others there are
 small = VAETransformer(hidden=(5,), epochs=2, num_particles=5)
 failed = {}
-for estimator in (GaussianMixtureEM(), ProbabilisticPCA(), FactorAnalyzer(), small, Unruly()):
+mixtures = (BayesianMixture(), GaussianMixtureEM())
+for estimator in (*mixtures, ProbabilisticPCA(), FactorAnalyzer(), small, Unruly()):
     results = check_estimator(estimator, on_fail=None, on_skip=None)
     assert sum(r["status"] == "passed" for r in results) > 40
     wrong = [r["check_name"] for r in results if r["status"] not in ("passed", "skipped")]
@@ -60,10 +67,7 @@ def test_no_check_of_scikit_learn_fails():
     assert done.returncode == 0, done.stderr
     failed = json.loads(done.stdout.splitlines()[-1])
     assert "check_methods_subset_invariance" in failed.pop("Unruly")
-    assert failed == {
-        name: []
-        for name in ("GaussianMixtureEM", "ProbabilisticPCA", "FactorAnalyzer", "VAETransformer")
-    }
+    assert failed == {type(estimator).__name__: [] for estimator in ALL}
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -117,6 +121,46 @@ def test_a_mixture_starts_where_it_is_told_and_keeps_the_best():
     assert many.lower_bound_ >= one.lower_bound_
     before = one.lower_bound_
     assert one.set_params(warm_start=True, tol=1e-9, max_iter=1000).fit(X).lower_bound_ > before
+
+
+@pytest.mark.parametrize("start", ["kmeans", "random", "k-means++"])
+def test_a_bayesian_mixture_takes_the_path_of_scikit_learn(start):
+    """With full covariances; their `reg_covar` is added at every step, so it is 0 here."""
+    settings = {"init_params": start, "random_state": 3, "tol": 0.0, "max_iter": 9}
+    settings |= {"mean_precision_prior": 0.7, "reg_covar": 0.0}
+    with pytest.warns(ConvergenceWarning):
+        theirs = BayesianGaussianMixture(
+            n_components=3,
+            weight_concentration_prior_type="dirichlet_distribution",
+            **settings,
+        ).fit(X)
+    with pytest.warns(ConvergenceWarning, match="did not converge in 9 iterations"):
+        ours = BayesianMixture(3, **settings).fit(X)
+    names = ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_")
+    for name in (*names, "weight_concentration_", "mean_precision_", "degrees_of_freedom_"):
+        wanted = getattr(theirs, name)
+        assert np.abs(getattr(ours, name) - wanted).max() < 1e-6 * max(1, np.abs(wanted).max())
+    assert np.mean(ours.predict(X) == theirs.predict(X)) > 0.98
+    assert np.abs(ours.predict_proba(X) - theirs.predict_proba(X)).max() < 0.2
+    # Theirs is no density: of expected logarithms, it is less than the predictive one.
+    assert ours.score(X) > theirs.score(X)
+    assert ours.predict_proba(X).sum(1) == pytest.approx(np.ones(len(X)))
+    assert ours.n_iter_ == theirs.n_iter_ == 9
+    one, many = (
+        BayesianMixture(4, n_init=n, init_params="random_from_data", random_state=0, tol=1.0)
+        for n in (1, 4)
+    )
+    if start == "random":
+        assert many.fit(X).lower_bound_ >= one.fit(X).lower_bound_
+
+
+def test_the_predictive_density_is_one():
+    """Its integral over a line, of a component with few data and so wide tails."""
+    x = np.array([[0.0], [0.4], [1.0], [5.0], [5.5]])
+    grid = np.linspace(-4000, 4000, 2_000_001)[:, None]
+    mixture = BayesianMixture(2, random_state=0, degrees_of_freedom_prior=3.0).fit(x)
+    mass = np.exp(mixture.score_samples(grid)).sum() * 0.004
+    assert mass == pytest.approx(1, abs=1e-4)
 
 
 def test_weights_of_data_are_repetitions():

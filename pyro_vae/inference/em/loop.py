@@ -19,11 +19,13 @@ __all__ = ["METHODS", "RANDOM_METHODS", "EMSettings", "Ending", "Reached", "driv
 
 METHODS = (
     *("exact", "generalized", "monte_carlo", "online", "incremental", "hard"),
-    *("variational_bayes", "stochastic_variational_bayes"),
+    *("stochastic_approximation", "variational_bayes", "stochastic_variational_bayes"),
 )
 """What `fit_em` takes as `method`."""
 
-RANDOM_METHODS = ("monte_carlo", "online", "stochastic_variational_bayes")
+RANDOM_METHODS = (
+    *("monte_carlo", "stochastic_approximation", "online", "stochastic_variational_bayes"),
+)
 """Those whose bound moves at random, so that a small gain means nothing."""
 
 
@@ -48,6 +50,7 @@ class EMSettings:
     record: str | None
     progress: bool
     prior: Mapping[str, Any] | None = None
+    acceleration: str | None = None
 
     def check(self) -> None:
         """Raises ValueError for a value that cannot be used."""
@@ -70,6 +73,13 @@ class EMSettings:
             raise ValueError(
                 f"method={self.method!r} has no prior on parameters; pass "
                 "method='variational_bayes'"
+            )
+        if self.acceleration not in (None, "squarem"):
+            raise ValueError(f"acceleration is 'squarem' or None, not {self.acceleration!r}")
+        if self.acceleration and self.method not in ("exact", "variational_bayes"):
+            raise ValueError(
+                f"method={self.method!r} cannot be accelerated: pass method='exact' or "
+                "'variational_bayes', or acceleration=None"
             )
         check_count("seed", self.seed, 0)
         if self.on_singular not in ("raise", "restart"):
@@ -104,11 +114,14 @@ class EMSettings:
         )
         own: dict[str, tuple[str, ...]] = {
             "monte_carlo": ("num_samples",),
+            "stochastic_approximation": ("num_samples", "step_exponent", "step_delay"),
             "online": ("batch_size", "step_exponent", "step_delay", "num_held"),
             "stochastic_variational_bayes": (
                 *("batch_size", "step_exponent", "step_delay", "num_held"),
             ),
             "incremental": ("batch_size",),
+            "exact": ("acceleration",),
+            "variational_bayes": ("acceleration",),
             "generalized": ("num_gradient_steps",),
         }
         said = {name: getattr(self, name) for name in (*common, *own.get(self.method, ()))}

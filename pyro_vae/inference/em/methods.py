@@ -1,4 +1,4 @@
-"""EM, hard, Monte-Carlo, incremental and online EM, on models with sufficient statistics.
+"""EM, hard, sampled, incremental and online EM, on models with sufficient statistics.
 
 Variational Bayes is EM on a problem whose parameters are a posterior, and its stochastic form is
 online EM on it: natural gradients of conjugate models are differences of statistics.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.inference.em.acceleration import Extrapolation
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.em.loop import EMSettings, Reached
 from pyro_vae.inference.em.protocol import StatisticsProblem
@@ -29,18 +30,19 @@ def _exact(
 ) -> Iterator[Reached]:
     """EM: one pass over the data an iteration, for the E step after an M step measures that one."""
     before, waiting = None, None
+    path = Extrapolation(problem) if settings.acceleration else None
     for iteration in range(settings.max_iterations + 1):
-        about = problem.origin(parameters)
-        expected = problem.e_step(parameters, about=about, keep=record.measures)
-        record.passes += 1
+        jumped = None
+        if path is not None:
+            path.add(parameters)
+            jumped = _jump(problem, path, record, waiting)
+        at = parameters
+        parameters, expected = jumped or (at, _e_step(problem, at, record))
         stamp = record.stamp("E", iteration)
         evidence = expected.log_likelihood
         if waiting is not None:
             with record.paused():
-                gap = evidence - waiting["elbo"]
-                if before is not None:
-                    gap = problem.divergence(before, expected.log_posterior)
-                record.add(log_likelihood=evidence, divergence=gap, **waiting)
+                _add_waiting(problem, record, waiting, before, at if jumped else None, expected)
         joint = problem.expected_log_joint(expected.statistics, parameters)
         prior = problem.expected_log_prior(expected.statistics, parameters)
         entropy = expected.entropy
@@ -55,6 +57,51 @@ def _exact(
             "elbo": problem.expected_log_joint(expected.statistics, parameters) + entropy,
             "kl": -entropy - problem.expected_log_prior(expected.statistics, parameters),
         }
+
+
+def _e_step(problem: StatisticsProblem, parameters: Any, record: HalfSteps) -> Any:
+    record.passes += 1
+    about = problem.origin(parameters)
+    return problem.e_step(parameters, about=about, keep=record.measures)
+
+
+def _add_waiting(
+    problem: StatisticsProblem,
+    record: HalfSteps,
+    waiting: dict[str, Any],
+    before: Tensor | None,
+    at: Any,
+    expected: Any,
+) -> None:
+    """The row of an M step, once the E step after it is made.
+
+    After a jump that E step speaks of other parameters: the row takes one at its own, `at`, or is
+    left out where data are too large for that.
+    """
+    if at is not None:
+        if not record.measures:
+            return
+        expected = problem.e_step(at, about=problem.origin(at), keep=True)
+    gap = expected.log_likelihood - waiting["elbo"]
+    if before is not None:
+        gap = problem.divergence(before, expected.log_posterior)
+    record.add(log_likelihood=expected.log_likelihood, divergence=gap, **waiting)
+
+
+def _jump(
+    problem: StatisticsProblem,
+    path: Extrapolation,
+    record: HalfSteps,
+    waiting: dict[str, Any] | None,
+) -> tuple[Any, Any] | None:
+    """Parameters ahead of EM with their E step, if the bound there is no lower than reached."""
+    parameters = path.jump()
+    if parameters is None or waiting is None:
+        return None
+    expected = _e_step(problem, parameters, record)
+    made = math.isfinite(expected.log_likelihood) and expected.log_likelihood >= waiting["elbo"]
+    path.settle(made)
+    return (parameters, expected) if made else None
 
 
 def _measure(
@@ -81,7 +128,13 @@ def _with_point_masses(
     settings: EMSettings,
     generator: torch.Generator,
 ) -> Iterator[Reached]:
-    """EM whose E step replaces the posterior by components chosen from it."""
+    """EM whose E step replaces the posterior by components chosen from it.
+
+    Stochastic approximation takes a mean of the statistics of all iterations, the last of which
+    has the share n^-a: draws average out, which from step to step they do not.
+    """
+    averages, about = settings.method == "stochastic_approximation", problem.origin(parameters)
+    statistics = None
     for iteration in range(settings.max_iterations + 1):
         q = choose(problem.responsibilities(parameters), settings, generator)
         record.passes += 1
@@ -89,10 +142,21 @@ def _with_point_masses(
         objective = elbo if settings.method == "hard" else record.rows[-1]["log_evidence_total"]
         yield Reached(parameters, objective, record)
         if iteration < settings.max_iterations:
-            statistics = problem.statistics(q, about=problem.origin(parameters))
+            about = about if averages else problem.origin(parameters)
+            drawn = problem.statistics(q, about=about)
+            if statistics is None or not averages:
+                statistics = drawn
+            else:
+                step = _step(iteration + 1, settings)
+                statistics = statistics * (1 - step) + drawn * step
             record.passes += 1
             parameters = problem.m_step(statistics, parameters)
             _measure(problem, record, "M", iteration + 1, parameters, q)
+
+
+def _step(number: int, settings: EMSettings) -> float:
+    """The share of the newest statistics in their average."""
+    return (number + settings.step_delay) ** -settings.step_exponent
 
 
 def _most_probable(posterior: Tensor, _settings: EMSettings, _generator: Any) -> Tensor:
@@ -205,7 +269,7 @@ def _online(
             of_batch = of_batch * (problem.num_data / len(rows))
             number += 1
             seen += len(rows)
-            step = (number + settings.step_delay) ** -settings.step_exponent
+            step = _step(number, settings)
             statistics = (
                 of_batch if statistics is None else statistics * (1 - step) + of_batch * step
             )
@@ -226,6 +290,7 @@ ALGORITHMS: dict[str, Callable[..., Iterator[Reached]]] = {
     "exact": _exact,
     "hard": partial(_with_point_masses, _most_probable),
     "monte_carlo": partial(_with_point_masses, _drawn),
+    "stochastic_approximation": partial(_with_point_masses, _drawn),
     "incremental": _incremental,
     "online": partial(_online, True),
     "variational_bayes": _exact,

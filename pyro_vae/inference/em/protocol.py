@@ -72,6 +72,12 @@ class StatisticsProblem(Protocol):
     def divergence(self, log_q: Tensor, log_p: Tensor) -> float:
         """KL(q || p) of two posteriors that `e_step` kept."""
 
+    def unconstrained(self, parameters: Any) -> Tensor:
+        """The parameters as one vector, of which every value is one."""
+
+    def constrained(self, vector: Tensor) -> Any:
+        """The parameters that `unconstrained` makes this vector of."""
+
 
 @runtime_checkable
 class StatisticsModel(Protocol):

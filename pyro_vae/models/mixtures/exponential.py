@@ -623,6 +623,16 @@ class _MeanProblem(MixtureProblem):
             self._base = float(sum(parts))
         return self._base
 
+    def unconstrained(self, parameters: MixtureParameters) -> Tensor:
+        natural = self.mixture._to_natural(parameters.locs)
+        return torch.cat([parameters.log_weights, natural.flatten()])
+
+    def constrained(self, vector: Tensor) -> MixtureParameters:
+        log_weights, natural = vector.tensor_split([self.num_components])
+        locs = self.mixture._to_mean(natural.reshape(self.num_components, -1))
+        locs = locs.clamp(_FLOOR, self.mixture._largest_mean())
+        return MixtureParameters(log_weights.log_softmax(0), locs)
+
     def _start(self, centres: Tensor, statistics: Statistics) -> MixtureParameters:
         sums, counts = self._unpack(statistics)
         overall = sums.sum(0) / counts.sum()

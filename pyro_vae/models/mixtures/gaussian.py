@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.models.mixtures.bayes import GaussianConjugate
 from pyro_vae.models.mixtures.exponential import ExponentialMixture
-from pyro_vae.models.mixtures.natural import NaturalForm, gaussian_form
+from pyro_vae.models.mixtures.natural import NaturalForm, flat_roots, gaussian_form, roots_of
+from pyro_vae.models.mixtures.normal_wishart import GaussianConjugate
 from pyro_vae.models.mixtures.problem import (
     Chunk,
     MixtureParameters,
@@ -564,6 +564,21 @@ class _GaussianProblem(MixtureProblem):
         constant = self._log_base(None) - 0.5 * self._dim * math.log(2 * math.pi)
         each = parameters.log_weights + log_det + constant
         return float(counts @ each - 0.5 * squares)
+
+    def unconstrained(self, parameters: MixtureParameters) -> Tensor:
+        roots = parameters.roots
+        assert roots is not None
+        flat = flat_roots(roots) if self._dense else roots.log().flatten()
+        return torch.cat([parameters.log_weights, parameters.locs.flatten(), flat])
+
+    def constrained(self, vector: Tensor) -> MixtureParameters:
+        number, dim = self.num_components, self._dim
+        log_weights, locs, flat = vector.tensor_split([number, number * (dim + 1)])
+        if self._dense:
+            roots = roots_of(flat, 1 if self._covariance == "tied" else number, dim)
+        else:
+            roots = flat.reshape(number, dim).exp()
+        return MixtureParameters(log_weights.log_softmax(0), locs.reshape(number, dim), roots)
 
     # -- starts, and the module
 

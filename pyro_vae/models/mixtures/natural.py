@@ -17,7 +17,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["NaturalForm", "gaussian_form", "mean_form"]
+__all__ = ["NaturalForm", "flat_roots", "gaussian_form", "mean_form", "roots_of"]
+
+
+def flat_roots(roots: Float[Tensor, "*batch d d"]) -> Float[Tensor, " numbers"]:
+    """Lower roots as free numbers: the logarithms of their diagonals and what lies below."""
+    rows, columns = torch.tril_indices(roots.shape[-1], roots.shape[-1], -1).unbind()
+    diagonal = roots.diagonal(dim1=-2, dim2=-1).log()
+    return torch.cat([diagonal.flatten(), roots[..., rows, columns].flatten()])
+
+
+def roots_of(numbers: Float[Tensor, " numbers"], *shape: int) -> Float[Tensor, "*batch d d"]:
+    """The lower roots, of shape (*shape, d, d) without the last d, that `flat_roots` flattens."""
+    dim, size = shape[-1], math.prod(shape)
+    rows, columns = torch.tril_indices(dim, dim, -1).unbind()
+    roots = numbers[:size].reshape(shape).exp().diag_embed()
+    roots[..., rows, columns] = numbers[size:].reshape(*shape[:-1], len(rows))
+    return roots
 
 
 @dataclass(frozen=True, eq=False)

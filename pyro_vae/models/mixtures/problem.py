@@ -244,6 +244,14 @@ class MixtureProblem(ABC):
     def write(self, parameters: MixtureParameters) -> None:
         """Puts parameters into the module, in its own dtype and the data's units."""
 
+    @abstractmethod
+    def unconstrained(self, parameters: MixtureParameters) -> Float[Tensor, " numbers"]:
+        """The parameters as one vector, of which every value is one."""
+
+    @abstractmethod
+    def constrained(self, vector: Float[Tensor, " numbers"]) -> MixtureParameters:
+        """The parameters that `unconstrained` makes this vector of."""
+
     def origin(self, parameters: MixtureParameters) -> Tensor | None:
         """Where moments should be taken about near these parameters, so that nothing cancels."""
         return None
