@@ -101,6 +101,9 @@ def test_rows_are_what_they_say():
     total = special.logsumexp(after, axis=1).sum()
     assert float(second.log_evidence_total) == pytest.approx(total, rel=1e-12)
     assert float(second.bound_total) == pytest.approx((q * after).sum() + entropy, rel=1e-12)
+    weights = fitted.parameters["weights"].numpy()
+    kl = -entropy - (q @ np.log(weights)).sum()
+    assert float(second.kl) == pytest.approx(kl / NUM_DATA, rel=1e-12)
     divergence = (q * (np.log(q) - special.log_softmax(after, axis=1))).sum()
     assert float(second.gap_total) == pytest.approx(divergence, rel=1e-9)
     assert float(third.log_evidence_total) == float(second.log_evidence_total)
@@ -267,7 +270,11 @@ def test_weighted_data_have_their_weighted_mean(method, num_seeds, num_passes):
 
 def test_many_draws_are_the_posterior():
     """Monte-Carlo EM's first M step; shares of S draws have a standard error below 0.5/sqrt(S)."""
-    exact = run("exact", max_iterations=1).parameters["weights"]
+    fitted = run("exact", max_iterations=1)
+    exact = fitted.parameters["weights"]
+    drawn = run("monte_carlo", max_iterations=1, num_samples=40_000).history
+    # The shares are a distribution, whose bound nears that of the posterior.
+    assert float(drawn.bound[1]) == pytest.approx(float(fitted.history.bound[1]), abs=0.01)
     for num_samples, inside in ((40_000, True), (1, False)):
         drawn = run("monte_carlo", max_iterations=1, num_samples=num_samples).parameters["weights"]
         away = (drawn - exact).abs().max() / (0.5 / np.sqrt(num_samples * NUM_DATA))

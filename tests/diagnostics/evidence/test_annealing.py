@@ -174,6 +174,7 @@ def test_bidirectional_result(linear, x):
     gap = found.quantity("error_bound")
     assert gap.value == pytest.approx(float((found.simulated_upper - found.simulated_lower).mean()))
     assert (gap.bound, found.quantity("log_evidence").bound) == ("upper", "lower")
+    assert ((found.acceptance > 0.3) & (found.acceptance <= 1)).all()
     assert "real data may err by more" in found.summary()
     from_guide = log_evidence(
         linear.model, linear.guide, x, method="bidirectional", start="guide", **settings
