@@ -46,6 +46,7 @@ from pyro_vae.inference.programs.scope import (
     ieee_precision,
     keep_random_state,
     modules_of,
+    plate_rows,
     program_scope,
     pyro_parameters,
     remember_fitted,
@@ -62,6 +63,7 @@ from pyro_vae.inference.programs.sites import (
 )
 from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
 from pyro_vae.inference.programs.traces import (
+    agree,
     bytes_of_run,
     draw_traces,
     enumerating,
@@ -108,6 +110,7 @@ __all__ = [
     "SubsampleError",
     "SupportError",
     "UnfittedWarning",
+    "agree",
     "all_data",
     "as_arguments",
     "as_run",
@@ -141,6 +144,7 @@ __all__ = [
     "modules_of",
     "no_guide",
     "particles_at_once",
+    "plate_rows",
     "program_scope",
     "pyro_parameters",
     "ready_data",
