@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 
-from pyro_vae import plots
+from pyro_vae import fit, plots
 from pyro_vae.inference.estimators import estimator_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -33,8 +34,18 @@ def test_the_example_prints_what_is_shown_and_agrees_with_the_exact_evidence(cap
     )
 
 
-def test_the_search_prints_what_is_shown(capsys):
+@pytest.mark.float32
+def test_the_pair_with_a_global_latent_trains_on_mini_batches():
     code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    names = {"pyro": pyro, "torch": torch, "dist": pyro.distributions}
+    exec(compile(code, "README.md", "exec"), names)
+    reached = fit(names["model"], names["guide"], torch.randn(1000), batch_size=100, epochs=1)
+    assert (reached.parameters["locs"].abs() > 5e-4).all()  # Adam's first step is its rate, 1e-3
+    assert reached.parameters["locs"].abs().max() < 1.1e-3
+
+
+def test_the_search_prints_what_is_shown(capsys):
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[2]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"^# (.*)$", code, re.M)[1]
 

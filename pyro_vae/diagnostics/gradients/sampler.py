@@ -229,7 +229,7 @@ class GradientSampler:
         traces = draw_traces(self.model, self.guide, self.arguments, self.structure, most)
         terms = Terms(self.model, self.guide, self.arguments, self.structure, traces)
         weighed = [elbo.weigh(terms) for elbo in elbos]
-        factor = scale_of(traces, self.joint) / self.per
+        factor = scale_of(traces, self.structure) / self.per
         found = self._gradients_of(terms, [weights for _, weights in weighed])
         return [
             (float(value.sum()) * factor, [None if g is None else g * factor for g in gradients])

@@ -4,6 +4,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,8 +81,10 @@ class Terms:
 
     Every term is `[particles, batch]`, in nats and without the factor N/B: `log_p` and `log_q`
     with the gradient through the latents, `fixed_log_p` and `fixed_log_q` without it (the programs
-    are run again when one of these is first asked for), and `unpathed_log_q`, the part of `log_q`
-    that sites without a reparameterised draw have.
+    are run again when one of these is first asked for), and, for score functions, `drawn_log_q`,
+    as `fixed_log_q`, and `unpathed_log_q`, the part of `log_q` that sites without a
+    reparameterised draw have. Where sites count by scales of their own (`structure.scaled`), these
+    two do not: they are of the density that was drawn from.
 
     Args:
         model: The generative program.
@@ -135,7 +138,10 @@ class Terms:
             return _of_possible(log_p_of(self.fixed, self.structure))
         if name == "fixed_log_q":
             return log_q_of(self.fixed, self.structure)
-        return log_q_of(self.traces, self.structure, only=sites_without_path(self.traces))
+        drawn = replace(self.structure, scaled=False)
+        if name == "drawn_log_q":
+            return log_q_of(self.fixed, drawn)
+        return log_q_of(self.traces, drawn, only=sites_without_path(self.traces))
 
 
 def can_share(elbo: ELBO) -> bool:
@@ -167,12 +173,15 @@ class Objective(ELBO):
         bound_kind: What it bounds log p(x) from, in the words of `results.BOUNDS`.
         unbiased: Whether the gradient is, in expectation, that of the value.
         min_particles: The fewest particles it can work with.
+        linear: Whether the value is a mean of log weights, which mini-batches estimate without
+            bias even where data share latents.
     """
 
     value_name: ClassVar[str]
     bound_kind: ClassVar[str] = "lower"
     unbiased: ClassVar[bool] = True
     min_particles: ClassVar[int] = 1
+    linear: ClassVar[bool] = False
 
     def __init__(self, num_particles: int = 1, *, joint: bool = False) -> None:
         check_count("num_particles", num_particles)
@@ -218,8 +227,7 @@ class Objective(ELBO):
         self, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
         structure = self.structure_of(model, guide, (args, kwargs))
-        guide_trace, model_trace, _ = draw_traces(model, guide, (args, kwargs), structure, 1)[0]
-        return model_trace, guide_trace
+        return draw_traces(model, guide, (args, kwargs), structure, 1)[0][1::-1]
 
     # -- the one evaluation behind them
 
@@ -236,7 +244,12 @@ class Objective(ELBO):
                 # A loss moves parameters; tools that measure with it inspect the pair themselves.
                 warnings.simplefilter("ignore", UnfittedWarning)
                 found = inspect_programs(
-                    model, guide, arguments, joint=self.joint, num_particles=self.num_particles
+                    model,
+                    guide,
+                    arguments,
+                    joint=self.joint,
+                    num_particles=self.num_particles,
+                    linear=self.linear,
                 )
             self._inspected = (model, guide, found)
         return self._inspected[2]
@@ -291,7 +304,7 @@ class WeightedTerms(Objective):
         terms = Terms(model, guide, arguments, structure, traces, self._reparameterizes)
         value, weights = self.weigh(terms)
         surrogate = torch.stack([(w * terms[name]).sum() for name, w in weights.items()]).sum()
-        return value, surrogate, scale_of(traces, self.joint)
+        return value, surrogate, scale_of(traces, structure)
 
 
 class Estimator(WeightedTerms):
@@ -307,7 +320,7 @@ class Estimator(WeightedTerms):
         structure = self.structure_of(model, guide, arguments)
         traces = draw_traces(model, guide, arguments, structure, self.num_particles)
         log_p, log_q = log_p_of(traces, structure), log_q_of(traces, structure)
-        return self.coefficients((log_p - log_q).detach()).value, scale_of(traces, self.joint)
+        return self.coefficients((log_p - log_q).detach()).value, scale_of(traces, structure)
 
     def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
         """The weights of log p and log q, along the path and at fixed latents."""
@@ -316,7 +329,8 @@ class Estimator(WeightedTerms):
             self.check_replayable(terms.structure)
             self._check_densities(terms.fixed)
             score = row.score if row.reinforce is None else row.score + row.reinforce
-            return row.value, {"fixed_log_p": row.theta, "fixed_log_q": score}
+            drawn = "drawn_log_q" if terms.structure.scaled else "fixed_log_q"
+            return row.value, {"fixed_log_p": row.theta, drawn: score}
         unpathed = sites_without_path(terms.traces)
         self._check_path(unpathed, terms.traces)
         if torch.equal(row.path, row.theta) and torch.equal(row.score, -row.theta):
@@ -441,9 +455,12 @@ def _of_possible(log_p: Tensor) -> Tensor:
     return log_p.masked_fill(log_p == -torch.inf, 0.0)
 
 
-def scale_of(traces: Traces, joint: bool) -> float:
-    """The factor N/B of the run at hand."""
+def scale_of(traces: Traces, structure: ProgramStructure) -> float:
+    """The factor N/B of the run at hand; 1 where every site has counted by its own."""
+    if structure.scaled:
+        return 1.0
     guide, model, _ = traces[0]
+    joint = structure.batch_dim is None
     return common_scale(weighted_sites(guide), weighted_sites(model), joint)
 
 

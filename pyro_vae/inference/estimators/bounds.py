@@ -96,6 +96,7 @@ class PathwiseELBO(Estimator):
     """
 
     value_name = "ELBO"
+    linear = True
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         each = torch.full_like(log_weights, 1 / len(log_weights))
@@ -111,6 +112,7 @@ class StickingTheLanding(Estimator):
     """
 
     value_name = "ELBO"
+    linear = True
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         each = torch.full_like(log_weights, 1 / len(log_weights))
@@ -127,6 +129,7 @@ class ScoreFunction(Estimator):
     """
 
     value_name = "ELBO"
+    linear = True
 
     def coefficients(self, log_weights: Weights) -> Coefficients:
         each = torch.full_like(log_weights, 1 / len(log_weights))
@@ -144,6 +147,7 @@ class LeaveOneOut(Estimator):
     """
 
     value_name = "ELBO"
+    linear = True
     min_particles = 2
 
     def coefficients(self, log_weights: Weights) -> Coefficients:

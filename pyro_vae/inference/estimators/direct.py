@@ -53,6 +53,7 @@ class AnalyticELBO(WeightedTerms):
     """
 
     value_name = "ELBO"
+    linear = True
     sampled_sites: tuple[str, ...] = ()
 
     def weigh(self, terms: Terms) -> tuple[Float[Tensor, " batch"], dict[str, Weights]]:
@@ -73,7 +74,9 @@ class AnalyticELBO(WeightedTerms):
         closed = {}
         for name in structure.latents:
             kl = closed_kl(name, guide_trace, model_trace)
-            kl = None if kl is None else sum_dims(kl, structure, count)
+            if kl is not None:
+                kl = kl * guide_trace.nodes[name]["scale"] if structure.scaled else kl
+                kl = sum_dims(kl, structure, count)
             if kl is not None and kl.dim() == 2:  # a prior may depend on an enumerated latent
                 closed[name] = kl
         self.sampled_sites = tuple(name for name in structure.latents if name not in closed)
@@ -104,6 +107,7 @@ class StraightThrough(Objective):
 
     value_name = "ELBO"
     unbiased = False
+    linear = True
 
     def __init__(
         self, num_particles: int = 1, *, temperature: float = 0.5, joint: bool = False
@@ -121,7 +125,7 @@ class StraightThrough(Objective):
             traces = draw_traces(model, guide, arguments, structure, self.num_particles)
         log_weights = log_p_of(traces, structure) - log_q_of(traces, structure)
         value = elbo(log_weights)
-        return value, value.sum(), scale_of(traces, self.joint)
+        return value, value.sum(), scale_of(traces, structure)
 
 
 def _with_base(fn: Any, change: Any) -> Any:
@@ -286,4 +290,4 @@ def _log_q_of_simulated(
             f"{name} needs log q at latents of the model's choice, which a guide with auxiliary "
             "sites cannot give"
         )
-    return sum_sites(replayed, structure, 1), scale_of([(replayed, simulated, 1)], estimator.joint)
+    return sum_sites(replayed, structure, 1), scale_of([(replayed, simulated, 1)], structure)

@@ -77,7 +77,7 @@ class _BoundsNothing(Objective):
                 f"'{fixed[0]}' is not; use LeaveOneOut or VIMCO, which maximise bounds"
             )
         value = self._objective(_Run(model, arguments, structure, traces))
-        return value, value.sum(), scale_of(traces, self.joint)
+        return value, value.sum(), scale_of(traces, structure)
 
     def _check_structure(self, structure: ProgramStructure) -> None:
         if structure.enumerated:
@@ -106,6 +106,7 @@ class BetaELBO(_BoundsNothing):
     """
 
     value_name = "beta-ELBO"
+    linear = True
 
     def __init__(self, num_particles: int = 1, *, beta: float = 4.0, joint: bool = False) -> None:
         _check_option("beta", beta)

@@ -47,6 +47,7 @@ from pyro_vae.inference.programs.scope import (
     keep_random_state,
     modules_of,
     own_parameters,
+    plate_rows,
     program_scope,
     pyro_parameters,
     remember_fitted,
@@ -64,6 +65,7 @@ from pyro_vae.inference.programs.sites import (
 )
 from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
 from pyro_vae.inference.programs.traces import (
+    agree,
     bytes_of_run,
     draw_traces,
     enumerating,
@@ -110,6 +112,7 @@ __all__ = [
     "SubsampleError",
     "SupportError",
     "UnfittedWarning",
+    "agree",
     "all_data",
     "as_arguments",
     "as_run",
@@ -144,6 +147,7 @@ __all__ = [
     "no_guide",
     "own_parameters",
     "particles_at_once",
+    "plate_rows",
     "program_scope",
     "pyro_parameters",
     "ready_data",

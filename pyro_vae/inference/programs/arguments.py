@@ -179,6 +179,8 @@ class ProgramStructure:
         observed: Names of the observed sites of the model.
         enumerated: Names of the model's discrete latents that the guide leaves out and that are
             summed out exactly.
+        scaled: Whether each site counts by its own scale, for objectives that are linear in a joint
+            log weight: global latents count once, a mini-batch of data N/B times.
     """
 
     batch_dim: int | None
@@ -191,3 +193,4 @@ class ProgramStructure:
     latents: tuple[str, ...]
     observed: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
+    scaled: bool = False

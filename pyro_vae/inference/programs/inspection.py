@@ -23,6 +23,7 @@ from pyro_vae.inference.programs.arguments import (
     Program,
     ProgramError,
     ProgramStructure,
+    SubsampleError,
     as_arguments,
     batch_axes,
     map_batch,
@@ -198,6 +199,7 @@ def inspect_programs(
     *,
     joint: bool = False,
     num_particles: int = 2,
+    linear: bool = False,
 ) -> ProgramStructure:
     """Runs model and guide a few times and says how log weights can be had from them.
 
@@ -211,6 +213,8 @@ def inspect_programs(
             play no part (a sequential `for i in pyro.plate` has no dim for weights per datum, but
             its sites are sites like any other).
         num_particles: With 1, programs that cannot run particles together are not found out.
+        linear: Whether a joint weight may be an estimate of that on all data, by the data of a
+            subsampled plate (`ProgramStructure.scaled`), which no bound but the ELBO may.
 
     Returns:
         The structure of the pair.
@@ -224,7 +228,7 @@ def inspect_programs(
     """
     args, kwargs = arguments
     x: Any = kwargs if kwargs and not args else args
-    return _look(model, guide, x, joint, num_particles, arguments).structure
+    return _look(model, guide, x, joint, num_particles, arguments, linear=linear).structure
 
 
 def _look(
@@ -235,6 +239,7 @@ def _look(
     num_particles: int,
     arguments: Arguments | None = None,
     run: FirstRun | None = None,
+    linear: bool = False,
 ) -> Pair:
     arguments = as_arguments(x) if arguments is None else arguments
     check_module_names(model, guide)
@@ -250,7 +255,7 @@ def _look(
         measure = check_observed(weighted_sites(traces[1]))
         shapes = _shapes_of(traces)  # before the guide runs again, for a flow may know one draw
         check_point_mass(guide, arguments, traces[0])
-        structure = _read(traces, shapes, measure, joint)
+        structure = _read(traces, shapes, measure, joint, linear)
         seen = traces
         running = model
         if structure.enumerated:
@@ -278,13 +283,19 @@ def _shapes_of(traces: tuple[Trace, Trace]) -> Shapes:
 
 
 def _read(
-    traces: tuple[Trace, Trace], shapes: Shapes, measure: str, joint: bool
+    traces: tuple[Trace, Trace], shapes: Shapes, measure: str, joint: bool, linear: bool
 ) -> ProgramStructure:
     """What the first run shows, as far as it goes."""
     guide_sites, model_sites = map(weighted_sites, traces)
     dim, size = (None, 1) if joint else (0, 0)
     nesting = max_plate_nesting(guide_sites, model_sites, shapes.values())
-    scale = common_scale(guide_sites, model_sites, joint)
+    scaled = False
+    try:
+        scale = common_scale(guide_sites, model_sites, joint)
+    except SubsampleError:
+        if not (joint and linear):
+            raise
+        scale, scaled = 1.0, True
     if not joint:
         dim, size = find_batch(*traces, shapes)
     latent = {name: name in guide_sites for name, s in model_sites.items() if not s["is_observed"]}
@@ -301,6 +312,7 @@ def _read(
         ),
         observed=tuple(name for name, s in model_sites.items() if s["is_observed"]),
         enumerated=tuple(name for name, drawn in latent.items() if not drawn),
+        scaled=scaled,
     )
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "keep_random_state",
     "modules_of",
     "own_parameters",
+    "plate_rows",
     "program_scope",
     "pyro_parameters",
     "remember_fitted",
@@ -130,20 +131,41 @@ def all_data() -> Iterator[None]:
         ...     len(rows)
         5
     """
+
+    def whole(own: Any, name: str, size: Any, count: Any, rows: Any, *device: Any) -> Any:
+        return own(name, size, None if rows is None and size else count, rows, *device)
+
+    with _subsampling(whole):
+        yield
+
+
+@contextmanager
+def plate_rows(names: Collection[str], rows: Tensor, num_data: int) -> Iterator[None]:
+    """Plates of these names hold these rows inside, and scale them to so many data.
+
+    Whatever size the programs state. A plate whose subsample is given, one for each row, keeps it.
+
+    Example:
+        >>> with plate_rows({"data"}, torch.tensor([4, 2]), 5), pyro.plate("data", 2) as rows:
+        ...     rows.tolist()
+        [4, 2]
+    """
+
+    def some(own: Any, name: str, size: Any, count: Any, given: Any, *device: Any) -> Any:
+        if name not in names:
+            return own(name, size, count, given, *device)
+        kept = given is not None and len(given) == len(rows)
+        return num_data, len(rows), given if kept else rows
+
+    with _subsampling(some):
+        yield
+
+
+@contextmanager
+def _subsampling(change: Callable[..., Any]) -> Iterator[None]:
+    """Plates ask this function inside; no handler: Pyro checks the size of what a handler gives."""
     own = SubsampleMessenger._subsample
-
-    def whole(
-        name: str,
-        size: int | None = None,
-        subsample_size: int | None = None,
-        subsample: Tensor | None = None,
-        *device: Any,
-    ) -> Any:
-        # Pyro compares the size with what any handler of the subsample gives: it must not be one.
-        given = subsample is not None or size is None
-        return own(name, size, subsample_size if given else None, subsample, *device)
-
-    SubsampleMessenger._subsample = staticmethod(whole)
+    SubsampleMessenger._subsample = staticmethod(partial(change, own))
     try:
         yield
     finally:

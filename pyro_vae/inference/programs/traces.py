@@ -377,7 +377,9 @@ def sum_sites(
     total = torch.zeros(())
     for name, site in weighted_sites(trace).items():
         if keep is None or keep(name, site):
-            total = total + sum_dims(site_log_prob(site), structure, num_particles)
+            weight = site_log_prob(site)
+            weight = weight * site["scale"] if structure.scaled else weight
+            total = total + sum_dims(weight, structure, num_particles)
     return total if total.dim() <= 2 else total.flatten(0, -3).logsumexp(0)
 
 

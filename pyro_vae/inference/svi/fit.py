@@ -69,7 +69,17 @@ def fit(
     the same for the held-out data as `validation_*`, `seconds` and `data_passes`. All are nats per
     datum. Where latents are summed out of the model the parts are absent. For a guide without a
     density (a `Delta`), and where log weights cannot be had, `bound` is the negative loss, is
-    labelled an objective, and the parts and `bound_se` are absent.
+    labelled an objective, and the parts and `bound_se` are absent. Where data share latents or have
+    parameters of their own, `bound` is that of all training data.
+
+    Mini-batches of such programs count what lies in the plate of the data N/B times, and a global
+    latent once (Hoffman et al. 2013, Stochastic variational inference), however the plate is
+    written: `plate("data", len(x))`, with a stated size, with `subsample=` or `subsample_size=`. A
+    plate's index holds the rows of the mini-batch, so that `loc[rows]` are the parameters of its
+    data; programs that take `x[rows]` themselves are given all of x. The optimizer moves the rows
+    that it sees, each with a count of steps of its own, and leaves the others as they are to the
+    bit. Which of these ways a pair is written in is found by running it: a mini-batch must weigh
+    its data as they weighed among all.
 
     Args:
         model: The generative program, called as `model(x)`.
@@ -124,8 +134,8 @@ def fit(
     Raises:
         ProgramError: If a parameter that the programs use was never registered, model and guide do
             not sample the same latents (one is missing, observed, or the two are swapped), or
-            mini-batches were asked for a model with global latents, a guide with parameters for
-            each datum, or a plate whose size does not follow its data.
+            mini-batches were asked for where no plate says which data they hold, or for a bound
+            that they do not estimate (of Renyi, or of an importance weight on all data).
         TrainingError: If the loss or a gradient is not finite.
         ValueError: If an argument is out of its range.
         CheckpointError: If `resume` finds a damaged run, or another than this one; or if

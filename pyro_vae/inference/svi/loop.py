@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -244,7 +244,8 @@ class TrainingRun:
                 started = time.perf_counter()
                 index = self.order[state.position * size : (state.position + 1) * size]
                 args, kwargs = as_arguments(self.data.batch(index if size < length else None))
-                with self._annealing(state.epoch + state.position / steps):
+                annealing = self._annealing(state.epoch + state.position / steps)
+                with annealing, self._rows(index):
                     loss = self.svi.step(*args, **kwargs)
                 share = len(index) / self.prepared.num_data(len(index))
                 state.loss_sum += (loss[0] if isinstance(loss, tuple) else loss) * share
@@ -258,6 +259,12 @@ class TrainingRun:
         if state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.settings.epochs:
             self._evaluate()
         return True
+
+    def _rows(self, index: Tensor) -> AbstractContextManager[None]:
+        """Plates hold these data inside, and the optimizer moves these rows."""
+        if self.prepared.mini_batches is not None:
+            self.optim.see(index, self.prepared.mini_batches.row_axes, visits=self.state.epoch)
+        return self.prepared.on(index)
 
     def _annealing(self, epoch: float) -> Any:
         warmup_epochs = self.settings.warmup_epochs
@@ -308,7 +315,8 @@ class TrainingRun:
         arguments, length = as_arguments(x), self.prepared.length_of(x)
         structure = self.prepared.structure
         evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
-        with torch.no_grad(), keep_random_state(), evaluation, ieee_precision():
+        everything = self.prepared.on(None, length)
+        with torch.no_grad(), keep_random_state(), evaluation, ieee_precision(), everything:
             pyro.set_rng_seed(self.settings.seed)
             if structure is None:
                 value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
@@ -460,9 +468,10 @@ class TrainingRun:
         """Each program with the names of its parameters that no module holds."""
         if not self.start:
             return []
-        probe = as_arguments(self.data.first(self.prepared.batch_size, stream=2))
-        with torch.no_grad(), keep_random_state(), without_validation(), ieee_precision():
-            traces = trace_programs(self.model, self.guide, probe)
+        rows = self.prepared.batch_size
+        probe, some = self.data.first(rows, stream=2), self.prepared.on(torch.arange(rows))
+        with torch.no_grad(), keep_random_state(), without_validation(), ieee_precision(), some:
+            traces = trace_programs(self.model, self.guide, as_arguments(probe))
         pairs = zip((self.guide, self.model), traces, strict=True)
         return [
             (program, sorted(self.start.keys() & trace.nodes.keys())) for program, trace in pairs

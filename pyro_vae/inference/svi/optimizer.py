@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -10,11 +12,47 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["FusedOptim", "TrainingError", "check_gradients", "make_optimizer"]
+__all__ = ["FusedOptim", "SeenRows", "TrainingError", "check_gradients", "make_optimizer"]
 
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the parameters are those of the last good step."""
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """The rows that a mini-batch has of parameters with a value for each datum.
+
+    Attributes:
+        rows: Which data.
+        axes: By parameter, the axis of the data.
+        visits: How often each of these rows was seen before.
+    """
+
+    rows: Tensor
+    axes: Mapping[Tensor, int]
+    visits: int
+
+    @contextmanager
+    def alone(self, state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
+        """Steps of an optimizer inside move these rows alone, and what it keeps of them.
+
+        The other rows have a gradient of zero, which momentum and weight decay move all the same.
+        Each row has a count of steps of its own, as Adam's correction of its first steps asks.
+        """
+        before: list[tuple[Tensor, Tensor, int]] = []
+        for p, axis in self.axes.items():
+            kept = state.get(p, {})
+            if isinstance(kept.get("step"), Tensor):
+                kept["step"].fill_(self.visits)
+            elif "step" in kept:
+                kept["step"] = self.visits
+            tensors = [p.detach(), *(t for t in kept.values() if isinstance(t, Tensor))]
+            before += [(t, t.clone(), axis) for t in tensors if t.shape == p.shape]
+        yield
+        for now, was, axis in before:
+            rows = self.rows.to(now.device)
+            now.copy_(was.index_copy(axis, rows, now.index_select(axis, rows)))
 
 
 class FusedOptim(PyroOptim):
@@ -28,6 +66,7 @@ class FusedOptim(PyroOptim):
         self.factory = factory
         self.optimizer: torch.optim.Optimizer | None = None
         self.names: dict[Tensor, str] = {}
+        self.seen: SeenRows | None = None
 
     @property
     def name(self) -> str:
@@ -48,9 +87,24 @@ class FusedOptim(PyroOptim):
             self.add(new)
         assert self.optimizer is not None
         check_gradients(params)
-        self.optimizer.step()
+        with self._in_seen_rows(self.optimizer.state):
+            self.optimizer.step()
         for p in params:  # spares SVI a tensor of zeros each, and a later step what is not its own
             p.grad = None
+
+    def see(self, rows: Tensor, axes: Mapping[str, int], visits: int) -> None:
+        """The next step moves these rows alone, of parameters with the axis of their rows by name.
+
+        Args:
+            rows: Which data.
+            axes: By parameter.
+            visits: How often each of these rows was seen before.
+        """
+        stored = dict(pyro.get_param_store().named_parameters())
+        self.seen = SeenRows(rows, {stored[name]: axis for name, axis in axes.items()}, visits)
+
+    def _in_seen_rows(self, state: Mapping[Tensor, dict[str, Any]]) -> AbstractContextManager[None]:
+        return nullcontext() if self.seen is None else self.seen.alone(state)
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Takes further parameters into the one optimizer."""
@@ -123,7 +177,9 @@ class _PyroOptim(FusedOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         params = list(params)
         check_gradients(params)
-        self.optim(params, *args, **kwargs)
+        made = self.optim.optim_objs
+        with self._in_seen_rows({p: made[p].state[p] for p in params if p in made}):
+            self.optim(params, *args, **kwargs)
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Leaves it to the user's optimizer, which takes parameters as they come."""

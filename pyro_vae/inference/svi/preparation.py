@@ -6,7 +6,7 @@ accordingly.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae.inference.programs import (
     Arguments,
@@ -42,6 +42,13 @@ from pyro_vae.inference.programs import (
     tensors_of,
     weighted_sites,
 )
+from pyro_vae.inference.svi.mini_batches import (
+    MiniBatches,
+    check_loss,
+    data_plates,
+    find_mini_batches,
+    takes_parts,
+)
 from pyro_vae.inference.svi.shuffling import TrainingData
 
 __all__ = [
@@ -67,6 +74,8 @@ class Preparation:
         per_datum: The name of a parameter or latent with a value for each training datum, or "".
         fixed: Whether the programs take all data and no fewer.
         subsampled: The plate that the model itself subsamples, if it does.
+        mini_batches: How a part of the data is given to programs whose data share latents, have
+            parameters of their own or lie in a plate of stated size; None elsewhere.
         max_plate_nesting: For the loss.
         data: The training data, which know along which axes they lie.
         modules: Those that run, however the programs reach them.
@@ -79,6 +88,7 @@ class Preparation:
     per_datum: str
     fixed: bool
     subsampled: Any
+    mini_batches: MiniBatches | None
     max_plate_nesting: int
     data: TrainingData
     modules: tuple[nn.Module, ...]
@@ -96,7 +106,17 @@ class Preparation:
 
     def num_data(self, seen: int) -> int:
         """How many data the loss of a batch speaks for: a subsampled plate scales it to all."""
+        if self.mini_batches is not None and (self.mini_batches.plates or not self.subsampled):
+            return self.mini_batches.num_data
         return self.subsampled.full_size if self.subsampled is not None else seen
+
+    def on(self, index: Tensor | None, num_data: int | None = None) -> AbstractContextManager[None]:
+        """Inside, plates hold the data at `index`, out of so many; all of them if None."""
+        if self.mini_batches is None:
+            return nullcontext()
+        return self.mini_batches.on(
+            torch.arange(num_data or self.data.length) if index is None else index, num_data
+        )
 
 
 @dataclass(frozen=True)
@@ -161,14 +181,18 @@ def prepare(
                 "KL warm-up scales latent sites, which has no meaning for those that are summed "
                 "out; pass warmup_epochs=0"
             )
-    subsampled = plates.subsampled
-    whole = joint or plates.global_latents or per_datum or fixed or not plates.data_plates
-    if batch_size is None:
-        batch_size = data.length if whole or subsampled else _DEFAULT_BATCH
-    batch_size = min(batch_size, data.length)
-    if batch_size < data.length and not subsampled:
-        names = plates.global_latents or list(structure.latents if structure else ())
-        _check_batches(batch_size, per_datum, names if joint or plates.global_latents else None)
+        subsampled = plates.subsampled
+        whole = joint or plates.global_latents or per_datum or fixed or not plates.data_plates
+        if batch_size is None:
+            batch_size = data.length if whole or subsampled else _DEFAULT_BATCH
+        batch_size = min(batch_size, data.length)
+        mini_batches = None
+        if batch_size < data.length and (whole or subsampled):
+            check_loss(loss, plates.global_latents)
+            mini_batches = _find_mini_batches(runs, batch_size)
+            per_datum = per_datum or next(iter(mini_batches.row_axes), "")
+            if subsampled and mini_batches.plates:  # all data can be had after all
+                structure, joint, _ = runs.inspect(data.length)
     return Preparation(
         structure=structure,
         joint=joint,
@@ -176,6 +200,7 @@ def prepare(
         per_datum=per_datum,
         fixed=fixed,
         subsampled=subsampled,
+        mini_batches=mini_batches,
         max_plate_nesting=_max_plate_nesting(loss, plates.depth),
         data=data,
         modules=tuple(modules),
@@ -224,6 +249,7 @@ class _Runs:
         self.model, self.guide, self.data = model, guide, data
         self._seen: dict[int, tuple[FirstRun, dict[str, Any]] | None] = {}
         self._first: dict[int, Any] = {}
+        self.mini_batches: MiniBatches | None = None
 
     def forget(self) -> None:
         """Drops what was seen: the data are cut along other axes now."""
@@ -244,7 +270,12 @@ class _Runs:
         """A run with gradients; None where the programs take another number of data."""
         if rows not in self._seen:
             store = pyro.get_param_store()
-            with store.scope(store.get_state()), keep_random_state(), ieee_precision():
+            with (
+                store.scope(store.get_state()),
+                keep_random_state(),
+                ieee_precision(),
+                self.on(rows),
+            ):
                 try:
                     with torch.enable_grad():
                         run = first_run(self.model, self.guide, self.arguments(rows))
@@ -256,6 +287,12 @@ class _Runs:
                     self._seen[rows] = None
         found = self._seen[rows]
         return None if found is None else found[0]
+
+    def on(self, rows: int) -> AbstractContextManager[None]:
+        """Plates hold the first rows inside, where they are to be given them."""
+        if self.mini_batches is None:
+            return nullcontext()
+        return self.mini_batches.on(torch.arange(rows))
 
     def keep(self, rows: int) -> FirstRun | None:
         """The same, and its parameters are from now on in the store."""
@@ -291,9 +328,10 @@ class _Runs:
         x, run = self.first(rows), self.at(rows)
         for joint in (False, True):
             try:
-                found = Pair.inspect(
-                    self.model, self.guide, x, joint=joint, num_particles=1, run=run
-                )
+                with self.on(rows):
+                    found = Pair.inspect(
+                        self.model, self.guide, x, joint=joint, num_particles=1, run=run
+                    )
                 return found.structure, joint, refusal
             except SupportError:
                 raise
@@ -354,12 +392,6 @@ def _rows_to_inspect(runs: _Runs, batch_size: int | None) -> tuple[int, str, boo
     """
     data = runs.data
     if not any(axis is not None for axis in data.axes):
-        if batch_size is not None and batch_size < data.length:
-            raise ProgramError(
-                f"the plate of the data keeps its size {data.length} whichever part of x the model "
-                f"is given, so there are no mini-batches of {batch_size}; pass batch_size=None, or "
-                "give the plate the size of its data"
-            )
         return data.length, "", True
     if _is_automatic(runs.guide):  # makes its parameters when it first runs
         return data.length, "", False
@@ -368,8 +400,7 @@ def _rows_to_inspect(runs: _Runs, batch_size: int | None) -> tuple[int, str, boo
     few = _few(data, batch_size)
     run = runs.at(few)
     if run is None:
-        fixed = batch_size in (None, data.length)
-        return (data.length if fixed else few), "", fixed
+        return data.length, "", True
     shapes = _shapes(run)
     if any(_may_count(size, few) for shape in shapes.values() for size in shape):
         other = runs.at(few - 1 or 2)
@@ -377,7 +408,12 @@ def _rows_to_inspect(runs: _Runs, batch_size: int | None) -> tuple[int, str, boo
         for name, shape in shapes.items():
             if others.get(name, shape) != shape:
                 return data.length, name, False
-        return few, "", few == data.length and other is None
+        if few == data.length:
+            return few, "", other is None
+    if few < data.length and (long := [n for n, s in shapes.items() if data.length in s]):
+        x = runs.first(data.length)
+        if not takes_parts(runs.model, runs.guide, x, data.axes, data.length, few):
+            return data.length, long[0], False
     return few, "", False
 
 
@@ -400,13 +436,13 @@ def _look_at_plates(runs: _Runs, batch_size: int | None) -> _Plates:
         name: {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
         for name, site in both.items()
     }
-    observed = [frames[name] for name, site in sites.items() if site["is_observed"]]
-    batch = set(observed[0]).intersection(*observed) if observed else set()
+    around = data_plates(run.traces)
+    batch = {frame.name for frame in around}
     latents = [n for n, s in sites.items() if n in guide_sites and not s["is_observed"]]
     return _Plates(
         global_latents=[name for name in latents if not batch & set(frames[name])],
         latents=latents,
-        data_plates=[observed[0][name] for name in batch],
+        data_plates=around,
         depth=max((-f.dim for stack in frames.values() for f in stack.values()), default=0),
         enumerates=any(site["infer"].get("enumerate") for site in both.values()),
     )
@@ -419,19 +455,25 @@ def _max_plate_nesting(loss: ELBO, depth: int) -> int:
     return depth + int(loss.vectorize_particles and loss.num_particles > 1)
 
 
-def _check_batches(batch_size: int, per_datum: str, global_latents: list[str] | None) -> None:
-    """Refuses mini-batches where data do not stand alone."""
-    if per_datum:
+def _find_mini_batches(runs: _Runs, batch_size: int) -> MiniBatches:
+    """How mini-batches are given to programs that cannot be given the rows alone."""
+    data = runs.data
+    run = runs.at(data.length)
+    traces = run.traces if run is not None else None
+    found, reason = find_mini_batches(
+        runs.model, runs.guide, runs.first(data.length), traces, data.length, batch_size
+    )
+    if found is None:
+        plate = next((f.name for f in data_plates(traces)), "data") if traces else "data"
         raise ProgramError(
-            f"'{per_datum}' has a posterior or parameter for each datum, which mini-batches of "
-            f"{batch_size} would share at random; pass batch_size=None, or amortise the guide"
+            f"there are no mini-batches of {batch_size} for these programs ({reason}); write `with "
+            f"pyro.plate('{plate}', {data.length}) as rows:` around what belongs to a datum, in "
+            "model and guide alike, take values of each datum as loc[rows], or pass batch_size=None"
         )
-    if global_latents is not None:
-        raise ProgramError(
-            f"mini-batches of {batch_size} would count the global latents {global_latents} once a "
-            "batch; pass batch_size=None, or subsample inside the model with pyro.plate(..., "
-            "subsample_size=...)"
-        )
+    data.axes, data.whole = found.axes, found.whole
+    runs.mini_batches = found
+    runs.forget()
+    return found
 
 
 def check_held_out(prepared: Preparation, validation: Any) -> Any:

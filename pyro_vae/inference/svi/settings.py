@@ -13,13 +13,14 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.optim import PyroOptim
 
 from pyro_vae.checks import check_count
 from pyro_vae.inference.svi.checkpoint import CheckpointError, holds_run
 
-__all__ = ["FitSettings"]
+__all__ = ["FitSettings", "scales_sites"]
 
 _ANNEALABLE = (Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 
@@ -86,8 +87,7 @@ class FitSettings:
     def _check_warmup(self) -> None:
         epochs, loss = self.warmup_epochs, self.loss
         check_count("warmup_epochs", epochs, 0)
-        jitted = type(loss).__name__.startswith("Jit")  # keeps the weight of its first step
-        if epochs and loss is not None and (jitted or not isinstance(loss, _ANNEALABLE)):
+        if epochs and loss is not None and not scales_sites(loss):
             raise ValueError(
                 f"KL warm-up scales sites, which is wrong inside {type(loss).__name__}; use a loss "
                 "that is an ELBO"
@@ -111,6 +111,13 @@ class FitSettings:
             )
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; checkpoint names a folder")
+
+
+def scales_sites(loss: ELBO) -> bool:
+    """Whether a loss of Pyro's is an ELBO in which every site counts by its scale, step by step."""
+    jitted = type(loss).__name__.startswith("Jit")  # keeps the scales of its first step
+    reweights = isinstance(loss, TraceTailAdaptive_ELBO)
+    return isinstance(loss, _ANNEALABLE) and not (jitted or reweights)
 
 
 def _is_integer(value: Any) -> bool:

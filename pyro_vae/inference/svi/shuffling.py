@@ -25,6 +25,8 @@ class TrainingData:
         axes: The axes that data lie along, as `batch_axes` has them: the first one until the
             programs have said otherwise; None throughout where no part can be taken.
         length: Number of data.
+        whole: Whether the programs are given all data at every step, and take the rows of their
+            plate out of them.
 
     Raises:
         ValueError: If there are no data.
@@ -36,6 +38,7 @@ class TrainingData:
         self.x, self.transform = x, transform
         self.axes: Axes = next(iter(batch_axes(x)), ())
         self.length = batch_length(x, self.axes)
+        self.whole = False
         if self.length == 0:
             raise ValueError("there are no data to fit: the first tensor of x has length 0")
         self.seed = seed
@@ -74,8 +77,8 @@ class TrainingData:
         return self.batch(index, self.generator(stream))
 
     def batch(self, index: Tensor | None, noise: torch.Generator | None = None) -> Any:
-        """The data at `index` (all if None), in the form of `x`, transformed."""
-        x = self.x if index is None else map_batch(self.x, take(index), self.axes)
+        """The data at `index` (all if None), in the form of `x`, transformed; see `whole`."""
+        x = self.x if index is None or self.whole else map_batch(self.x, take(index), self.axes)
         if self.transform is None:
             return x
         todo = [self.transform]  # for the first tensor alone

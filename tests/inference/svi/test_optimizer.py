@@ -146,3 +146,39 @@ def test_name_and_settings():
     assert optim.arguments["lr"] == 0.25
     assert started()[0].arguments["betas"] == [0.9, 0.999]
     assert "Adam" in make_optimizer(pyro.optim.Adam({"lr": 0.1}), 0.1).name
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.3),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.3),
+        pyro.optim.ClippedAdam({"lr": 0.1, "weight_decay": 0.3}),
+    ],
+)
+def test_rows_that_were_not_seen_stay_to_the_bit(optimizer):
+    locs = pyro.param("locs", torch.randn(2, 5)).unconstrained()
+    shared = pyro.param("shared", torch.randn(5)).unconstrained()
+    optim = make_optimizer(optimizer, 0.1)
+
+    def step(rows, visits):
+        optim.see(torch.tensor(rows), {"locs": 1}, visits)
+        locs.grad, shared.grad = torch.zeros(2, 5), torch.ones(5)
+        locs.grad[:, rows] = 1.0
+        optim([locs, shared])
+
+    def state():
+        users = isinstance(optimizer, pyro.optim.PyroOptim)
+        kept = optim.optim.optim_objs[locs] if users else optim.optimizer
+        return [v.clone() for v in kept.state[locs].values() if getattr(v, "shape", 0) == (2, 5)]
+
+    step([0, 1, 4], 0)  # every row has momentum now
+    step([2, 3], 0)
+    before, others, kept = locs.detach().clone(), shared.detach().clone(), state()
+    step([1, 3], 1)
+    for now, was in zip([locs, *state()], [before, *kept], strict=True):
+        assert torch.equal(now[:, [0, 2, 4]], was[:, [0, 2, 4]])
+        assert (now[:, [1, 3]] != was[:, [1, 3]]).all()
+    assert (shared != others).all()
+    assert kept

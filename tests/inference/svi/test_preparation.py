@@ -88,12 +88,17 @@ def test_a_model_that_subsamples_sees_all_data_and_speaks_for_all():
     assert found.num_data(7) == 50
 
 
-@pytest.mark.parametrize(("build", "says"), [(of_each_datum, "locs"), (of_all_data, "'loc'")])
-def test_mini_batches_that_share_latents_are_refused(build, says):
-    assert prepared(build(), batch_size=NUM_DATA).batch_size == NUM_DATA
+@pytest.mark.parametrize("build", [of_each_datum, of_all_data, subsampling])
+def test_mini_batches_that_share_latents_are_taken_where_they_are_asked_for(build):
+    assert prepared(build(), batch_size=NUM_DATA).mini_batches is None
     pyro.clear_param_store()
-    with pytest.raises(ProgramError, match=says):
-        prepared(build(), batch_size=NUM_DATA - 1)
+    found = prepared(build(), batch_size=NUM_DATA - 1)
+    assert found.batch_size == NUM_DATA - 1
+    assert found.mini_batches.plates == {"data"}
+    assert found.mini_batches.whole == found.data.whole == (build is subsampling)
+    assert found.mini_batches.row_axes == ({"locs": 0} if build is of_each_datum else {})
+    assert found.num_data(7) == NUM_DATA
+    assert not found.takes_some
 
 
 def drawn(name, loc, **options):
