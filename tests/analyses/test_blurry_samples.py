@@ -107,6 +107,7 @@ def test_every_suspect_has_a_case_and_the_base_comes_first():
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.float32
 def test_the_tiny_run_writes_everything(tmp_path, capsys):

@@ -17,6 +17,7 @@ def has_mnist():
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.float32
 @pytest.mark.skipif(not has_mnist(), reason="MNIST is not in the folder that PYRO_VAE_DATA names")

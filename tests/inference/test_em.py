@@ -204,6 +204,32 @@ def test_restarts_keep_the_best():
     assert fitted.model.__self__.score(x) == pytest.approx(max(ends), abs=1e-11)
 
 
+def test_restarts_of_programs_keep_the_best_and_count_per_datum():
+    options: dict[str, Any] = {"initialization": "random", "max_iterations": 2, "seed": 0}
+    fitted = run("generalized", num_restarts=2, **options)
+    ends = fitted.config["fit_em"]["final_bounds"]
+    assert len(ends) == 2
+    assert max(ends) - min(ends) > 1e-3
+    assert float(fitted.history.bound[-1]) == pytest.approx(max(ends), abs=1e-9)
+    assert fitted.model.__self__.score(data()) >= max(ends) - 1e-9
+
+
+def test_the_tolerance_is_in_nats_per_datum():
+    """Every datum ten times: the same gains per datum, so the same number of iterations."""
+    x = data()
+    once, often = (
+        fit_em(
+            GaussianMixture(NUM_COMPONENTS, DIM).initialize(x, seed=3),
+            rows,
+            initialization="given",
+            max_iterations=500,
+            tolerance=1e-6,
+        )
+        for rows in (x, x.repeat(10, 1))
+    )
+    assert int(once.history.iteration[-1]) == int(often.history.iteration[-1]) < 500
+
+
 # --- the approximations ---------------------------------------------------------------------------
 
 
@@ -215,6 +241,8 @@ def test_incremental_reaches_the_same_optimum():
     fitted = run("incremental", max_iterations=300, tolerance=1e-11)
     assert float(fitted.history.log_evidence[-1]) == pytest.approx(optimum(data()), abs=1e-7)
     assert fitted.config["fit_em"]["converged"]
+    short = run("incremental", max_iterations=2, record="passes").history
+    assert float(short.data_passes[-1]) == pytest.approx(3)  # the first fills all blocks
 
 
 def test_online_reaches_the_optimum_in_ten_passes():

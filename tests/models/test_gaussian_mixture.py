@@ -341,6 +341,14 @@ def test_starts_depend_on_the_seed_alone(method):
     assert not torch.equal(locs[0], locs[2])
 
 
+def test_each_datum_goes_to_the_nearest_centre():
+    x, centres = torch.randn(50, 3), 2 * torch.randn(4, 3)
+    problem = GaussianMixture(4, 3).prepare(x)
+    problem._kept = x.mT  # as they are, not standardised
+    found = problem._nearest(centres)
+    assert torch.equal(found, torch.cdist(x, centres).argmin(1))
+
+
 def test_k_means_plus_plus_finds_separate_clusters():
     """With 4 clusters 100 apart, a second seed in one cluster has a chance below 1e-3."""
     rng = np.random.default_rng(10)

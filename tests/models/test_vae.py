@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from cases import pairs
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
@@ -285,8 +286,7 @@ def walk(vae, x, measure, folder):
     return results[1]
 
 
-@pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("posterior", POSTERIORS)
+@pytest.mark.parametrize(("prior", "posterior"), pairs(list(PRIORS), list(POSTERIORS)))
 def test_every_prior_goes_with_every_posterior(prior, posterior, tmp_path):
     """And every likelihood with every network: they take turns."""
     turn = list(PRIORS).index(prior) * len(POSTERIORS) + list(POSTERIORS).index(posterior)
@@ -315,8 +315,9 @@ def test_the_turns_meet_every_likelihood_with_every_network(tmp_path):
     walk(vae, pixels(MEASURES[likelihood]), MEASURES[likelihood], tmp_path / "run")
 
 
-@pytest.mark.parametrize("prior", [name for name in PRIORS if name != "vamp"])
-@pytest.mark.parametrize("posterior", POSTERIORS)
+@pytest.mark.parametrize(
+    ("prior", "posterior"), pairs([name for name in PRIORS if name != "vamp"], list(POSTERIORS))
+)
 def test_two_layers_go_with_every_prior_and_posterior(prior, posterior, tmp_path):
     turn = list(PRIORS).index(prior) + list(POSTERIORS).index(posterior)
     vae = TwoLayerVAE(

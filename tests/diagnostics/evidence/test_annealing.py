@@ -223,6 +223,7 @@ def test_one_chain_one_temperature_one_datum_and_an_impossible_one():
     assert "for 1 of 2 data" in both.summary()
 
 
+@pytest.mark.long
 def test_a_step_size_that_makes_chains_diverge_gives_finite_bounds(linear, x):
     found = log_evidence(
         linear.model, None, x, method="annealed", num_temperatures=5, step_size=1e8, num_chains=4

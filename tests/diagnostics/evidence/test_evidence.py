@@ -65,6 +65,7 @@ def broad_guide(linear):
     return guide
 
 
+@pytest.mark.long
 def test_standard_errors_are_the_spread_over_seeds(linear, x):
     runs = [
         log_evidence(linear.model, broad_guide(linear), x, num_particles=400, seed=seed)

@@ -204,6 +204,7 @@ def test_a_missing_mode_is_seen_by_the_reference_alone():
 # --- references -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_hmc_gives_the_moments_of_the_linear_gaussian_posterior(linear):
     data = linear.sample(4).detach()
     exact = linear.posterior(data)

@@ -123,4 +123,35 @@ def test_parts_are_cut_only_where_programs_weigh_them_as_in_all_data(linear):
         amortised = Pair.inspect(linear.model, linear.guide, x).sliceable(8)
         assert amortised is not None
         assert amortised.axes == (0,)
-        assert amortised.rows(slice(16, 24)).num_data == 4
+        part = amortised.rows(slice(16, 24))
+        assert part.num_data == 4
+        assert part.bytes_of_particle == pytest.approx(amortised.bytes_of_particle * 4 / 20)
+
+
+def test_subsampled_data_are_not_cut_again(linear):
+    """Their weights stand for data that the program left out, a part's for fewer."""
+
+    def subsampled(program):
+        def run(x):
+            with pyro.poutine.scale(scale=2.0):
+                program(x)
+
+        return run
+
+    x = linear.sample(20)
+    with program_scope(0):
+        pair = Pair.inspect(subsampled(linear.model), subsampled(linear.guide), x)
+        assert pair.structure.scale == 2.0
+        assert pair.sliceable(8) is None
+
+
+def test_another_guide_has_not_run_yet(linear):
+    """The first run of the pair is of the guide that it had."""
+    x = linear.sample(20)
+    with program_scope(0):
+        pair = Pair.inspect(linear.model, linear.guide, x)
+        first, _ = pair.first_run()
+        other, _ = pair.with_guide(linear.exact_guide).first_run()
+    means = [trace.nodes["z"]["fn"].base_dist.loc for trace in (first,)]
+    assert not torch.equal(means[0], linear.posterior(x).mean)
+    assert torch.allclose(other.nodes["z"]["fn"].mean, linear.posterior(x).mean)
