@@ -20,6 +20,7 @@ __all__ = [
     "Correlated",
     "Discrete",
     "GammaPoisson",
+    "Hierarchy",
     "NormalNormal",
     "OneBit",
     "Pair",
@@ -59,6 +60,54 @@ class Pair(Protocol):
 
     def kl(self, x: Tensor) -> Array:
         """Of the guide from the posterior of each datum, in nats."""
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """theta ~ N(0, 1), z_n ~ N(theta, 1), x_n ~ N(z_n, 1); a guide off by stated amounts.
+
+    Attributes:
+        scale: The guide's sds, in those of the posterior of theta, and of z given theta.
+        shift: Of the guide's mean of theta, in posterior sds.
+    """
+
+    scale: float = 0.8
+    shift: float = 0.4
+
+    def data(self, count: int, seed: int) -> Tensor:
+        """From the model."""
+        noise = np.random.default_rng(seed).normal(size=2 * count + 1)
+        return tensor(noise[0] + noise[1 : count + 1] + noise[count + 1 :])
+
+    def posterior(self, x: Tensor) -> tuple[float, float]:
+        """Mean and sd of theta, as x_n ~ N(theta, 2)."""
+        precision = 1 + len(x) / 2
+        return float(x.sum()) / 2 / precision, precision**-0.5
+
+    def model(self, x: Tensor) -> None:
+        """Sites "theta", "z" and "x"."""
+        theta = pyro.sample("theta", dist.Normal(tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(theta, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Sites "theta" and "z"."""
+        mean, sd = self.posterior(x)
+        theta = pyro.sample("theta", dist.Normal(tensor(mean + self.shift * sd), self.scale * sd))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + theta) / 2, self.scale * 0.5**0.5))
+
+    def kls(self) -> tuple[float, float]:
+        """Of theta, and of each datum given it."""
+        stretched = 0.5 * (self.scale**2 - 1) - np.log(self.scale)
+        return float(stretched + self.shift**2 / 2), float(stretched)
+
+    def log_evidence(self, x: Tensor) -> float:
+        """Of all data."""
+        covariance = 2 * torch.eye(len(x)).double() + 1
+        normal = torch.distributions.MultivariateNormal(torch.zeros(len(x)).double(), covariance)
+        return float(normal.log_prob(x))
 
 
 @dataclass(frozen=True)

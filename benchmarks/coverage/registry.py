@@ -4,7 +4,14 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.coverage import evidence, gradients, parameters, posterior, samples
+from benchmarks.coverage import (
+    evidence,
+    global_latents,
+    gradients,
+    parameters,
+    posterior,
+    samples,
+)
 from benchmarks.coverage.kinds import CLAIMED, Study
 
 __all__ = ["EXCEPTIONS", "GROUPS", "SILENT", "functions", "named_in_source", "unlisted"]
@@ -15,6 +22,7 @@ GROUPS: dict[str, list[Study]] = {
     "gradients": gradients.STUDIES,
     "samples": samples.STUDIES,
     "parameters": parameters.STUDIES,
+    "global latents": global_latents.STUDIES,
 }
 
 _AN_ESTIMATE = "itself an estimate (of how far off something is), with an error of its own"

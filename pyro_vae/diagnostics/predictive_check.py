@@ -74,7 +74,7 @@ def predictive_check(
     statistics: Mapping[str, Statistic] | None = None,
     num_draws: int = 200,
     kind: Kind = "posterior",
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
 ) -> Result:
@@ -97,7 +97,7 @@ def predictive_check(
         num_draws: Replicates, at least 20; with fewer than 199 no p-value reaches the 0.01 at which
             a statistic is flagged.
         kind: `"posterior"`, `"prior"` or `"both"`.
-        joint: True for models with global latents.
+        joint: True for all data as one; None for that where latents are global.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that the replicates drawn at once may take, in GiB.
 
@@ -163,7 +163,7 @@ def predictive_check(
             pyro.set_rng_seed(seed)  # so that one kind does not depend on the other
             draws = replicate(which, pair, num_draws, most)
             found[which] = _compare(draws, chosen, structure)
-    return _result(found, values, list(chosen), structure, x, num_draws, joint, seed)
+    return _result(found, values, list(chosen), structure, x, num_draws, pair.joint, seed)
 
 
 def _check(num_draws: int, kind: str, max_memory: float) -> None:

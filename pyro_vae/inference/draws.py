@@ -170,7 +170,7 @@ def draw_posterior(
     x: Any,
     *,
     num_draws: int = 1000,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed | None = 0,
     max_memory: float = 0.5,
 ) -> PosteriorDraws:
@@ -181,7 +181,7 @@ def draw_posterior(
         guide: The program of the approximate posterior.
         x: The data; a tuple for several arguments, a dict for keywords.
         num_draws: Draws for each datum.
-        joint: True for models with global latents: one posterior on the full data.
+        joint: True for one posterior on the full data; None for that where latents are global.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that the draws made at once may take, in GiB.
 

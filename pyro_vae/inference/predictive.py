@@ -109,7 +109,7 @@ def draw_prior(
     x: Any,
     *,
     num_draws: int = 1000,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
 ) -> PriorDraws:
@@ -120,7 +120,7 @@ def draw_prior(
         x: The data, of which only the shapes matter; a tuple for several arguments, a dict for
             keywords.
         num_draws: Draws for each datum.
-        joint: True for models with global latents.
+        joint: True for all data as one; None for that where latents are global.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that the draws made at once may take, in GiB.
 

@@ -61,7 +61,7 @@ def calibrate(
     num_simulations: int = 500,
     num_draws: int = 99,
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
-    joint: bool = False,
+    joint: bool | None = None,
     refit: Callable[[Program, Any], Program] | None = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
@@ -88,7 +88,7 @@ def calibrate(
         num_draws: Draws L from the guide for each, at least 9. L + 1 that many bins divide (100)
             makes ranks easy to draw.
         levels: Of the central intervals whose coverage is measured.
-        joint: True for models with global latents: a simulation is then a full data set.
+        joint: True for a full data set in each simulation; None for that where latents are global.
         refit: For guides that are fitted to one data set, such as `AutoNormal`: a function of the
             model and simulated data that returns the guide fitted to them. One fit a simulation;
             only with `joint`.
@@ -132,10 +132,13 @@ def calibrate(
         ('simulation', 'latent')
     """
     seed = as_seed(seed)
-    _check(num_simulations, num_draws, levels, joint, refit)
+    _check(num_simulations, num_draws, levels)
     with torch.no_grad(), program_scope(seed):
+        pair = Pair.inspect(model, guide, x, joint=joint, num_particles=num_draws)
+        if refit is not None and not pair.joint:
+            raise ValueError("refit is for joint=True; without it one guide serves all data")
         plan = plan_chunks(
-            Pair.inspect(model, guide, x, joint=joint, num_particles=num_draws),
+            pair,
             num_particles=num_draws,
             max_memory=max_memory,
             max_data=num_simulations,
@@ -144,15 +147,13 @@ def calibrate(
         pyro.set_rng_seed(seed)  # whatever inspection took
         ranks, names, blind = _run(plan, num_simulations, num_draws, refit, seed, progress)
     errors = ranks.pop("errors")
-    return _result(ranks, errors, names, blind, x, num_draws, tuple(levels), joint, seed)
+    return _result(ranks, errors, names, blind, x, num_draws, tuple(levels), pair.joint, seed)
 
 
 def _check(
     num_simulations: int,
     num_draws: int,
     levels: Sequence[float],
-    joint: bool,
-    refit: Callable[[Program, Any], Program] | None,
 ) -> None:
     for name, value, least in (
         ("num_simulations", num_simulations, _LEAST_SIMULATIONS),
@@ -161,8 +162,6 @@ def _check(
         check_count(name, value, least, because="; with fewer, no fault of a guide shows")
     if not len(levels) or not all(0 < level < 1 for level in levels):
         raise ValueError(f"levels are probabilities between 0 and 1, not {tuple(levels)!r}")
-    if refit is not None and not joint:
-        raise ValueError("refit is for joint=True; without it one guide serves all data")
 
 
 def _check_plan(plan: ChunkPlan) -> None:

@@ -61,7 +61,7 @@ def log_evidence(
     x: Any,
     *,
     method: str = "importance",
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
     checkpoint: str | Path | None = None,
@@ -99,7 +99,8 @@ def log_evidence(
             (the prior then takes its place; bridge sampling fits a normal).
         x: The data; a tuple for several arguments, a dict for keywords.
         method: One of those above.
-        joint: True for models with global latents: one number for the full data, a total.
+        joint: True for one number for the full data, a total; None for that where latents are
+            global.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that one chunk of data and particles may take, in GiB.
         checkpoint: A file that keeps the finished chunks of data; a second call with it goes on
@@ -167,9 +168,10 @@ def log_evidence(
         own = Bridging(**{**asdict(own), "proposal": "normal"})
     check_max_memory(max_memory)
     shown = inspected_guide(model, guide)
-    config = {"method": method, **asdict(own), "joint": joint}
+    config = {"method": method, **asdict(own)}
     with torch.no_grad(), program_scope(seed):
         pair = Pair.inspect(model, shown, x, joint=joint)
+        config["joint"] = pair.joint
         check_proper(pair)  # a point mass has its own sentence, first
         plan = plan_chunks(
             pair,
@@ -189,7 +191,7 @@ def log_evidence(
     count = chosen.at_once(own) if chosen.counts else None
     if method == "bidirectional":
         found = with_shared_draws(found, own.num_chains)
-    notes = chosen.notes(found, own)
+    notes = plan.structure.notes + chosen.notes(found, own)
     return labelled_evidence(found, plan.structure, x, config, count, seed, notes)
 
 

@@ -20,6 +20,11 @@ from torch import Tensor
 from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
+from pyro_vae.diagnostics.gap.global_latents import (
+    NUM_INNER,
+    global_gap_columns,
+    global_gap_variables,
+)
 from pyro_vae.inference.log_weights import (
     effective_sample_size,
     importance_bound,
@@ -29,8 +34,10 @@ from pyro_vae.inference.log_weights import (
     pareto_tail,
 )
 from pyro_vae.inference.programs import (
+    Pair,
     Program,
     ProgramStructure,
+    has_global_latents,
     program_scope,
     tensors_of,
     tool,
@@ -47,7 +54,7 @@ from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 __all__ = ["GAP_VARIABLES", "data_hash", "elbo_gap"]
 
 GAP_VARIABLES = ("log_evidence", "elbo", "gap", "approximation_gap", "amortization_gap")
-"""The variables that every result has."""
+"""The variables that every result of a pair without global latents has."""
 
 _OF_EVIDENCE = ("log_evidence", "gap", "approximation_gap")  # whose error is that of the evidence
 _NAMES = {"same": "refitted", "full": "full", "flow": "flow"}
@@ -109,9 +116,16 @@ def elbo_gap(
         `amortization_gap` is low and `approximation_gap` high by what the search for the best
         member missed.
 
+        Of a pair with global latents theta nothing is refitted, and the totals `log_evidence`,
+        `elbo` and `gap` = `global_gap` + the sum of `local_gap` are cut by the chain rule:
+        `global_gap` is KL(q(theta) || p(theta | x)), and over `datum` `local_gap` is E_q KL(q(z |
+        x, theta) || p(z | x, theta)). Each of `num_particles` draws of theta has 32 of every
+        datum's latents beside it, and log p(x | theta) is their importance bound, whose bias is
+        taken out to first order; the errors take in as much as was taken out.
+
     Raises:
-        ProgramError: If the pair has no log weights, the data are subsampled, a latent is global,
-            or the guide has a distribution that cannot be refitted; the sentence names the site.
+        ProgramError: If the pair has no log weights, the data are subsampled, or the guide has a
+            distribution that cannot be refitted; the sentence names the site.
         ValueError: If an argument is out of its range, or the evidence is not of these data.
 
     Note: An ELBO, k-hat and every importance estimate are blind to a mode that no draw visits; so
@@ -134,6 +148,10 @@ def elbo_gap(
     check_count("num_particles", num_particles, 2)
     check_max_memory(max_memory)
     with program_scope(seed):
+        if has_global_latents(model, guide, x):
+            return _of_global_latents(
+                model, guide, x, num_particles, evidence, seed, max_memory, progress
+            )
         pair = inspect_refittable(model, guide, x)
         known = _evidence(model, guide, x, evidence, seed, progress)
         if known is not None:
@@ -166,6 +184,46 @@ def elbo_gap(
             "max_steps": max_steps,
             "step_size": step_size,
         },
+    )
+
+
+def _of_global_latents(
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_particles: int,
+    evidence: str | Mapping[str, Any] | Result,
+    seed: int,
+    max_memory: float,
+    progress: bool,
+) -> Result:
+    """The decomposition of a pair with global latents; runs in the caller's `program_scope`."""
+    pair = Pair.inspect(model, guide, x, joint=True, num_particles=num_particles)
+    known = _evidence(model, guide, x, evidence, seed, progress)
+    if known is not None and ("log_evidence" not in known or known["log_evidence"].dims):
+        raise ValueError(
+            "latents are global, so the evidence is one number for all data; pass what "
+            "log_evidence returns with joint=True"
+        )
+    columns = global_gap_columns(pair, num_particles, known, max_memory)
+    notes = [*pair.structure.notes]
+    if known is None:
+        notes.append(
+            "the log evidence is a lower bound, so gap and global gap are low by what it misses"
+            + ("." if columns["error_reliable"] else ", and its error is unreliable.")
+        )
+    return make_result(
+        global_gap_variables(columns, num_particles, pair.structure.measure, known),
+        function="elbo_gap",
+        config={
+            "num_particles": num_particles,
+            "num_inner": NUM_INNER,
+            "evidence": _method(evidence, known),
+            "joint": True,
+        },
+        seed=seed,
+        data_sha256=data_hash(x),
+        notes=notes,
     )
 
 

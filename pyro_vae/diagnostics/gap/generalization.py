@@ -9,6 +9,7 @@ import numpy as np
 from pyro_vae.diagnostics.gap.elbo_gap import elbo_gap
 from pyro_vae.inference.programs import (
     Program,
+    ProgramError,
     tool,
 )
 from pyro_vae.results import Result, label, make_result
@@ -79,6 +80,11 @@ def gap_on_both(
             "a Result is the evidence of one data set; name a method, or call elbo_gap on each"
         )
     first, second = (elbo_gap(model, guide, data, **options) for data in (training, test))
+    if "global_gap" in first:
+        raise ProgramError(
+            "latents are global, so a gap is of the data that the posterior was fitted to; call "
+            "elbo_gap on these"
+        )
     return GapOnBoth(first, second, _summary(first, second))
 
 

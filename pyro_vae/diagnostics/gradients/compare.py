@@ -39,6 +39,7 @@ from pyro_vae.diagnostics.gradients.statistics import (
 from pyro_vae.inference.programs import (
     FilledGaps,
     Program,
+    has_global_latents,
     own_parameters,
     program_scope,
     tensors_of,
@@ -65,7 +66,7 @@ def compare_estimators(
     repeats: int | None = None,
     parameters: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     reference: Reference | None = None,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> EstimatorComparison:
@@ -94,7 +95,7 @@ def compare_estimators(
             ("ELBO", "IWAE", "Renyi(alpha=0.5)") and K that returns such gradients, or a
             differentiable tensor with the exact bound of each datum (or their mean), or None where
             it has none; or "none", which leaves the bias out and saves the time of the references.
-        joint: True for models with global latents: numbers are then totals over the data.
+        joint: True for totals over the data; None for these where latents are global.
         seed: Every estimator starts from it; the caller's random state is left alone.
         progress: Shows a bar on stderr where that is a terminal.
 
@@ -143,10 +144,11 @@ def compare_estimators(
         raise ValueError(
             f"reference is {reference!r}, but must be gradients by name, a function, 'none' or None"
         )
-    specs = specs_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
     with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
+        joint = has_global_latents(model, guide, x) if joint is None else joint
+        specs = specs_of(estimators, joint)
         sampler = GradientSampler.of(model, guide, x, parameters, joint, seed, specs)
         count = _repeats_of(sampler, particles) if repeats is None else repeats
         with sampler.keep_gradients():
@@ -180,7 +182,7 @@ def gradient_draws(
     parameter: str,
     entry: int = 0,
     num_draws: int = 1000,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
 ) -> Result:
     r"""Draws the gradient with respect to one number again and again, under each estimator.
@@ -197,7 +199,7 @@ def gradient_draws(
         parameter: The name of the parameter as Pyro has it, with "." below modules.
         entry: Which entry of it, counted flat; of the unconstrained value.
         num_draws: Independent gradients of each, at least 8.
-        joint: True for models with global latents: numbers are then totals over the data.
+        joint: True for totals over the data; None for these where latents are global.
         seed: Every estimator starts from it; the caller's random state is left alone.
 
     Returns:
@@ -217,11 +219,12 @@ def gradient_draws(
     seed = as_seed(seed)
     particles = _check_particles(num_particles)
     check_count("num_draws", num_draws, 8)
-    specs = specs_of(estimators, joint)
     start, model, guide = unwrap_programs(model, guide)
-    drawn = np.full((len(specs), len(particles), num_draws), math.nan)
     with program_scope(seed), FilledGaps(), torch.enable_grad():
         own_parameters(start)
+        joint = has_global_latents(model, guide, x) if joint is None else joint
+        specs = specs_of(estimators, joint)
+        drawn = np.full((len(specs), len(particles), num_draws), math.nan)
         sampler = GradientSampler.of(model, guide, x, [parameter], joint, seed, specs)
         _check_entry(sampler, parameter, entry)
         with sampler.keep_gradients():

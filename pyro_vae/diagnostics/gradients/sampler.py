@@ -114,7 +114,7 @@ class GradientSampler:
         counts = count_data(model_trace)
         count = counts[0][0] if counts else 1
         per = structure.batch_size * structure.scale if structure is not None else float(count)
-        notes: list[str] = []
+        notes = structure.notes if structure is not None else []
         return cls(
             model=model,
             guide=guide,

@@ -1,7 +1,7 @@
 r"""Can this posterior be trusted? The diagnostics of a guide's q(z | x), per datum, in one call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def posterior_quality(
     reference: Any = None,
     checks: Sequence[str] | None = None,
     num_simulations: int = 0,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
@@ -80,7 +80,7 @@ def posterior_quality(
             `"predictive"`, the posterior predictive check of model and guide. None for all that can
             be run but the last.
         num_simulations: Data sets to draw from the model for its calibration; 0 for none.
-        joint: True for models with global latents: one posterior on the full data.
+        joint: True for one posterior on the full data; None for that where latents are global.
         seed: Seeds everything; the caller's random state is left alone.
         max_memory: Roughly the memory that one chunk of data and draws may take, in GiB.
         progress: Shows a bar on stderr where that is a terminal.
@@ -144,7 +144,7 @@ def posterior_quality(
     options = QualityOptions(
         num_particles,
         chosen_checks(checks, reference),
-        joint,
+        bool(joint),
         max_memory,
         progress,
         num_test_draws,
@@ -153,8 +153,10 @@ def posterior_quality(
         hmc_settings(reference, settings),
     )
     with torch.no_grad(), program_scope(seed):
+        pair = Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles)
+        options = replace(options, joint=pair.joint)
         plan = plan_chunks(
-            Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles),
+            pair,
             num_particles=num_particles,
             max_memory=max_memory,
             max_data=_CHUNK,
@@ -163,6 +165,7 @@ def posterior_quality(
             raise ProgramError("the model has no latent site, so there is no posterior to judge")
         found = QualityWork(plan, options, reference).run()
     beside = _beside(model, guide, x, options, num_simulations, seed)
+    found = replace(found, notes=[*pair.structure.notes, *found.notes])
     return _result(found, beside, options, x, reference, num_simulations, seed)
 
 

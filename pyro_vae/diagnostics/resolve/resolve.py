@@ -110,7 +110,7 @@ def resolve(
     num_draws: int = 1000,
     budget: float | None = None,
     thresholds: Thresholds | None = None,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     max_memory: float = 1.0,
     progress: bool = True,
@@ -130,7 +130,7 @@ def resolve(
         num_draws: Draws for each datum.
         budget: Seconds after which no further rung is begun; None for no limit.
         thresholds: What counts as good enough.
-        joint: True for models with global latents: one posterior on the full data.
+        joint: True for one posterior on the full data; None for that where latents are global.
         seed: Seeds everything; the caller's random state is left alone.
         max_memory: Of the data worked on at once, in GiB, roughly.
         progress: Shows a bar on stderr where that is a terminal.
@@ -186,12 +186,12 @@ def resolve(
                 parts.append(work.resolve(seconds, deadline))
                 shown.update(len(parts[-1].rung))
     latents = {
-        name: torch.cat([part.latents[name] for part in parts], 0 if joint else 1)
+        name: torch.cat([part.latents[name] for part in parts], 0 if pair.joint else 1)
         for name in parts[0].latents
     }
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     rung = torch.cat([part.rung for part in parts])
-    config = {"num_draws": num_draws, "budget": budget, "joint": joint}
+    config = {"num_draws": num_draws, "budget": budget, "joint": pair.joint}
     result = _result(columns, rung, seconds, plan.structure, x, config, seed)
     return ResolvedDraws(latents, rung, result, plan.structure, parts[0].sites)
 

@@ -1,6 +1,7 @@
 """The one idea: log w = log p(x, z) - log q(z | x), `[particles, batch]`, and its tail."""
 
 from pyro_vae.inference.log_weights.draw import (
+    SplitLogWeights,
     effective_sample_size,
     elbo,
     importance_bound,
@@ -18,6 +19,7 @@ from pyro_vae.inference.log_weights.pareto import (
 
 __all__ = [
     "BoundError",
+    "SplitLogWeights",
     "effective_sample_size",
     "elbo",
     "importance_bound",

@@ -8,6 +8,7 @@ Their mean over particles estimates the ELBO, their log-mean-exp the importance-
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,44 @@ from pyro_vae.inference.programs import (
     program_scope,
     tool,
 )
+from pyro_vae.results import ShortRepr
 
-__all__ = ["effective_sample_size", "elbo", "importance_bound", "log_weights", "mean_error"]
+__all__ = [
+    "SplitLogWeights",
+    "effective_sample_size",
+    "elbo",
+    "importance_bound",
+    "log_weights",
+    "mean_error",
+]
+
+
+@dataclass(frozen=True, repr=False)
+class SplitLogWeights(ShortRepr):
+    r"""Log weights of a pair with global latents, in nats and in two parts.
+
+    .. math:: \log \frac{p(x, z, \theta_k)}{q(z, \theta_k \mid x)}
+              = \log \frac{p(\theta_k)}{q(\theta_k)}
+              + \sum_n \log \frac{p(x_n, z_{kn} \mid \theta_k)}{q(z_{kn} \mid x_n, \theta_k)}
+
+    Their means over particles are the parts of the ELBO. An importance weight is their sum alone:
+    the log-mean-exp of one datum's part, by global latents that all data share, estimates no
+    log p(x_n).
+
+    Attributes:
+        global_log_weights: Of the global latents, `[particles]`.
+        log_weights: Of each datum given these, `[particles, batch]`.
+        global_latents: Their names.
+    """
+
+    global_log_weights: Float[Tensor, " particles"]
+    log_weights: Float[Tensor, "particles batch"]
+    global_latents: tuple[str, ...]
+
+    @property
+    def joint(self) -> Float[Tensor, "particles 1"]:
+        """One weight per particle on all data."""
+        return (self.global_log_weights + self.log_weights.sum(1))[:, None]
 
 
 @tool
@@ -33,12 +70,13 @@ def log_weights(
     x: Any,
     num_particles: int = 1,
     *,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed | None = None,
-) -> Float[Tensor, "particles batch"]:
+) -> Float[Tensor, "particles batch"] | SplitLogWeights:
     r"""Draws particles from a guide; returns the log importance weight of each, per datum.
 
-    Any Pyro model and guide will do whose sites all lie in one batch plate. That plate may have
+    Any Pyro model and guide will do whose sites all lie in one batch plate, or outside it where
+    they are global latents, with weights of their own (`SplitLogWeights`). That plate may have
     any name and dim, a stated size or none, and may be subsampled (the factor N/B is left out: it
     belongs outside any reduction; `all_data` undoes the subsampling). Inner plates, masks,
     auxiliary sites of autoguides and `pyro.deterministic` are understood. Programs that cannot run
@@ -50,13 +88,15 @@ def log_weights(
         guide: The program of the approximate posterior, called as `guide(x)`.
         x: The data; a tuple stands for several arguments, a dict for keyword arguments.
         num_particles: Draws from the guide for each datum.
-        joint: True for models with global latents: one weight per particle on the full data. It
-            is the sum over all sites, whatever plates they are in, sequential ones too.
+        joint: None for what the plates say. True for one weight per particle on the full data: the
+            sum over all sites, whatever plates they are in, sequential ones too. False for weights
+            per datum alone, which refuses global latents.
         seed: Seeds the draws and leaves the caller's random state alone. With None the draws come
             from the global stream, and equal those of `pyro.infer.Trace_ELBO` from the same state.
 
     Returns:
-        Log weights in nats, `[particles, batch]`; `[particles, 1]` if `joint`.
+        Log weights in nats, `[particles, batch]`; `[particles, 1]` if `joint` is True; in two parts
+        if it is None and latents are global.
 
     Raises:
         ProgramError: If the pair has no such weights; the sentence names the site and says what to
@@ -80,6 +120,9 @@ def log_weights(
     check_count("num_particles", num_particles)
     with program_scope(seed):
         pair = Pair.inspect(model, guide, x, joint=joint, num_particles=num_particles)
+        if joint is None and pair.structure.split is not None:
+            parts = pair.split_log_weights(num_particles)
+            return SplitLogWeights(*parts, pair.structure.split.global_latents)
         return pair.log_weights(num_particles)
 
 

@@ -199,7 +199,7 @@ def sample_posterior(
     num_leapfrog: int = 10,
     target_accept: float = 0.8,
     step_size: float = 0.1,
-    joint: bool = False,
+    joint: bool | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> PosteriorSample:
@@ -223,7 +223,7 @@ def sample_posterior(
             from 1 to twice this less one.
         target_accept: Mean acceptance probability to adapt to, in (0, 1).
         step_size: Leapfrog step to begin with.
-        joint: True for models with global latents: one posterior on the full data.
+        joint: True for one posterior on the full data; None for that where latents are global.
         seed: Seeds everything; the caller's random state is left alone.
         progress: Shows a bar on stderr where that is a terminal.
 

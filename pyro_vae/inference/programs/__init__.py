@@ -10,6 +10,7 @@ from pyro_vae.inference.programs.arguments import (
     ProgramError,
     ProgramStructure,
     Site,
+    Split,
     SubsampleError,
     SupportError,
     as_arguments,
@@ -25,7 +26,7 @@ from pyro_vae.inference.programs.enumerate import (
     measure_of,
     no_guide,
 )
-from pyro_vae.inference.programs.inspection import Pair, inspect_programs
+from pyro_vae.inference.programs.inspection import Pair, has_global_latents, inspect_programs
 from pyro_vae.inference.programs.refusals import (
     FirstRun,
     check_module_names,
@@ -109,6 +110,7 @@ __all__ = [
     "ProgramStructure",
     "Simulation",
     "Site",
+    "Split",
     "SubsampleError",
     "SupportError",
     "UnfittedWarning",
@@ -131,6 +133,7 @@ __all__ = [
     "first_run",
     "fixed_draws",
     "gradient_m_step",
+    "has_global_latents",
     "ieee_precision",
     "in_particle_plate",
     "inspect_programs",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "ProgramStructure",
     "Site",
     "SitesError",
+    "Split",
     "SubsampleError",
     "SupportError",
     "as_arguments",
@@ -162,6 +163,29 @@ class JointOnlyError(ProgramError):
         self.reason = reason
 
 
+class Split(NamedTuple):
+    """Where a pair with global latents has its data.
+
+    Attributes:
+        global_latents: Names of the latents outside the plate of the data, in the guide's order.
+        local_sites: Names of the sites of model and guide inside it.
+        dim: The plate's dim, counted from the right (negative).
+        size: Number of data in it.
+    """
+
+    global_latents: tuple[str, ...]
+    local_sites: frozenset[str]
+    dim: int
+    size: int
+
+    def note(self) -> str:
+        """What a result says that is joint because of it."""
+        return (
+            f"the latents {', '.join(self.global_latents)} are global: numbers are of all data "
+            "together, with one weight per particle"
+        )
+
+
 @dataclass(frozen=True)
 class ProgramStructure:
     """What one run of a model and its guide shows.
@@ -181,6 +205,7 @@ class ProgramStructure:
             summed out exactly.
         scaled: Whether each site counts by its own scale, for objectives that are linear in a joint
             log weight: global latents count once, a mini-batch of data N/B times.
+        split: Of joint weights, where the data are, if some of the latents are global.
     """
 
     batch_dim: int | None
@@ -194,3 +219,9 @@ class ProgramStructure:
     observed: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     scaled: bool = False
+    split: Split | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What results of this pair say of it."""
+        return [] if self.split is None else [self.split.note()]

@@ -52,20 +52,22 @@ from pyro_vae.inference.programs.reruns import (
     takes_part,
 )
 from pyro_vae.inference.programs.scope import ieee_precision, keep_random_state, warn_of_unfitted
-from pyro_vae.inference.programs.sites import find_batch
+from pyro_vae.inference.programs.sites import find_batch, find_split
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
     fixed_draws,
     naming_the_site,
+    redraw_local,
     rerun_traces,
     run_programs,
     site_log_prob,
+    split_weights,
     trace_programs,
     weighted_sites,
 )
 
-__all__ = ["Pair", "inspect_programs"]
+__all__ = ["Pair", "has_global_latents", "inspect_programs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Pair:
         guide: Program,
         x: Any,
         *,
-        joint: bool = False,
+        joint: bool | None = False,
         num_particles: int = 2,
         run: FirstRun | None = None,
     ) -> "Pair":
@@ -109,7 +111,7 @@ class Pair:
             model: The generative program.
             guide: The program of the approximate posterior.
             x: The data.
-            joint: One weight per particle on all data.
+            joint: One weight per particle on all data; None for that where latents are global.
             num_particles: With 1, programs that cannot run particles together are not found out.
             run: A run of theirs on these data, where there was one.
         """
@@ -154,6 +156,26 @@ class Pair:
         log_p, log_q, _ = self.log_probs(num_particles)
         return log_p - log_q
 
+    def split_log_weights(
+        self, num_particles: int
+    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, "particles batch"]]:
+        """Of fresh draws log p(theta)/q(theta), and log p(x, z | theta)/q(z | x, theta) per datum.
+
+        Raises:
+            ProgramError: If no latent is global, or the guide draws all latents as one vector.
+        """
+        return split_weights(self.draws(num_particles), self.structure)
+
+    def nested_log_weights(
+        self, num_particles: int, num_inner: int
+    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, "particles inner batch"]]:
+        """The same with so many draws of the data's latents beside each of the global ones."""
+        draws, structure = self.draws(num_particles), self.structure
+        above, _ = split_weights(draws, structure)
+        pair = (self.model, self.guide, self.arguments)
+        _, inside = split_weights(redraw_local(*pair, structure, draws, num_inner), structure)
+        return above, inside.unflatten(0, (num_particles, num_inner))
+
     def replay(self, draws: list[tuple[Trace, Trace, int]]) -> list[tuple[Trace, Trace, int]]:
         """The same draws run again, through which no gradient passes."""
         return rerun_traces(self.model, self.guide, self.arguments, self.structure, draws)
@@ -190,6 +212,17 @@ class Pair:
             bytes_of_particle=self.bytes_of_particle * size / self.structure.batch_size,
             traces=None,
         )
+
+
+def has_global_latents(model: Program, guide: Program, x: Any) -> bool:
+    """Whether one run shows latents outside the plate of the data; False where it fails."""
+    with torch.no_grad(), keep_random_state(), ieee_precision():
+        store = pyro.get_param_store()
+        with store.scope(store.get_state()):
+            try:
+                return find_split(*trace_programs(model, guide, as_arguments(x))) is not None
+            except Exception:  # its fault is said where the pair is inspected
+                return False
 
 
 def inspect_programs(
@@ -235,7 +268,7 @@ def _look(
     model: Program,
     guide: Program,
     x: Any,
-    joint: bool,
+    joint: bool | None,
     num_particles: int,
     arguments: Arguments | None = None,
     run: FirstRun | None = None,
@@ -255,7 +288,10 @@ def _look(
         measure = check_observed(weighted_sites(traces[1]))
         shapes = _shapes_of(traces)  # before the guide runs again, for a flow may know one draw
         check_point_mass(guide, arguments, traces[0])
+        split = find_split(*traces)
+        joint = split is not None if joint is None else joint
         structure = _read(traces, shapes, measure, joint, linear)
+        structure = replace(structure, split=split if joint else None)
         seen = traces
         running = model
         if structure.enumerated:

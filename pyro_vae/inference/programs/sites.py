@@ -12,6 +12,7 @@ from pyro_vae.inference.programs.arguments import (
     ProgramError,
     ProgramStructure,
     Site,
+    Split,
 )
 from pyro_vae.inference.programs.traces import (
     site_log_prob,
@@ -22,7 +23,15 @@ from pyro_vae.inference.programs.traces import (
 )
 from pyro_vae.results import ShortRepr
 
-__all__ = ["LabelledSites", "as_run", "count_data", "find_batch", "is_factor", "label_sites"]
+__all__ = [
+    "LabelledSites",
+    "as_run",
+    "count_data",
+    "find_batch",
+    "find_split",
+    "is_factor",
+    "label_sites",
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,6 +246,36 @@ def count_data(model_trace: Trace) -> list[tuple[int, int]]:
             counts = [_count_in(plate, some) for plate in common]
             return counts[:1] if some is sites else counts
     return []
+
+
+def find_split(guide_trace: Trace, model_trace: Trace) -> Split | None:
+    """Where the data are of a pair with global latents; None if it has none, or no plate tells."""
+    guide_sites, model_sites = weighted_sites(guide_trace), weighted_sites(model_trace)
+    observed = [s for s in model_sites.values() if s["is_observed"] and not is_factor(s)]
+    latents = [n for n in guide_sites if n in model_sites and not model_sites[n]["is_observed"]]
+    stacks = [{f.name: f for f in s["cond_indep_stack"] if f.vectorized} for s in observed]
+    around = [f for n, f in stacks[0].items() if all(n in s for s in stacks)] if stacks else []
+    if not around or not latents:
+        return None
+    names = {n: {f.name for f in s["cond_indep_stack"]} for n, s in model_sites.items()}
+    # The plate of the data is the one with latents of its own, or else the outermost.
+    plate = max(around, key=lambda f: (sum(f.name in names[n] for n in latents), -f.dim))
+    global_latents = tuple(name for name in latents if plate.name not in names[name])
+    if not global_latents:
+        return None
+    known = {f.name for s in model_sites.values() for f in s["cond_indep_stack"]}
+
+    def is_local(frame: Any) -> bool:
+        alike = (frame.dim, frame.size) == (plate.dim, plate.size) and frame.name not in known
+        return frame.name == plate.name or alike
+
+    local = frozenset(
+        name
+        for sites in (guide_sites, model_sites)
+        for name, site in sites.items()
+        if any(map(is_local, site["cond_indep_stack"]))
+    )
+    return Split(global_latents, local, plate.dim, _count_in(plate, observed)[1])
 
 
 def _count_in(plate: Any, sites: list[dict[str, Any]]) -> tuple[int, int]:

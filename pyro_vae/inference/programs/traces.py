@@ -8,6 +8,8 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -26,6 +28,7 @@ from pyro_vae.inference.programs.arguments import (
     ProgramError,
     ProgramStructure,
     Site,
+    Split,
 )
 from pyro_vae.inference.programs.scope import keep_random_state, shown_value
 from pyro_vae.inference.supports import family_of, support_of
@@ -41,12 +44,14 @@ __all__ = [
     "measured",
     "naming_the_site",
     "particles_at_once",
+    "redraw_local",
     "rerun_traces",
     "run_programs",
     "site_log_prob",
     "site_log_probs",
     "site_values",
     "split_count",
+    "split_weights",
     "subsamples",
     "sum_dims",
     "sum_sites",
@@ -357,6 +362,44 @@ def _plates_first(value: Tensor, site: Site, structure: ProgramStructure, event:
     return value.reshape(value.shape[: len(kept)])
 
 
+def redraw_local(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    traces: list[tuple[Trace, Trace, int]],
+    num_inner: int,
+) -> list[tuple[Trace, Trace, int]]:
+    """So many fresh draws of the latents of the data beside each draw of the global ones.
+
+    Particles are in the order of `traces`, those with the same global latents next to each other.
+    """
+    assert structure.split is not None
+    args, kwargs = arguments
+    inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
+    drawn: list[tuple[Trace, Trace, int]] = []
+    for guide_trace, _, count in traces:
+        given = Trace()
+        for name, site in weighted_sites(guide_trace).items():
+            if name in structure.split.local_sites:
+                continue
+            value = site["value"]
+            dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
+            if inner > 1 and dim >= 0 and value.shape[dim] == count:
+                value = map_draw(partial(torch.repeat_interleave, repeats=inner, dim=dim), value)
+            given.add_node(
+                name, **{**{k: v for k, v in site.items() if k != "name"}, "value": value}
+            )
+            given.nodes[name].pop("masked_log_prob", None)
+        particles, place = count * inner, -1 - structure.max_plate_nesting
+        for _ in range(runs):
+            again = poutine.replay(in_particle_plate(guide, particles, place), trace=given)
+            locals_ = poutine.trace(again).get_trace(*args, **kwargs)
+            replayed = poutine.replay(in_particle_plate(model, particles, place), trace=locals_)
+            drawn.append((locals_, poutine.trace(replayed).get_trace(*args, **kwargs), particles))
+    return drawn
+
+
 def sum_traces(
     traces: list[tuple[Trace, int]],
     structure: ProgramStructure,
@@ -365,6 +408,49 @@ def sum_traces(
     """`sum_sites` over all particles, `[particles, batch]`; one zero if there is no such site."""
     parts = [sum_sites(trace, structure, count, keep) for trace, count in traces]
     return parts[0] if parts[0].dim() == 0 else torch.cat(parts)
+
+
+def split_weights(
+    traces: list[tuple[Trace, Trace, int]], structure: ProgramStructure
+) -> tuple[Float[Tensor, " particles"], Float[Tensor, "particles batch"]]:
+    """Log weights of the global latents, and of each datum given these.
+
+    Raises:
+        ProgramError: If no latent is global, or the guide draws all latents as one vector.
+    """
+    split = structure.split
+    if split is None:
+        raise ProgramError("no latent is global, so log weights have one part: use log_weights")
+    _check_splits(traces[0][0], split)
+    guides = [(guide, count) for guide, _, count in traces]
+    models = [(model, count) for _, model, count in traces]
+    inside = replace(structure, batch_dim=split.dim, batch_size=split.size)
+
+    def is_local(name: str, _site: Site) -> bool:
+        return name in split.local_sites
+
+    def is_global(name: str, _site: Site) -> bool:
+        return name not in split.local_sites
+
+    local = sum_traces(models, inside, is_local) - sum_traces(guides, inside, is_local)
+    above = sum_traces(models, structure, is_global) - sum_traces(guides, structure, is_global)
+    return above[:, 0], local
+
+
+def _check_splits(guide_trace: Trace, split: Split) -> None:
+    """Refuses a guide whose latents are parts of one vector: it has no density per datum."""
+    sites = weighted_sites(guide_trace)
+    auxiliary = [n for n, s in sites.items() if s["infer"].get("is_auxiliary")]
+    vectors = [n for n in auxiliary if n not in split.local_sites]
+    local = [n for n in sites if n in split.local_sites]
+    if vectors and local and not set(auxiliary) & split.local_sites:
+        points = [n for n in local if type(sites[n]["fn"]).__name__ == "Delta"]
+        if len(points) == len(local):
+            raise ProgramError(
+                f"the guide draws global latents and those of the data as one vector, its site "
+                f"'{vectors[0]}', so log q has no part for each datum; pass joint=True for one "
+                "weight per particle, or use a guide with a site for each latent (AutoNormal)"
+            )
 
 
 def sum_sites(

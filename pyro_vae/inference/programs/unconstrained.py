@@ -305,7 +305,7 @@ class Potential:
 
 
 def latent_potential(
-    model: Program, guide: Program | None, x: Any, *, joint: bool = False
+    model: Program, guide: Program | None, x: Any, *, joint: bool | None = False
 ) -> Potential:
     """Makes the log joint of a model a function of unconstrained latents.
 
@@ -313,7 +313,7 @@ def latent_potential(
         model: The generative program; its discrete latents must be marked for enumeration.
         guide: The program of the approximate posterior, or None: the prior then takes its place.
         x: The data; a tuple for several arguments, a dict for keywords.
-        joint: All latents as those of one datum, for models with global latents.
+        joint: All latents as those of one datum; None for that where latents are global.
 
     Raises:
         ProgramError: If a latent is discrete, a point mass, or has no transform onto its support

@@ -321,7 +321,7 @@ class TrainingRun:
             if structure is None:
                 value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
                 value = value[0] if isinstance(value, tuple) else value
-                return {"bound": -float(value) / self.prepared.num_data(length)}
+                return {"bound": -float(value) / self.prepared.num_data(length, evaluated=True)}
             log_p, log_q, parts = run_programs(self.model, self.guide, arguments, structure, 1)
             per = 1.0 if not self.prepared.joint else 1.0 / length
             log_weights = (log_p - log_q)[0] * per

@@ -104,10 +104,13 @@ class Preparation:
         cut = any(axis is not None for axis in self.data.axes)
         return batch_length(x, self.data.axes) if cut else self.data.length
 
-    def num_data(self, seen: int) -> int:
-        """How many data the loss of a batch speaks for: a subsampled plate scales it to all."""
+    def num_data(self, seen: int, *, evaluated: bool = False) -> int:
+        """How many data a loss speaks for: the plate of a mini-batch, not of an evaluation, scales.
+
+        A plate that the programs subsample themselves scales in both.
+        """
         if self.mini_batches is not None and (self.mini_batches.plates or not self.subsampled):
-            return self.mini_batches.num_data
+            return seen if evaluated else self.mini_batches.num_data
         return self.subsampled.full_size if self.subsampled is not None else seen
 
     def on(self, index: Tensor | None, num_data: int | None = None) -> AbstractContextManager[None]:

@@ -638,7 +638,7 @@ def test_what_was_fitted_on_subsamples_is_measured_on_all_data(automatic: bool) 
     with all_data():
         weights = log_weights(found.model, found.guide, x, K, joint=True, seed=SEED)
         with pytest.raises(ProgramError, match=r"'loc' is outside the batch plate.* joint=True"):
-            log_weights(found.model, found.guide, x, K)
+            log_weights(found.model, found.guide, x, K, joint=False)
     everything = FittedProgram(partial(model, rows=None), found.model.state)
     expected = log_weights(everything, found.guide, x, K, joint=True, seed=SEED)
     assert torch.equal(weights, expected)

@@ -421,6 +421,25 @@ def test_automatic_guides_of_a_hierarchy(automatic):
     assert found.history.data_passes.values.tolist() == [80]
 
 
+@pytest.mark.parametrize("plate", [of_stated_size, lambda x: pyro.plate("data", N, subsample=x)])
+def test_held_out_data_may_be_of_another_number(plate):
+    """Each bound is that of its own data, and the global latent counts once in both."""
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with plate(x) as rows:
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=rows if rows.dtype == x.dtype else x)
+
+    held_out = torch.tensor([0.5, 3.0])
+    options = {"validation": held_out} if plate is of_stated_size else {}
+    found = fit(model, AutoDelta(model), X, epochs=2, batch_size=B, progress=False, **options)
+    theta, one = found.parameters["AutoDelta.theta"], torch.ones(())
+    for name, x in (("bound", X), ("validation_bound", held_out)):
+        if name in found.history:
+            joint = normal(x, theta, one).sum() + normal(theta, 0.0, one)
+            assert math.isclose(found.history[name][-1], joint / len(x), rel_tol=1e-12)
+
+
 class Interrupts:
     """Ends training after some step, as Ctrl-C does."""
 
