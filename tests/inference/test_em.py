@@ -419,6 +419,7 @@ def test_steps_that_overshoot_are_halved():
     history = fit_em(poissons, counts(), method="generalized", optimizer=optimizer).history
     assert np.diff(history.bound_total).min() > -1e-10
     assert bool(history.bound.notnull().all())
+    assert float(history.bound[-1] - history.bound[0]) > 0.01  # a part of the step is no overshoot
 
 
 LENGTH, NUM_SEQUENCES = 4, 3
@@ -510,6 +511,24 @@ def test_structural_zeros_are_no_trouble():
     history = fit_em(left_to_right, sequences(), method="generalized", max_iterations=5).history
     assert bool(history.bound.notnull().all())
     assert np.diff(history.bound_total).min() > -1e-10
+
+
+def test_a_state_that_could_not_have_made_a_datum_has_no_part_in_it():
+    """Of a uniform on [0, 1] and one on [0, 2]: 2 of 5 data, and more, are of the wider."""
+    x = torch.tensor([0.2, 0.7, 0.9, 1.4, 1.8])
+
+    def uniforms(x):
+        weights = pyro.param("weights", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            within = dist.Uniform(torch.zeros(()), 1.0 + z, validate_args=False)
+            pyro.sample("x", within, obs=x)
+
+    optimizer = functools.partial(torch.optim.SGD, lr=0.5)
+    options = {"method": "generalized", "optimizer": optimizer, "max_iterations": 60}
+    fitted = fit_em(uniforms, x, **options)
+    # log p = 3 log(w + (1 - w) / 2) + 2 log((1 - w) / 2) is greatest at w = 1/5.
+    assert float(fitted.parameters["weights"][0]) == pytest.approx(0.2, abs=5e-3)
 
 
 def with_a_continuous_latent(x):
