@@ -72,7 +72,7 @@ def unreal(text: str, known: set[str], flags: set[str], targets: set[str]) -> li
     return found
 
 
-KNOWN_METHODS = {*METHODS, "exact", "generalized", "em"}
+KNOWN_METHODS = {*METHODS, "exact", "generalized", "variational_bayes", "em"}
 
 
 def test_what_a_message_names_exists() -> None:

@@ -264,9 +264,9 @@ class BayesianMixture(_MixtureEstimator):
 
     Parameters and attributes are those of `sklearn.mixture.BayesianGaussianMixture` with
     `weight_concentration_prior_type="dirichlet_distribution"`, and with full covariances both take
-    the same path. Theirs of the other types are approximations of their own, for which the bound
-    may fall; these are conjugate (see `fit_em`). `lower_bound_` has every constant, so it bounds
-    the log evidence. `predict_proba` and `score_samples` integrate the parameters out, where theirs
+    the same path. Theirs of the other types take the Wishart's moments where the posterior is
+    none; these are conjugate throughout. `lower_bound_` has every constant, so it bounds the log
+    evidence. `predict_proba` and `score_samples` integrate the parameters out, where theirs
     take expectations of logarithms.
 
     Args:

@@ -311,6 +311,7 @@ def test_many_draws_are_the_posterior():
             assert (drawn - exact).abs().max() > 1e-4
 
 
+@pytest.mark.long
 def test_averaged_draws_settle_where_single_ones_do_not():
     """Away from the maximum by 0.2e-3 nats per datum, not 2.8e-3 (means of 12 seeds, errors 20 %).
 

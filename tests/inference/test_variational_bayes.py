@@ -285,6 +285,7 @@ def test_marginals_have_the_means_of_the_model(family):
     assert fitted.config["fit_em"]["prior"]["concentration"] == pytest.approx(0.8)
 
 
+@pytest.mark.long
 def test_components_that_are_not_needed_lose_their_weight():
     """Six components on two clusters, with a sparse prior (Bishop 2006, figure 10.6)."""
     rng = np.random.default_rng(0)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.inference.em.protocol import StatisticsProblem
-
 __all__ = ["Extrapolation"]
 
 _GROWTH = 4.0  # of the longest jump, after one of that length
@@ -23,10 +21,11 @@ class Extrapolation:
     """Where EM went since the last jump, and how long the next may be.
 
     Args:
-        problem: Whose parameters are taken to unconstrained coordinates and back.
+        problem: Whose parameters are taken to unconstrained coordinates and back; a
+            `StatisticsProblem`, of which this needs no more.
     """
 
-    def __init__(self, problem: StatisticsProblem) -> None:
+    def __init__(self, problem: Any) -> None:
         self._problem = problem
         self._path: list[Tensor] = []
         self._longest = self._length = 1.0

@@ -105,7 +105,8 @@ class GaussianConjugate(ConjugateProblem):
     `loc` m, `loc_precision` kappa, `degrees_of_freedom` nu and `inverse_scale` V, with the defaults
     of scikit-learn's `BayesianGaussianMixture`: 1 / K, the mean of the data, 1, D, and their
     covariance, to whose diagonal the mixture's `reg_covar` is added. Its full covariances are
-    these; its other three are further approximations, and equal these in one dimension only.
+    these; its other three take moments of a Wishart all the same, and equal these in one dimension
+    only (of tied ones, with one component).
     """
 
     names = ("concentration", "loc", "loc_precision", "degrees_of_freedom", "inverse_scale")
