@@ -27,7 +27,7 @@ def _mixture(rates: tuple[float, float], size: int, count: int, seed: int) -> Fo
         )
         fit_em(
             mixture, x, initialization="given", tolerance=1e-9, max_iterations=300, progress=False
-        )
+        ).require_finished()
         found = watched(standard_errors(mixture, x))
         flagged.append("verdict" in found.provenance)
         for name, entry in _CHECKED.items():
