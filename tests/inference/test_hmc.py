@@ -194,7 +194,7 @@ def test_global_latents_are_sampled_jointly():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     with pytest.raises(ProgramError, match="'mean' is outside"):
-        sample_posterior(model, x, progress=False)
+        sample_posterior(model, x, joint=False, progress=False)
     found = sample_posterior(model, x, joint=True, num_samples=250, num_warmup=150, progress=False)
     assert found.draws["mean"].shape == (4, 250)
     assert found.draws["z"].shape == (4, 250, 6)

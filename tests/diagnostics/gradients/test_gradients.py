@@ -549,7 +549,9 @@ def test_joint_numbers_are_totals(x):
     assert abs(found.variance - (N + 1) ** 2) < STANDARD_ERRORS * found.variance_se
     assert found.value.attrs["reduction"] == "total"
     with pytest.raises(ProgramError, match="joint=True"):
-        compare_estimators(model, guide, x, ["PathwiseELBO"], [1], repeats=8, progress=False)
+        compare_estimators(
+            model, guide, x, ["PathwiseELBO"], [1], repeats=8, joint=False, progress=False
+        )
 
 
 def gradients_one_by_one(estimator, model, guide, x, leaves, repeats):
