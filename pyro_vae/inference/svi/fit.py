@@ -77,9 +77,9 @@ def fit(
     written: `plate("data", len(x))`, with a stated size, with `subsample=` or `subsample_size=`. A
     plate's index holds the rows of the mini-batch, so that `loc[rows]` are the parameters of its
     data; programs that take `x[rows]` themselves are given all of x. The optimizer moves the rows
-    that it sees, each with a count of steps of its own, and leaves the others as they are to the
-    bit. Which of these ways a pair is written in is found by running it: a mini-batch must weigh
-    its data as they weighed among all.
+    that it sees (each once an epoch, with a count of steps of its own) and leaves the others as
+    they are to the bit. Which of these ways a pair is written in is found by running it: a
+    mini-batch must weigh its data as they weighed among all.
 
     Args:
         model: The generative program, called as `model(x)`.
