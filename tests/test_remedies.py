@@ -77,8 +77,8 @@ KNOWN_METHODS = {*METHODS, "exact", "generalized", "variational_bayes", "em"}
 
 def test_what_a_message_names_exists() -> None:
     known = parameters() | ELSEWHERE
-    of_cli = parameters(ROOT / "app" / "cli.py")  # typer makes an option of each
-    flags = {f"--{name.replace('_', '-')}" for name in of_cli}
+    commands = (ROOT / "app").glob("*.py")  # typer makes an option of each parameter
+    flags = {f"--{name.replace('_', '-')}" for path in commands for name in parameters(path)}
     makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z_-]+):", makefile, re.MULTILINE))
     found = [

@@ -581,7 +581,7 @@ def test_two_sided_bounds_enclose_the_evidence_and_their_distance_is_both_diverg
     assert bounds == sorted(bounds)
     assert found.simulated_upper.sizes == {"simulation": 400}
     assert found.error_bound > 0
-    assert found.forward_ess > 0.1
+    assert 0 < found.forward_ess < 0.5  # a narrow guide is a poor stand-in for the posterior
 
 
 def test_two_sided_sees_a_mode_that_the_guide_never_visits():
