@@ -74,7 +74,7 @@ def _isolated(request: pytest.FixtureRequest) -> Iterator[None]:
     single = request.node.get_closest_marker("float32") is not None
     torch.set_default_dtype(torch.float32 if single else torch.float64)
     pyro.clear_param_store()
-    if (loaded := sys.modules.get("pyro_vae.inference.programs.scope")) is not None:
+    if (loaded := sys.modules.get("pyro_vae.inference.programs.tool")) is not None:
         loaded.LAST_FITS.clear()
     pyro.set_rng_seed(seed_of(request.node.nodeid))
     before = {name: get() for name, (get, _) in SWITCHES.items()}

@@ -237,19 +237,7 @@ def fit_em(
     )
     settings.check()
     generalized = method == "generalized"
-    if generalized and isinstance(settings.initialization, Tensor):
-        raise ValueError("the generalised method starts at parameters, not at responsibilities")
-    if generalized and (sample_weights is not None or tuple(hold)):
-        raise ValueError(
-            "the generalised method knows neither sample_weights nor hold; weight the model's "
-            "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
-        )
-    if not generalized and not isinstance(model, StatisticsModel):
-        raise ValueError(
-            f"method={method!r} needs a model with sufficient statistics, such as a "
-            "GaussianMixture (the mixture itself, not its .model); for any other program pass "
-            "method='generalized'"
-        )
+    _check_method(model, settings, weighted=sample_weights is not None, holding=bool(tuple(hold)))
     with ieee_precision():  # a bound that never falls has no bits to lose
         if isinstance(model, StatisticsModel) and not generalized:
             x = as_tensor(x)
@@ -278,6 +266,26 @@ def fit_em(
         status=end.reached.status,
         posterior=end.posterior,
     )
+
+
+def _check_method(
+    model: StatisticsModel | Program, settings: EMSettings, *, weighted: bool, holding: bool
+) -> None:
+    """Refuses what the method cannot do with such a model."""
+    generalized = settings.method == "generalized"
+    if generalized and isinstance(settings.initialization, Tensor):
+        raise ValueError("the generalised method starts at parameters, not at responsibilities")
+    if generalized and (weighted or holding):
+        raise ValueError(
+            "the generalised method knows neither sample_weights nor hold; weight the model's "
+            "sites with poutine.scale, and freeze parameters with requires_grad_(False)"
+        )
+    if not generalized and not isinstance(model, StatisticsModel):
+        raise ValueError(
+            f"method={settings.method!r} needs a model with sufficient statistics, such as a "
+            "GaussianMixture (the mixture itself, not its .model); for any other program pass "
+            "method='generalized'"
+        )
 
 
 def _fit_on_statistics(

@@ -39,7 +39,6 @@ from pyro_vae.inference.programs.refusals import (
 from pyro_vae.inference.programs.scope import (
     FilledGaps,
     FittedProgram,
-    UnfittedWarning,
     all_data,
     common_owner,
     describe_programs,
@@ -51,10 +50,8 @@ from pyro_vae.inference.programs.scope import (
     plate_rows,
     program_scope,
     pyro_parameters,
-    remember_fitted,
     store_state,
     unwrap_programs,
-    warn_of_unfitted,
 )
 from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
 from pyro_vae.inference.programs.sites import (
@@ -64,7 +61,14 @@ from pyro_vae.inference.programs.sites import (
     is_factor,
     label_sites,
 )
-from pyro_vae.inference.programs.tool import ready_data, tool, tool_of_model
+from pyro_vae.inference.programs.tool import (
+    UnfittedWarning,
+    ready_data,
+    remember_fitted,
+    tool,
+    tool_of_model,
+    warn_of_unfitted,
+)
 from pyro_vae.inference.programs.traces import (
     agree,
     bytes_of_run,

@@ -51,14 +51,15 @@ from pyro_vae.inference.programs.reruns import (
     is_vectorizable,
     takes_part,
 )
-from pyro_vae.inference.programs.scope import ieee_precision, keep_random_state, warn_of_unfitted
+from pyro_vae.inference.programs.scope import ieee_precision, keep_random_state
+from pyro_vae.inference.programs.simulate import redraw_local
 from pyro_vae.inference.programs.sites import find_batch, find_split
+from pyro_vae.inference.programs.tool import warn_of_unfitted
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
     fixed_draws,
     naming_the_site,
-    redraw_local,
     rerun_traces,
     run_programs,
     site_log_prob,

@@ -1,20 +1,28 @@
-"""Data drawn from a model, with the latents behind them."""
+"""Data drawn from a model with the latents behind them, and local latents drawn anew."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.inference.programs.arguments import Arguments, Program, ProgramError, as_arguments
-from pyro_vae.inference.programs.traces import weighted_sites
+from pyro_vae.inference.programs.arguments import (
+    Arguments,
+    Program,
+    ProgramError,
+    ProgramStructure,
+    as_arguments,
+)
+from pyro_vae.inference.programs.traces import in_particle_plate, map_draw, weighted_sites
 from pyro_vae.results import ShortRepr
 
-__all__ = ["Simulation", "simulate", "without_data"]
+__all__ = ["Simulation", "redraw_local", "simulate", "without_data"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,3 +107,41 @@ def simulate(model: Program, x: Any) -> Simulation:
     }
     fixed = poutine.condition(without_data(model), data=drawn)
     return Simulation(fixed, new, replaced == set(observed), latents, drawn)
+
+
+def redraw_local(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    structure: ProgramStructure,
+    traces: list[tuple[Trace, Trace, int]],
+    num_inner: int,
+) -> list[tuple[Trace, Trace, int]]:
+    """So many fresh draws of the latents of the data beside each draw of the global ones.
+
+    Particles are in the order of `traces`, those with the same global latents next to each other.
+    """
+    assert structure.split is not None
+    args, kwargs = arguments
+    inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
+    drawn: list[tuple[Trace, Trace, int]] = []
+    for guide_trace, _, count in traces:
+        given = Trace()
+        for name, site in weighted_sites(guide_trace).items():
+            if name in structure.split.local_sites:
+                continue
+            value = site["value"]
+            dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
+            if inner > 1 and dim >= 0 and value.shape[dim] == count:
+                value = map_draw(partial(torch.repeat_interleave, repeats=inner, dim=dim), value)
+            given.add_node(
+                name, **{**{k: v for k, v in site.items() if k != "name"}, "value": value}
+            )
+            given.nodes[name].pop("masked_log_prob", None)
+        particles, place = count * inner, -1 - structure.max_plate_nesting
+        for _ in range(runs):
+            again = poutine.replay(in_particle_plate(guide, particles, place), trace=given)
+            locals_ = poutine.trace(again).get_trace(*args, **kwargs)
+            replayed = poutine.replay(in_particle_plate(model, particles, place), trace=locals_)
+            drawn.append((locals_, poutine.trace(replayed).get_trace(*args, **kwargs), particles))
+    return drawn

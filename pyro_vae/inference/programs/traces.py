@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyro
@@ -44,7 +43,6 @@ __all__ = [
     "measured",
     "naming_the_site",
     "particles_at_once",
-    "redraw_local",
     "rerun_traces",
     "run_programs",
     "site_log_prob",
@@ -360,44 +358,6 @@ def _plates_first(value: Tensor, site: Site, structure: ProgramStructure, event:
     padding = [dim for dim in range(value.dim()) if dim not in kept]
     value = value.permute(*kept, *padding)
     return value.reshape(value.shape[: len(kept)])
-
-
-def redraw_local(
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
-    structure: ProgramStructure,
-    traces: list[tuple[Trace, Trace, int]],
-    num_inner: int,
-) -> list[tuple[Trace, Trace, int]]:
-    """So many fresh draws of the latents of the data beside each draw of the global ones.
-
-    Particles are in the order of `traces`, those with the same global latents next to each other.
-    """
-    assert structure.split is not None
-    args, kwargs = arguments
-    inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
-    drawn: list[tuple[Trace, Trace, int]] = []
-    for guide_trace, _, count in traces:
-        given = Trace()
-        for name, site in weighted_sites(guide_trace).items():
-            if name in structure.split.local_sites:
-                continue
-            value = site["value"]
-            dim = value.dim() - len(site["fn"].event_shape) - structure.max_plate_nesting - 1
-            if inner > 1 and dim >= 0 and value.shape[dim] == count:
-                value = map_draw(partial(torch.repeat_interleave, repeats=inner, dim=dim), value)
-            given.add_node(
-                name, **{**{k: v for k, v in site.items() if k != "name"}, "value": value}
-            )
-            given.nodes[name].pop("masked_log_prob", None)
-        particles, place = count * inner, -1 - structure.max_plate_nesting
-        for _ in range(runs):
-            again = poutine.replay(in_particle_plate(guide, particles, place), trace=given)
-            locals_ = poutine.trace(again).get_trace(*args, **kwargs)
-            replayed = poutine.replay(in_particle_plate(model, particles, place), trace=locals_)
-            drawn.append((locals_, poutine.trace(replayed).get_trace(*args, **kwargs), particles))
-    return drawn
 
 
 def sum_traces(
