@@ -29,7 +29,7 @@ __all__ = ["BlockRule", "PhaseRule", "Rule"]
 _RHAT = 1.1  # above it the two halves of a phase do not tell of one place
 _RATE, _RATE_OF_MANY = 0.1, 0.01
 _MOST_NUMBERS = 100  # with which a Hessian is worth its gradients
-_FIRST_BLOCK = 20  # steps
+_FIRST_BLOCK = 10  # steps
 _BLOCKS = 8  # to a phase; then pairs are merged, so that a phase of any length has 4 to 8
 _FEWEST_PHASES = 3
 _RETREATS, _NEWTONS = 8, 3  # times that it may go back, and try Newton's steps all the same
@@ -132,7 +132,7 @@ class PhaseRule(Rule):
     """
 
     def __init__(
-        self, target: Any, rate: float | None, *, limit: int, newton: bool, seed: int
+        self, target: Any, rate: float | None, limit: int, *, newton: bool, seed: int
     ) -> None:
         if rate is None:
             rate = _RATE if target.size <= _MOST_NUMBERS else _RATE_OF_MANY

@@ -38,7 +38,8 @@ __all__ = ["TrainedPair", "bound_of", "default_loss"]
 _PARTICLES = 8  # of the default loss
 _ENTRIES = 2**20  # particles times data that a check may hold in memory
 _MOST_DRAWS, _MOST_ONE_BY_ONE = 256, 24
-_NATS = 0.005  # an error of a tenth of the posterior's standard deviation
+_NATS = 0.005  # a latent: what an error of a tenth of its posterior standard deviation costs
+_MOST_LATENTS = 50  # that count
 _NATS_PER_DATUM = 0.001
 
 
@@ -121,7 +122,8 @@ class TrainedPair:
         self.structure, self.num_data = self._structure(), prepared.data.length
         self.kind = optim.name
         per_datum = self.structure is not None and not prepared.joint
-        self.threshold = max(_NATS, _NATS_PER_DATUM * self.num_data * per_datum)
+        each = _NATS * min(max(self.size / 2, 1.0), _MOST_LATENTS)  # a loc and a scale a latent
+        self.threshold = max(each, _NATS_PER_DATUM * self.num_data * per_datum)
         together = self.structure is not None and self.structure.vectorizable
         most = _MOST_DRAWS if together else _MOST_ONE_BY_ONE
         self.num_draws = max(8, min(most, _ENTRIES // self.num_data))

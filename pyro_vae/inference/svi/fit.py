@@ -68,17 +68,18 @@ def fit(
     and there is no learning rate to choose (``epochs="converged"``). It goes in phases of a
     constant rate. When the two halves of a phase agree (split R-hat below 1.1, or no difference in
     the bound that counts), the parameters are averaged over it, and the next phase begins at half
-    the rate. Training ends when the bound that the last halving bought, with two standard errors,
-    and the cost of the Monte-Carlo error of the average are together below 0.005 nats (what an
-    error of 0.1 posterior standard deviations costs; 0.001 nats a datum where every datum has its
-    own weight); the draws that measure this are the same on both sides. Up to 100 parameters with
-    reparameterised latents start with Newton's method on fixed draws, and follow gradients times
-    the inverse Hessian afterwards, so that no scale or correlation slows them down; else, and where
-    that fails, steps are those of the optimizer. The loss is then `StickingTheLanding(8)` where
-    every latent of the guide is reparameterised: its noise vanishes where the guide can be exact.
-    `Fit.convergence` says what was done, and what more training would buy. After 30,000 steps
-    training ends all the same, with ``converged=False`` and a warning. The rule sees the optimum
-    that is near: not another mode, nor what the guide's family cannot express.
+    the rate. Training ends when what the last halving brought, with two standard errors, and the
+    cost of the average's Monte-Carlo error are together below a threshold: 0.005 nats for every two
+    parameters, at most 0.25 (what an error of 0.1 posterior standard deviations in each latent
+    costs), or 0.001 nats a datum where data have weights of their own. The bound is measured with
+    the same draws on both sides. Up to 100 parameters whose latents are reparameterised start with
+    Newton's method on fixed draws, and follow gradients times the inverse Hessian afterwards, so
+    that scales and correlations matter less; else, and where that fails, steps are those of the
+    optimizer. The loss is then `StickingTheLanding(8)` where every latent of the guide is
+    reparameterised: its noise vanishes where the guide can be exact. `Fit.convergence` says what
+    was done, and what more training would buy. After 30,000 steps training ends all the same, with
+    ``converged=False`` and a warning. The rule sees the optimum that is near: not another mode, nor
+    what the guide's family cannot express.
 
     In mini-batches, ``epochs="converged"`` watches the validation bound (the training bound without
     validation data): when its mean over five evaluations is no longer above that over the five

@@ -151,8 +151,7 @@ class TrainingRun:
         if not self.one_batch:
             return BlockRule(self.optim, own or DEFAULT_RATE, self.epochs, steps)
         pair = TrainedPair(self.model, self.guide, self.prepared, self.loss, self.optim)
-        newton = asked.optimizer is None
-        return PhaseRule(pair, own, limit=self.epochs, newton=newton, seed=asked.seed)
+        return PhaseRule(pair, own, self.epochs, newton=asked.optimizer is None, seed=asked.seed)
 
     def _multiplications(self) -> int:
         """Of a step, roughly: enough to tell small ones from large ones, on any machine alike."""
@@ -256,15 +255,12 @@ class TrainingRun:
                 if interrupted():
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
-        if isinstance(self.rule, PhaseRule):
-            due = self.rule.step()
-        else:
-            due = state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.epochs
-        if due:
+        due = state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.epochs
+        if self.rule.step() if isinstance(self.rule, PhaseRule) else due:
             self._evaluate()
-        if isinstance(self.rule, BlockRule) and due:
-            row = state.history[-1]
-            self.rule.take(row.get("validation_bound", row["bound"]), state.epoch)
+            if isinstance(self.rule, BlockRule):
+                row = state.history[-1]
+                self.rule.take(row.get("validation_bound", row["bound"]), state.epoch)
         return True
 
     def _rows(self, index: Tensor) -> AbstractContextManager[None]:
@@ -447,6 +443,12 @@ class TrainingRun:
         tensors, metadata = load_tensors(folder / "training.safetensors")
         if self.settings.threads is None and "config" in metadata:
             torch.set_num_threads(metadata["config"]["fit"]["num_threads"])
+        begun = metadata.get("config", {}).get("fit", {}).get("epochs")
+        if (begun == CONVERGED) != self.converges:
+            raise CheckpointError(
+                f"{folder} was trained with epochs {begun!r}; resume with epochs='converged' or "
+                "a number, as it was begun, or start a new run in another folder"
+            )
         check_same_run(folder, metadata, self._config())
         self.saved_config = metadata["config"]
         wanted = {name: tuple(value.shape) for name, value in self._values().items()}
@@ -464,12 +466,6 @@ class TrainingRun:
         self.data.set_random_states(part_of(tensors, "random."))
         self.order = tensors.get("order")
         self.state = _State(**metadata["state"])
-        begun = metadata["config"]["fit"]["epochs"]
-        if (begun == CONVERGED) != self.converges:
-            raise CheckpointError(
-                f"{folder} was trained with epochs {begun!r}; resume with epochs='converged' or "
-                "a number, as it was begun, or start a new run in another folder"
-            )
         if self.rule is not None:
             self.rule.restore(self.state.rule, part_of(tensors, "rule."))
         elif self.state.status == "stopped early" and self.epochs > begun:
