@@ -11,11 +11,18 @@ from pyro_vae import fit, plots
 from pyro_vae.inference.estimators import estimator_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_coin_prints_its_exact_posterior(capsys):
+    exec(compile(EXAMPLES[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "{'alpha_q': 16.0, 'beta_q': 14.0}"
+    assert "# {'alpha_q': 16.0, 'beta_q': 14.0}" in EXAMPLES[0]
 
 
 @pytest.mark.float32
 def test_the_example_prints_what_is_shown_and_agrees_with_the_exact_evidence(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = EXAMPLES[1]
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     printed = capsys.readouterr().out
@@ -36,7 +43,7 @@ def test_the_example_prints_what_is_shown_and_agrees_with_the_exact_evidence(cap
 
 @pytest.mark.float32
 def test_the_pair_with_a_global_latent_trains_on_mini_batches():
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    code = EXAMPLES[2]
     names = {"pyro": pyro, "torch": torch, "dist": pyro.distributions}
     exec(compile(code, "README.md", "exec"), names)
     reached = fit(names["model"], names["guide"], torch.randn(1000), batch_size=100, epochs=1)
@@ -45,7 +52,7 @@ def test_the_pair_with_a_global_latent_trains_on_mini_batches():
 
 
 def test_the_search_prints_what_is_shown(capsys):
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[2]
+    code = EXAMPLES[3]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"^# (.*)$", code, re.M)[1]
 

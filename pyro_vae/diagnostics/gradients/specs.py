@@ -108,7 +108,7 @@ def _spec(name: str | None, one: Any, joint: bool, asked_for: bool) -> Estimator
             f"{one!r} is not an estimator; pass names, Estimator classes or instances, or Pyro's "
             "ELBOs"
         )
-    if not isinstance(one, type) and one.joint != joint:
+    if not isinstance(one, type) and one.joint not in (None, joint):
         raise ValueError(
             f"{kind.__name__} was made with joint={one.joint}, the comparison with joint={joint}; "
             "make them agree"

@@ -22,9 +22,11 @@ from torch.distributions import kl_divergence
 from pyro_vae.checks import check_count
 from pyro_vae.inference.programs import (
     Arguments,
+    JointOnlyError,
     Program,
     ProgramError,
     ProgramStructure,
+    SupportError,
     UnfittedWarning,
     common_scale,
     draw_traces,
@@ -161,7 +163,8 @@ class Objective(ELBO):
 
     Args:
         num_particles: Draws from the guide for each datum.
-        joint: True for models with global latents: one weight per particle on the full data.
+        joint: True for models with global latents: one weight per particle on the full data. None
+            infers it: one weight per datum where there is such a thing, else joint ones.
 
     Raises:
         ProgramError: From every method, if the pair has no log weights (see `inspect_programs`),
@@ -183,7 +186,7 @@ class Objective(ELBO):
     min_particles: ClassVar[int] = 1
     linear: ClassVar[bool] = False
 
-    def __init__(self, num_particles: int = 1, *, joint: bool = False) -> None:
+    def __init__(self, num_particles: int = 1, *, joint: bool | None = None) -> None:
         check_count("num_particles", num_particles)
         if num_particles < self.min_particles:
             raise ValueError(
@@ -243,16 +246,24 @@ class Objective(ELBO):
             with poutine.block(), warnings.catch_warnings():
                 # A loss moves parameters; tools that measure with it inspect the pair themselves.
                 warnings.simplefilter("ignore", UnfittedWarning)
-                found = inspect_programs(
-                    model,
-                    guide,
-                    arguments,
-                    joint=self.joint,
-                    num_particles=self.num_particles,
-                    linear=self.linear,
-                )
+                found = self._inspect(model, guide, arguments)
             self._inspected = (model, guide, found)
         return self._inspected[2]
+
+    def _inspect(self, model: Program, guide: Program, arguments: Arguments) -> ProgramStructure:
+        pair = (model, guide, arguments)
+        options: dict[str, Any] = {"num_particles": self.num_particles, "linear": self.linear}
+        if self.joint is not None:
+            return inspect_programs(*pair, joint=self.joint, **options)
+        try:
+            return inspect_programs(*pair, **options)
+        except SupportError:
+            raise
+        except ProgramError as refusal:
+            try:
+                return inspect_programs(*pair, joint=True, **options)
+            except ProgramError as error:
+                raise (error if isinstance(refusal, JointOnlyError) else refusal) from None
 
     def _value(
         self, model: Program, guide: Program, arguments: Arguments

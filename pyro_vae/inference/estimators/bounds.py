@@ -205,7 +205,9 @@ class VIMCO(Estimator):
 class _RenyiBound(Estimator):
     """What the two Renyi estimators share: alpha and its check."""
 
-    def __init__(self, num_particles: int = 1, *, alpha: float = 0.5, joint: bool = False) -> None:
+    def __init__(
+        self, num_particles: int = 1, *, alpha: float = 0.5, joint: bool | None = None
+    ) -> None:
         if not (is_number(alpha) and 0 <= alpha < math.inf and alpha != 1):
             raise ValueError(
                 f"alpha must be at least 0 and not 1 (where the bound is the ELBO), not {alpha!r}"
@@ -298,7 +300,9 @@ class WakeDReG(Estimator):
 class _Grouped(Estimator):
     """What PIWAE and MIWAE share: particles in `num_groups` groups of equal size."""
 
-    def __init__(self, num_particles: int = 4, *, num_groups: int = 2, joint: bool = False) -> None:
+    def __init__(
+        self, num_particles: int = 4, *, num_groups: int = 2, joint: bool | None = None
+    ) -> None:
         super().__init__(num_particles, joint=joint)
         check_count("num_groups", num_groups)
         if num_particles % num_groups:
@@ -358,7 +362,9 @@ class CIWAE(Estimator):
 
     value_name = "CIWAE"
 
-    def __init__(self, num_particles: int = 2, *, beta: float = 0.5, joint: bool = False) -> None:
+    def __init__(
+        self, num_particles: int = 2, *, beta: float = 0.5, joint: bool | None = None
+    ) -> None:
         if not (is_number(beta) and 0 <= beta <= 1):
             raise ValueError(f"beta must lie in [0, 1], not {beta!r}")
         super().__init__(num_particles, joint=joint)

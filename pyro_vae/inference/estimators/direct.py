@@ -110,7 +110,7 @@ class StraightThrough(Objective):
     linear = True
 
     def __init__(
-        self, num_particles: int = 1, *, temperature: float = 0.5, joint: bool = False
+        self, num_particles: int = 1, *, temperature: float = 0.5, joint: bool | None = None
     ) -> None:
         if not (is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"temperature must be positive, not {temperature!r}")

@@ -98,7 +98,7 @@ class BetaELBO(_BoundsNothing):
     Args:
         num_particles: Draws from the guide for each datum.
         beta: The weight, not negative.
-        joint: True for models with global latents.
+        joint: True for models with global latents; None infers it.
 
     References:
         Higgins et al. (2017), beta-VAE: learning basic visual concepts with a constrained
@@ -108,7 +108,9 @@ class BetaELBO(_BoundsNothing):
     value_name = "beta-ELBO"
     linear = True
 
-    def __init__(self, num_particles: int = 1, *, beta: float = 4.0, joint: bool = False) -> None:
+    def __init__(
+        self, num_particles: int = 1, *, beta: float = 4.0, joint: bool | None = None
+    ) -> None:
         _check_option("beta", beta)
         super().__init__(num_particles, joint=joint)
         self.beta = beta
@@ -135,7 +137,7 @@ class FreeBits(_BoundsNothing):
         nats: The free :math:`\lambda` of each group.
         groups: `"dimension"`: each dimension of each latent, for which model and guide must have
             independent dimensions; `"site"`: each latent site.
-        joint: True for models with global latents.
+        joint: True for models with global latents; None infers it.
 
     Raises:
         ProgramError: If groups are dimensions, and a site's dimensions depend on each other.
@@ -153,7 +155,7 @@ class FreeBits(_BoundsNothing):
         *,
         nats: float = 0.1,
         groups: str = "dimension",
-        joint: bool = False,
+        joint: bool | None = None,
     ) -> None:
         _check_option("nats", nats)
         if groups not in ("dimension", "site"):
@@ -218,7 +220,7 @@ class InfoVAE(_BoundsNothing):
         alpha: At 1, the default, the KL has no weight: the MMD-VAE of the paper.
         weight: :math:`\lambda`.
         bandwidth: That of the kernel; None for the square root of the number of latents.
-        joint: Must be False: global latents have no aggregate posterior.
+        joint: Must not be True: global latents have no aggregate posterior.
 
     Note: the distance moves a learned prior through reparameterised draws alone. One without them
         (a mixture, a VampPrior) learns from the KL, so it needs alpha < 1.
@@ -237,7 +239,7 @@ class InfoVAE(_BoundsNothing):
         alpha: float = 1.0,
         weight: float = 10.0,
         bandwidth: float | None = None,
-        joint: bool = False,
+        joint: bool | None = None,
     ) -> None:
         if not (is_number(alpha) and math.isfinite(alpha) and alpha <= 1):
             raise ValueError(f"alpha must be a number up to 1, not {alpha!r}")
@@ -251,7 +253,7 @@ class InfoVAE(_BoundsNothing):
             raise ValueError(f"bandwidth must be positive or None, not {bandwidth!r}")
         if joint:
             raise ValueError("global latents have no aggregate posterior; use BetaELBO")
-        super().__init__(num_particles, joint=joint)
+        super().__init__(num_particles, joint=False)
         self.alpha = alpha
         self.weight = weight
         self.bandwidth = bandwidth

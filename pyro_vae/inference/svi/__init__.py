@@ -14,18 +14,19 @@ from pyro_vae.inference.svi.checkpoint import (
     tensor_type,
 )
 from pyro_vae.inference.svi.fit import fit
-from pyro_vae.inference.svi.history import history_result
-from pyro_vae.inference.svi.loop import Fit
+from pyro_vae.inference.svi.history import Convergence, Fit, Phase, history_result
+from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError
-from pyro_vae.inference.svi.shuffling import TrainingData
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
+    "Convergence",
     "Fit",
     "Interruptible",
     "LoadedProgram",
+    "Phase",
     "SavedParameters",
     "TrainingData",
     "TrainingError",

@@ -43,6 +43,7 @@ __all__ = [
     "holds_run",
     "load_tensors",
     "model_card",
+    "part_of",
     "read_json",
     "read_rows",
     "remove_leftovers",
@@ -231,6 +232,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is damaged: its tensors do not match their sha256; restore it or train again"
         )
     return tensors, metadata
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of the name."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:

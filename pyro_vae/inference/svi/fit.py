@@ -8,7 +8,7 @@ in a parameter store of its own, gives each module its own names, and raises in 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -28,9 +28,10 @@ from pyro_vae.inference.programs import (
     unwrap_programs,
 )
 from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
-from pyro_vae.inference.svi.loop import Fit, TrainingRun
-from pyro_vae.inference.svi.settings import FitSettings
-from pyro_vae.inference.svi.shuffling import TrainingData, move_data
+from pyro_vae.inference.svi.history import Fit
+from pyro_vae.inference.svi.loop import TrainingRun
+from pyro_vae.inference.svi.mini_batches import TrainingData, move_data
+from pyro_vae.inference.svi.settings import DEFAULT_EPOCHS, FitSettings
 from pyro_vae.progress import say
 
 __all__ = ["fit"]
@@ -44,8 +45,8 @@ def fit(
     *,
     loss: ELBO | None = None,
     optimizer: PyroOptim | Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
-    learning_rate: float | Callable[[int], float] = 1e-3,
-    epochs: int = 100,
+    learning_rate: float | Callable[[int], float] | None = None,
+    epochs: int | Literal["converged"] | None = None,
     batch_size: int | None = None,
     seed: Seed = 0,
     validation: Any = None,
@@ -62,6 +63,28 @@ def fit(
     progress: bool = True,
 ) -> Fit:
     r"""Trains a model and its guide by stochastic variational inference.
+
+    Without `epochs`, and where all data make one batch, training goes on until it has converged,
+    and there is no learning rate to choose (``epochs="converged"``). It goes in phases of a
+    constant rate. When the two halves of a phase agree (split R-hat below 1.1, or no difference in
+    the bound that counts), the parameters are averaged over it, and the next phase begins at half
+    the rate. Training ends when what the last halving brought, with two standard errors, and the
+    cost of the average's Monte-Carlo error are together below a threshold: 0.005 nats for every two
+    parameters, at most 0.25 (what an error of 0.1 posterior standard deviations in each latent
+    costs), or 0.001 nats a datum where data have weights of their own. The bound is measured with
+    the same draws on both sides. Up to 100 parameters whose latents are reparameterised start with
+    Newton's method on fixed draws, and follow gradients times the inverse Hessian afterwards, so
+    that scales and correlations matter less; else, and where that fails, steps are those of the
+    optimizer. The loss is then `StickingTheLanding(8)` where every latent of the guide is
+    reparameterised: its noise vanishes where the guide can be exact. `Fit.convergence` says what
+    was done, and what more training would buy. After 30,000 steps training ends all the same, with
+    ``converged=False`` and a warning. The rule sees the optimum that is near: not another mode, nor
+    what the guide's family cannot express.
+
+    In mini-batches, ``epochs="converged"`` watches the validation bound (the training bound without
+    validation data): when its mean over five evaluations is no longer above that over the five
+    before by two standard errors, the rate is halved, until a halving buys nothing that counts
+    (0.01 nats per datum). 1000 epochs are the limit.
 
     Each row of the history has: `loss` (mean over the epoch of what was minimised), `bound` (the
     ELBO of up to 1000 training data, the same data and the same draws after every epoch),
@@ -86,18 +109,24 @@ def fit(
         guide: The program of the approximate posterior.
         x: The data; a tuple for several arguments, a dict for keywords. Mini-batches are cut along
             the axis that the model's batch plate goes with: the first, or the one after time.
-        loss: Any Pyro ELBO, Pyro's own or ours; `Trace_ELBO()` if None.
+        loss: Any Pyro ELBO, Pyro's own or ours. If None, `Trace_ELBO()`, but for one batch that is
+            trained to convergence: see above.
         optimizer: A function from parameters to a torch optimizer
             (`functools.partial(torch.optim.SGD, lr=0.1)`), or a `PyroOptim`. If None, one fused
             Adam.
         learning_rate: For the default optimizer, or for each epoch (counted from 0) if it is a
-            function.
-        epochs: Passes over the data.
+            function. None for 1e-3, or, to convergence on one batch, for 0.1 at first (0.01 with
+            more than 100 parameters).
+        epochs: Passes over the data; "converged" to stop when training is done. None means
+            "converged" where all data make one batch and nothing else that is asked for counts in
+            epochs (`patience`, `warmup_epochs`, a learning-rate function, a `PyroOptim`), and 100
+            epochs elsewhere.
         batch_size: Data in a mini-batch. None means 128 where every latent belongs to a datum and
             the guide is amortised, else all data at once.
         seed: Seeds initial draws, shuffling and particles; the caller's random state is left alone.
         validation: Held-out data as the model takes them: `transform` is not applied.
-        evaluate_every: Epochs between rows of the history.
+        evaluate_every: Epochs between rows of the history; to convergence on one batch, there is
+            one whenever the rule looks.
         patience: Stops when the validation bound has not risen for so many evaluations; at the end
             the best parameters are put back.
         warmup_epochs: Epochs over which the weight of the KL term rises from 0 to 1 (Bowman et al.
@@ -108,7 +137,8 @@ def fit(
         checkpoint: A run folder, written before the first step, every `checkpoint_every` epochs, at
             the end and on Ctrl-C. One that holds a run already is refused unless `resume` is set.
             SIGTERM and SIGHUP then wait as well until the step at hand is made and written.
-        checkpoint_every: Epochs between checkpoints.
+        checkpoint_every: Epochs between checkpoints; to convergence on one batch, there is one
+            whenever the rule looks.
         resume: Goes on from `checkpoint`, to `epochs` in all, and finishes what a killed process
             left undone there; starts anew where it holds no run yet. Random numbers that programs
             take from NumPy or `random` are not part of it; those of torch are.
@@ -130,6 +160,12 @@ def fit(
 
         Ctrl-C ends training after the step at hand and returns what was reached (`status`
         "interrupted"); a second Ctrl-C ends it at once, without writing to `checkpoint`.
+
+    References:
+        Welandawe, Andersen, Vehtari & Huggins (2022), Robust, automated, and accurate black-box
+        variational inference, arXiv:2203.15945, for the phases; the bound stands in for their
+        symmetrised KL, so that parameters of the model count as well. Roeder, Wu & Duvenaud (2017),
+        Sticking the landing.
 
     Raises:
         ProgramError: If a parameter that the programs use was never registered, model and guide do
@@ -160,9 +196,10 @@ def fit(
     )
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound; pass validation=held_out_data")
-    if warmup_epochs > epochs:
+    stated = DEFAULT_EPOCHS if epochs is None else epochs
+    if isinstance(stated, int) and warmup_epochs > stated:
         warnings.warn(
-            f"KL warm-up of {warmup_epochs} epochs is longer than training ({epochs}): the full "
+            f"KL warm-up of {warmup_epochs} epochs is longer than training ({stated}): the full "
             "bound is never optimised",
             stacklevel=3,
         )
@@ -189,4 +226,7 @@ def fit(
         for program, names in run.bare_names():
             values = {name: found.model.state["params"][name] for name in names}
             remember_fitted(program, run.start, values)
+    done = found.convergence
+    if done is not None and not done.converged and found.status == "finished":
+        warnings.warn(f"fit: {done.summary()}", stacklevel=3)
     return found

@@ -1,14 +1,19 @@
-"""What the rows of a training say: which bounds anything, which is best, the labelled result."""
+"""What a training reached: its rows, which of them bounds anything, the labelled result, `Fit`."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from pyro_vae.inference.estimators import loss_text
-from pyro_vae.results import Result, label, make_result
+from pyro_vae.inference.programs import FittedProgram
+from pyro_vae.inference.svi.step import Interruptible
+from pyro_vae.results import Result, label, make_result, summary_html
 
-__all__ = ["best_row", "history_result", "is_bound"]
+__all__ = ["Convergence", "Fit", "Phase", "best_row", "history_result", "is_bound"]
 
 _COLUMNS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {  # unit, kind and description
@@ -106,3 +111,125 @@ def _objective(name: str, config: Mapping[str, Any]) -> str:
     model = config.get("model", {}).get("arguments", {})
     terms = "; ".join(f"{part} {model[part]}" for part in ("kind", "likelihood") if part in model)
     return {"loss": loss, "bound": f"minus {loss} ({terms})"}.get(name, name)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training at one rate.
+
+    Attributes:
+        kind: "Adam", or "Newton" where gradients are multiplied by an inverse Hessian; the name of
+            the optimizer otherwise.
+        rate: The learning rate.
+        steps: Steps at it.
+        rhat: The largest split R-hat of the parameters over the averaged steps.
+        error_nats: What the Monte-Carlo error of the averaged parameters costs.
+        gain_nats: How much higher the bound is than at the end of the phase before.
+        gain_se: The standard error of that.
+    """
+
+    kind: str
+    rate: float
+    steps: int
+    rhat: float
+    error_nats: float
+    gain_nats: float
+    gain_se: float
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """What a training that ends by itself did.
+
+    Attributes:
+        converged: Whether what more training would buy is below the threshold. If not, the limit of
+            steps was reached, or Ctrl-C came.
+        steps: Made in all.
+        gain_nats: What more training would buy, as predicted from the last phases; in nats of the
+            bound of all data, or per datum for mini-batches. NaN if nothing is known yet.
+        threshold_nats: Below which training ends.
+        phases: What was done at each rate.
+    """
+
+    converged: bool
+    steps: int
+    gain_nats: float
+    threshold_nats: float
+    phases: tuple[Phase, ...]
+
+    def summary(self) -> str:
+        """One sentence: whether it converged, and what more training would buy."""
+        told = "converged" if self.converged else "not converged"
+        gain = "unknown" if math.isnan(self.gain_nats) else f"{self.gain_nats:.2g} nats"
+        return (
+            f"{told} after {self.steps:,} steps in {len(self.phases)} phases; more training would "
+            f"buy {gain} (threshold {self.threshold_nats:.2g})"
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {p.kind:<8}{p.rate:>10.3g}{p.steps:>8,}{p.rhat:>8.3f}{p.error_nats:>11.2g}"
+            f"{p.gain_nats:>11.3g} +- {p.gain_se:.1g}"
+            for p in self.phases
+        ]
+        head = (
+            f"  {'phase':<8}{'rate':>10}{'steps':>8}{'R-hat':>8}{'error':>11}{'gain':>11}  (nats)"
+        )
+        return "\n".join([self.summary(), head, *rows])
+
+
+@dataclass(frozen=True, repr=False)
+class Fit(Interruptible):
+    """What `fit` reached.
+
+    Attributes:
+        model: The model with the fitted parameters in place, ready for every tool.
+        guide: The guide, likewise.
+        history: A row an epoch, dimension `epoch`; see `fit`.
+        config: How it was trained, as JSON can hold it.
+        parameters: Fitted values by name, in the space users see (constrained), detached.
+        status: "finished", "stopped early" or "interrupted".
+        convergence: Of a training that ends by itself (``epochs="converged"``): whether it
+            converged, its phases, and what more training would buy; None where epochs were named.
+    """
+
+    model: FittedProgram
+    guide: FittedProgram
+    history: Result
+    config: dict[str, Any]
+    parameters: dict[str, Tensor]
+    status: Literal["finished", "stopped early", "interrupted"]
+    convergence: Convergence | None = None
+
+    def summary(self) -> str:
+        """One sentence: how long it trained and which bound it reached."""
+        count = sum(value.numel() for value in self.parameters.values())
+        if not self.history.sizes["epoch"]:
+            return f"fit {self.status} before its first epoch ended; {count:,} parameters"
+        last = self.history.isel(epoch=-1)
+        text = f"fit {self.status} after {int(last.epoch)} epochs, {float(last.seconds):.1f} s"
+        row = self.history.isel(epoch=self._reached())
+        for name in ("bound", "validation_bound"):
+            if name in row:
+                spread = f" +- {float(row[name + '_se']):.2f}" if name + "_se" in row else ""
+                said = name.replace("_", " ")
+                if row[name].attrs["bound"] == "objective":
+                    said = said.replace("bound", "objective")
+                text += f"; {said} {float(row[name]):.2f}{spread} nats per datum"
+        if int(row.epoch) != int(last.epoch):
+            text += f" (back to epoch {int(row.epoch)})"
+        if self.convergence is not None:
+            text += f"; {self.convergence.summary()}"
+        return f"{text}; {count:,} parameters"
+
+    def _reached(self) -> int:
+        """The row of the history that speaks of the parameters."""
+        if self.config["fit"]["patience"] is None or self.status == "interrupted":
+            return -1
+        return best_row(self.history.validation_bound.values.tolist())
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return summary_html(self.summary(), self.history)

@@ -20,10 +20,8 @@ from pyro_vae.inference.programs import (
     as_arguments,
     common_owner,
     describe_programs,
-    evaluation_mode,
     ieee_precision,
     keep_random_state,
-    run_programs,
     store_state,
     trace_programs,
 )
@@ -33,79 +31,35 @@ from pyro_vae.inference.svi.checkpoint import (
     check_same_run,
     complete_run,
     load_tensors,
+    part_of,
     write_run,
 )
-from pyro_vae.inference.svi.history import best_row, history_result
-from pyro_vae.inference.svi.optimizer import make_optimizer
+from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule, Rule
+from pyro_vae.inference.svi.evaluation import TrainedPair, bound_of, default_loss
+from pyro_vae.inference.svi.history import Fit, best_row, history_result
+from pyro_vae.inference.svi.mini_batches import TrainingData
+from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
 from pyro_vae.inference.svi.preparation import check_held_out, prepare
-from pyro_vae.inference.svi.settings import FitSettings
-from pyro_vae.inference.svi.shuffling import TrainingData
+from pyro_vae.inference.svi.settings import (
+    CONVERGED,
+    DEFAULT_EPOCHS,
+    DEFAULT_RATE,
+    FitSettings,
+)
 from pyro_vae.inference.svi.step import (
-    Interruptible,
     ScaledLatents,
     deferred_interrupt,
     refuse_infinite,
     without_validation,
 )
 from pyro_vae.progress import progress_bar, say
-from pyro_vae.results import Result, float32_precision, summary_html
+from pyro_vae.results import float32_precision
 
-__all__ = ["Fit", "TrainingRun"]
+__all__ = ["TrainingRun"]
 
 _EVALUATION_DATA = 1000  # training data on which the bound is measured after an epoch
+_MOST_STEPS, _MOST_EPOCHS = 30_000, 1000  # of a training that ends by itself
 _LARGE_STEP = 2_000_000_000  # multiplications from which threads are worth waiting for each other
-
-
-@dataclass(frozen=True, repr=False)
-class Fit(Interruptible):
-    """What `fit` reached.
-
-    Attributes:
-        model: The model with the fitted parameters in place, ready for every tool.
-        guide: The guide, likewise.
-        history: A row an epoch, dimension `epoch`; see `fit`.
-        config: How it was trained, as JSON can hold it.
-        parameters: Fitted values by name, in the space users see (constrained), detached.
-        status: "finished", "stopped early" or "interrupted".
-    """
-
-    model: FittedProgram
-    guide: FittedProgram
-    history: Result
-    config: dict[str, Any]
-    parameters: dict[str, Tensor]
-    status: Literal["finished", "stopped early", "interrupted"]
-
-    def summary(self) -> str:
-        """One sentence: how long it trained and which bound it reached."""
-        count = sum(value.numel() for value in self.parameters.values())
-        if not self.history.sizes["epoch"]:
-            return f"fit {self.status} before its first epoch ended; {count:,} parameters"
-        last = self.history.isel(epoch=-1)
-        text = f"fit {self.status} after {int(last.epoch)} epochs, {float(last.seconds):.1f} s"
-        row = self.history.isel(epoch=self._reached())
-        for name in ("bound", "validation_bound"):
-            if name in row:
-                spread = f" +- {float(row[name + '_se']):.2f}" if name + "_se" in row else ""
-                said = name.replace("_", " ")
-                if row[name].attrs["bound"] == "objective":
-                    said = said.replace("bound", "objective")
-                text += f"; {said} {float(row[name]):.2f}{spread} nats per datum"
-        if int(row.epoch) != int(last.epoch):
-            text += f" (back to epoch {int(row.epoch)})"
-        return f"{text}; {count:,} parameters"
-
-    def _reached(self) -> int:
-        """The row of the history that speaks of the parameters."""
-        if self.config["fit"]["patience"] is None or self.status == "interrupted":
-            return -1
-        return best_row(self.history.validation_bound.values.tolist())
-
-    def __repr__(self) -> str:
-        return f"<{self.summary()}>"
-
-    def _repr_html_(self) -> str:
-        return summary_html(self.summary(), self.history)
 
 
 @dataclass
@@ -121,6 +75,7 @@ class _State:
     stale: int = 0
     status: Literal["finished", "stopped early", "interrupted"] = "interrupted"
     history: list[dict[str, Any]] = field(default_factory=list)
+    rule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,8 +104,11 @@ class TrainingRun:
             batch_size=asked.batch_size,
             warmup_epochs=asked.warmup_epochs,
         )
+        self.converges = self._converges()
+        if asked.loss is None and self.converges and self.one_batch:
+            self.loss = default_loss(self.model, self.guide, self.prepared) or self.loss
         self.loss.max_plate_nesting = self.prepared.max_plate_nesting
-        self.optim = make_optimizer(asked.optimizer, asked.learning_rate)
+        self.optim = make_optimizer(asked.optimizer, asked.learning_rate or DEFAULT_RATE)
         self.optim.add(self._parameters().values())
         if asked.threads is None and self._multiplications() >= _LARGE_STEP:
             torch.set_num_threads(threads)
@@ -159,13 +117,41 @@ class TrainingRun:
             for n, v in self._parameters().items()
             if not isinstance(v, nn.Parameter)
         }
-        for parameter in self._parameters().values():
-            parameter.grad = None  # SVI would add to what a caller left there
+        self._forget_gradients()  # SVI would add to what a caller left there
         losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
         self.svi = SVI(self.model, self.guide, self.optim, *losses)
+        self.rule = self._rule() if self.converges else None
         if self.validation is not None:  # what does not fit should not be found out after an epoch
             self._bound(check_held_out(self.prepared, self.validation))
         self.data_sha256 = self.data.sha256()  # once: data may be large
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether every step sees the same data."""
+        cut = self.prepared.batch_size < self.data.length or self.prepared.subsampled
+        return not cut and self.data.transform is None
+
+    def _converges(self) -> bool:
+        if self.settings.epochs is None:
+            return self.one_batch and not self.settings.speaks_of_epochs
+        return self.settings.epochs == CONVERGED
+
+    @property
+    def epochs(self) -> int:
+        """The most epochs."""
+        if self.converges:
+            return _MOST_STEPS if self.one_batch else _MOST_EPOCHS
+        asked = self.settings.epochs
+        return asked if isinstance(asked, int) else DEFAULT_EPOCHS
+
+    def _rule(self) -> Rule:
+        asked, steps = self.settings, math.ceil(self.data.length / self.prepared.batch_size)
+        own = self.optim.rate if asked.optimizer is not None else asked.learning_rate
+        assert not callable(own)
+        if not self.one_batch:
+            return BlockRule(self.optim, own or DEFAULT_RATE, self.epochs, steps)
+        pair = TrainedPair(self.model, self.guide, self.prepared, self.loss, self.optim)
+        return PhaseRule(pair, own, self.epochs, newton=asked.optimizer is None, seed=asked.seed)
 
     def _multiplications(self) -> int:
         """Of a step, roughly: enough to tell small ones from large ones, on any machine alike."""
@@ -177,16 +163,17 @@ class TrainingRun:
     def train(self, progress: bool) -> None:
         """Makes what is left of the epochs, and keeps what was reached."""
         state, asked = self.state, self.settings
-        if state.status == "stopped early" or state.epoch >= asked.epochs:
+        if state.status == "stopped early" or self._is_over():
             self._nothing_left()
             return
         steps = math.ceil(self.data.length / self.prepared.batch_size)
         if progress:
-            counted = {"epoch": asked.epochs, "step": steps, "thread": torch.get_num_threads()}
+            counted = {"epoch": self.epochs, "step": steps, "thread": torch.get_num_threads()}
             epochs, each, threads = (f"{n} {what}{'s' * (n != 1)}" for what, n in counted.items())
-            say(f"training: {epochs} of {each} on {threads}")
+            most = "to convergence, at most " * self.converges
+            say(f"training: {most}{epochs} of {each} on {threads}")
         bar = progress_bar(
-            asked.epochs * steps,
+            self.epochs * steps,
             "step",
             show=progress,
             what="training",
@@ -194,6 +181,8 @@ class TrainingRun:
         )
         state.status = "interrupted"
         with bar, deferred_interrupt(saves=asked.checkpoint is not None) as interrupted:
+            if isinstance(self.rule, PhaseRule):
+                self.rule.begin()
             if self.saved_config is None:
                 self._save(self._training_tensors())
             try:
@@ -201,15 +190,25 @@ class TrainingRun:
                     self._show(bar)
                     if asked.patience is not None and state.stale >= asked.patience:
                         state.status = "stopped early"
-                    elif state.epoch == asked.epochs:
+                    elif self._is_over():
                         state.status = "finished"
-                    elif state.epoch % asked.checkpoint_every == 0:
+                    elif self._is_to_be_saved():
                         self._save(self._training_tensors())
             except KeyboardInterrupt:  # in the middle of a step, which no file should hold
                 return
             tensors = self._training_tensors()
             self._go_back()
             self._save(tensors)
+
+    def _is_over(self) -> bool:
+        return self.state.epoch >= self.epochs or (self.rule is not None and self.rule.ended)
+
+    def _is_to_be_saved(self) -> bool:
+        """Every so many epochs; of one step each, whenever the rule looks."""
+        if self.rule is not None and self.one_batch:
+            rows = self.state.history
+            return bool(rows) and rows[-1]["epoch"] == self.state.epoch
+        return self.state.epoch % self.settings.checkpoint_every == 0
 
     def _nothing_left(self) -> None:
         """Ends a run that was trained to its end before."""
@@ -246,7 +245,7 @@ class TrainingRun:
                 args, kwargs = as_arguments(self.data.batch(index if size < length else None))
                 annealing = self._annealing(state.epoch + state.position / steps)
                 with annealing, self._rows(index):
-                    loss = self.svi.step(*args, **kwargs)
+                    loss = self._step(args, kwargs)
                 share = len(index) / self.prepared.num_data(len(index))
                 state.loss_sum += (loss[0] if isinstance(loss, tuple) else loss) * share
                 state.loss_data += len(index)
@@ -256,8 +255,12 @@ class TrainingRun:
                 if interrupted():
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
-        if state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.settings.epochs:
+        due = state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.epochs
+        if self.rule.step() if isinstance(self.rule, PhaseRule) else due:
             self._evaluate()
+            if isinstance(self.rule, BlockRule):
+                row = state.history[-1]
+                self.rule.take(row.get("validation_bound", row["bound"]), state.epoch)
         return True
 
     def _rows(self, index: Tensor) -> AbstractContextManager[None]:
@@ -265,6 +268,19 @@ class TrainingRun:
         if self.prepared.mini_batches is not None:
             self.optim.see(index, self.prepared.mini_batches.row_axes, visits=self.state.epoch)
         return self.prepared.on(index)
+
+    def _step(self, args: Any, kwargs: Any) -> Any:
+        try:
+            return self.svi.step(*args, **kwargs)
+        except TrainingError:
+            if self.rule is None or not self.rule.retreat():
+                raise
+            self._forget_gradients()
+            return math.nan
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters().values():
+            parameter.grad = None
 
     def _annealing(self, epoch: float) -> Any:
         warmup_epochs = self.settings.warmup_epochs
@@ -311,27 +327,8 @@ class TrainingRun:
         state.history.append(row)
 
     def _bound(self, x: Any) -> dict[str, float]:
-        """The ELBO per datum by one particle, its parts and its standard error over data."""
-        arguments, length = as_arguments(x), self.prepared.length_of(x)
-        structure = self.prepared.structure
-        evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
-        everything = self.prepared.on(None, length)
-        with torch.no_grad(), keep_random_state(), evaluation, ieee_precision(), everything:
-            pyro.set_rng_seed(self.settings.seed)
-            if structure is None:
-                value = self.loss.loss(self.model, self.guide, *arguments[0], **arguments[1])
-                value = value[0] if isinstance(value, tuple) else value
-                return {"bound": -float(value) / self.prepared.num_data(length, evaluated=True)}
-            log_p, log_q, parts = run_programs(self.model, self.guide, arguments, structure, 1)
-            per = 1.0 if not self.prepared.joint else 1.0 / length
-            log_weights = (log_p - log_q)[0] * per
-            found = {"bound": float(log_weights.mean())}
-            if parts:
-                found["reconstruction"] = float(parts["likelihood"].mean()) * per
-                found["kl"] = float((log_q - parts["prior"]).mean()) * per
-            if len(log_weights) > 1:
-                found["bound_se"] = float(log_weights.std() / math.sqrt(len(log_weights)))
-            return found
+        pair = (self.model, self.guide)
+        return bound_of(*pair, x, self.prepared, self.loss, self.settings.seed)
 
     # -- parameters and files
 
@@ -356,7 +353,8 @@ class TrainingRun:
     def _config(self) -> dict[str, Any]:
         """What config.json says."""
         asked = self.settings
-        rate = asked.learning_rate if asked.optimizer is None else None  # it has one of its own
+        rate = asked.learning_rate or (None if self.converges else DEFAULT_RATE)
+        rate = rate if asked.optimizer is None else None  # it has one of its own
         return {
             "format": FORMAT,
             "model": describe_programs(self.model, self.guide) | self._statistics(),
@@ -368,7 +366,7 @@ class TrainingRun:
                 "optimizer": self.optim.name,
                 "learning_rate": "a function" if callable(asked.learning_rate) else rate,
                 "optimizer_arguments": self.optim.arguments,
-                "epochs": asked.epochs,
+                "epochs": CONVERGED if self.converges else self.epochs,
                 "batch_size": self.prepared.batch_size,
                 "seed": asked.seed,
                 "patience": asked.patience,
@@ -396,6 +394,8 @@ class TrainingRun:
         parameters = self._parameters()
         tensors = self._values()
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
+        if self.rule is not None:
+            tensors |= {f"rule.{name}": value for name, value in self.rule.tensors().items()}
         tensors |= {f"optimizer.{n}": value for n, value in self.optim.tensors(parameters).items()}
         states = {"torch": torch.get_rng_state(), **self.data.random_states()}
         tensors |= {f"random.{name}": state for name, state in states.items()}
@@ -422,7 +422,7 @@ class TrainingRun:
             self.settings.checkpoint,
             config=self._config(),
             training=training,
-            state=asdict(self.state),
+            state=asdict(self.state) | {"rule": self.rule.saved() if self.rule else {}},
             **self._derived(),
         )
 
@@ -443,6 +443,12 @@ class TrainingRun:
         tensors, metadata = load_tensors(folder / "training.safetensors")
         if self.settings.threads is None and "config" in metadata:
             torch.set_num_threads(metadata["config"]["fit"]["num_threads"])
+        begun = metadata.get("config", {}).get("fit", {}).get("epochs")
+        if (begun == CONVERGED) != self.converges:
+            raise CheckpointError(
+                f"{folder} was trained with epochs {begun!r}; resume with epochs='converged' or "
+                "a number, as it was begun, or start a new run in another folder"
+            )
         check_same_run(folder, metadata, self._config())
         self.saved_config = metadata["config"]
         wanted = {name: tuple(value.shape) for name, value in self._values().items()}
@@ -454,14 +460,15 @@ class TrainingRun:
                 "the programs of that run"
             )
         self._set_values(tensors)
-        self.best_values = _part(tensors, "best.")
-        self.optim.restore(_part(tensors, "optimizer."), self._parameters())
+        self.best_values = part_of(tensors, "best.")
+        self.optim.restore(part_of(tensors, "optimizer."), self._parameters())
         torch.set_rng_state(tensors["random.torch"])
-        self.data.set_random_states(_part(tensors, "random."))
+        self.data.set_random_states(part_of(tensors, "random."))
         self.order = tensors.get("order")
         self.state = _State(**metadata["state"])
-        begun = metadata["config"]["fit"]["epochs"]
-        if self.state.status == "stopped early" and self.settings.epochs > begun:
+        if self.rule is not None:
+            self.rule.restore(self.state.rule, part_of(tensors, "rule."))
+        elif self.state.status == "stopped early" and self.epochs > begun:
             self.state.status, self.state.stale = "interrupted", 0  # asked to go on all the same
 
     def bare_names(self) -> list[tuple[Program, list[str]]]:
@@ -481,8 +488,7 @@ class TrainingRun:
         """What was reached, for the caller."""
         state = store_state(lambda name: name not in self.prepared.foreign)
         config, seed = self._config(), self.settings.seed
-        for parameter in self._parameters().values():
-            parameter.grad = None
+        self._forget_gradients()
         return Fit(
             model=FittedProgram(self.model, state),
             guide=FittedProgram(self.guide, state),
@@ -490,8 +496,5 @@ class TrainingRun:
             config=config,
             parameters={n: v.detach().clone() for n, v in self._stored().items()},
             status=self.state.status,
+            convergence=self.rule.report() if self.rule is not None else None,
         )
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

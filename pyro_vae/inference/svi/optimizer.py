@@ -67,6 +67,7 @@ class FusedOptim(PyroOptim):
         self.optimizer: torch.optim.Optimizer | None = None
         self.names: dict[Tensor, str] = {}
         self.seen: SeenRows | None = None
+        self.newton: tuple[float, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -87,8 +88,11 @@ class FusedOptim(PyroOptim):
             self.add(new)
         assert self.optimizer is not None
         check_gradients(params)
-        with self._in_seen_rows(self.optimizer.state):
-            self.optimizer.step()
+        if self.newton is not None:
+            self._newton_step(*self.newton)
+        else:
+            with self._in_seen_rows(self.optimizer.state):
+                self.optimizer.step()
         for p in params:  # spares SVI a tensor of zeros each, and a later step what is not its own
             p.grad = None
 
@@ -106,6 +110,28 @@ class FusedOptim(PyroOptim):
     def _in_seen_rows(self, state: Mapping[Tensor, dict[str, Any]]) -> AbstractContextManager[None]:
         return nullcontext() if self.seen is None else self.seen.alone(state)
 
+    @torch.no_grad()
+    def _newton_step(self, rate: float, inverse: Tensor) -> None:
+        """A step along the inverse Hessian times the gradient, shorter where it leads far."""
+        moved = [p for p in self.names if p.requires_grad]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
+        gradient = torch.cat([g.reshape(-1).double() for g in parts]).cpu()
+        step = -rate * (inverse @ gradient)
+        here = torch.cat([p.reshape(-1).double() for p in moved]).cpu()
+        nats = float(-step @ gradient)  # what it promises
+        longest = float((step.abs() / (1 + here.abs())).max())
+        step /= max(1.0, longest, math.sqrt(max(nats, 0.0) / (10 + len(step))))
+        for p, part in zip(moved, step.split([p.numel() for p in moved]), strict=True):
+            p += part.reshape(p.shape)
+
+    def set_newton(self, rate: float, inverse: Tensor | None) -> None:
+        """Sets the rate, and the inverse Hessian to follow; None for the optimizer's own steps."""
+        if inverse is None:
+            self.newton = None
+            self.set_learning_rate(rate)
+        else:
+            self.newton = rate, inverse
+
     def add(self, params: Iterable[Tensor]) -> None:
         """Takes further parameters into the one optimizer."""
         store = pyro.get_param_store()
@@ -120,6 +146,12 @@ class FusedOptim(PyroOptim):
                 )
         else:
             self.optimizer.add_param_group({"params": [p for _, p in named]})
+
+    @property
+    def rate(self) -> float:
+        """The first group's learning rate."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate of every parameter."""

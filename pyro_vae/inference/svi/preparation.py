@@ -44,12 +44,12 @@ from pyro_vae.inference.programs import (
 )
 from pyro_vae.inference.svi.mini_batches import (
     MiniBatches,
+    TrainingData,
     check_loss,
     data_plates,
     find_mini_batches,
     takes_parts,
 )
-from pyro_vae.inference.svi.shuffling import TrainingData
 
 __all__ = [
     "Preparation",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pyro.infer import (
     ELBO,
@@ -20,7 +20,12 @@ from pyro.optim import PyroOptim
 from pyro_vae.checks import check_count
 from pyro_vae.inference.svi.checkpoint import CheckpointError, holds_run
 
-__all__ = ["FitSettings", "scales_sites"]
+__all__ = ["CONVERGED", "DEFAULT_EPOCHS", "DEFAULT_RATE", "FitSettings", "scales_sites"]
+
+CONVERGED = "converged"
+"""What `epochs` says for a training that ends by itself."""
+DEFAULT_EPOCHS = 100
+DEFAULT_RATE = 1e-3
 
 _ANNEALABLE = (Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 
@@ -36,8 +41,8 @@ class FitSettings:
 
     loss: ELBO | None
     optimizer: Any
-    learning_rate: float | Callable[[int], float]
-    epochs: int
+    learning_rate: float | Callable[[int], float] | None
+    epochs: int | Literal["converged"] | None
     batch_size: int | None
     seed: int
     evaluate_every: int
@@ -50,8 +55,10 @@ class FitSettings:
     config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "evaluate_every", "checkpoint_every"):
+        for name in ("evaluate_every", "checkpoint_every"):
             check_count(name, getattr(self, name))
+        if self.epochs != CONVERGED:
+            check_count("epochs", self.epochs, optional=True)
         for name in ("batch_size", "patience", "threads"):
             check_count(name, getattr(self, name), optional=True)
         self._check_loss()
@@ -59,11 +66,27 @@ class FitSettings:
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:  # what NumPy takes
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {self.seed!r}")
         self._check_warmup()
+        if self.epochs == CONVERGED and (found := self.speaks_of_epochs):
+            raise ValueError(
+                f"{found} does not go with epochs='converged', which has a rule of its own; name "
+                "the number of epochs, or leave it out"
+            )
         try:
             json.dumps(dict(self.config), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config must be what JSON can hold ({error})") from error
         self._check_folder()
+
+    @property
+    def speaks_of_epochs(self) -> str:
+        """The argument that has no meaning where the number of epochs is not known, or ""."""
+        found = {
+            "patience": self.patience is not None,
+            "warmup_epochs": self.warmup_epochs > 0,
+            "a learning-rate function": callable(self.learning_rate),
+            "a PyroOptim": isinstance(self.optimizer, PyroOptim),
+        }
+        return next((name for name, given in found.items() if given), "")
 
     def _check_loss(self) -> None:
         if self.loss is not None and not isinstance(self.loss, ELBO):
@@ -79,6 +102,8 @@ class FitSettings:
                     "a learning-rate function needs a torch optimizer; pass optimizer=None or a "
                     "function of parameters"
                 )
+            return
+        if rate is None:
             return
         number = isinstance(rate, int | float) and not isinstance(rate, bool)
         if not (number and 0 < rate < math.inf):

@@ -1410,8 +1410,9 @@ def test_global_latents_have_one_weight_a_particle():
     found = DReG(4, joint=True).bound(model, guide, x)
     assert found.shape == (1,)
     assert float(found) == pytest.approx(float(exact.log_prob(x.flatten())), rel=1e-11)
+    assert DReG(4).bound(model, guide, x).shape == (1,)  # inferred
     with pytest.raises(ProgramError, match="joint=True"):
-        DReG(4).bound(model, guide, x)
+        DReG(4, joint=False).bound(model, guide, x)
 
 
 # --- VIMCO ----------------------------------------------------------------------------------------

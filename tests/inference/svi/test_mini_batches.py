@@ -37,8 +37,8 @@ from pyro_vae.inference.estimators import (
     StickingTheLanding,
 )
 from pyro_vae.inference.programs import ProgramError, as_arguments
+from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.preparation import prepare
-from pyro_vae.inference.svi.shuffling import TrainingData
 
 N, B = 7, 3
 X = torch.linspace(-1.0, 2.0, N, dtype=torch.float64).square()

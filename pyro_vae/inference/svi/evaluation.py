@@ -1,0 +1,205 @@
+"""What `fit` measures while it trains: the bound of data, and what a stopping rule asks for."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vae.inference.estimators import (
+    Objective,
+    PathwiseELBO,
+    StickingTheLanding,
+    sites_without_path,
+)
+from pyro_vae.inference.programs import (
+    Program,
+    ProgramError,
+    ProgramStructure,
+    as_arguments,
+    evaluation_mode,
+    ieee_precision,
+    inspect_programs,
+    keep_random_state,
+    run_programs,
+    trace_programs,
+)
+from pyro_vae.inference.svi.optimizer import FusedOptim
+from pyro_vae.inference.svi.preparation import Preparation
+from pyro_vae.inference.svi.step import without_validation
+
+__all__ = ["TrainedPair", "bound_of", "default_loss"]
+
+_PARTICLES = 8  # of the default loss
+_ENTRIES = 2**20  # particles times data that a check may hold in memory
+_MOST_DRAWS, _MOST_ONE_BY_ONE = 256, 24
+_NATS = 0.005  # a latent: what an error of a tenth of its posterior standard deviation costs
+_MOST_LATENTS = 50  # that count
+_NATS_PER_DATUM = 0.001
+
+
+def default_loss(model: Program, guide: Program, prepared: Preparation) -> ELBO | None:
+    """Sticking the landing, where the pair takes it; its noise ends where the guide is exact."""
+    if prepared.structure is None or prepared.structure.enumerated:
+        return None
+    if sites_without_path([(*_one_run(model, guide, prepared), 1)]):
+        return None
+    loss = StickingTheLanding(_PARTICLES, joint=prepared.joint)
+    args, kwargs = as_arguments(prepared.data.first(prepared.data.length, stream=3))
+    try:
+        with keep_random_state(), evaluation_mode(model, guide, *prepared.modules):
+            loss.differentiable_loss(model, guide, *args, **kwargs)
+    except ProgramError:
+        return None
+    return loss
+
+
+def _one_run(model: Program, guide: Program, prepared: Preparation) -> Any:
+    arguments = as_arguments(prepared.data.first(prepared.data.length, stream=3))
+    with torch.no_grad(), keep_random_state(), pyro.validation_enabled(False):
+        return trace_programs(model, guide, arguments)
+
+
+def bound_of(
+    model: Program, guide: Program, x: Any, prepared: Preparation, loss: ELBO, seed: int
+) -> dict[str, float]:
+    """The ELBO per datum by one particle, its parts and its standard error over data."""
+    arguments, length = as_arguments(x), prepared.length_of(x)
+    structure = prepared.structure
+    evaluation = evaluation_mode(model, guide, *prepared.modules)
+    everything = prepared.on(None, length)
+    with torch.no_grad(), keep_random_state(), evaluation, ieee_precision(), everything:
+        pyro.set_rng_seed(seed)
+        if structure is None:
+            value = _loss(loss, model, guide, arguments)
+            return {"bound": -value / prepared.num_data(length, evaluated=True)}
+        log_p, log_q, parts = run_programs(model, guide, arguments, structure, 1)
+        per = 1.0 if not prepared.joint else 1.0 / length
+        log_weights = (log_p - log_q)[0] * per
+        found = {"bound": float(log_weights.mean())}
+        if parts:
+            found["reconstruction"] = float(parts["likelihood"].mean()) * per
+            found["kl"] = float((log_q - parts["prior"]).mean()) * per
+        if len(log_weights) > 1:
+            found["bound_se"] = float(log_weights.std() / math.sqrt(len(log_weights)))
+        return found
+
+
+def _loss(loss: ELBO, model: Program, guide: Program, arguments: Any) -> float:
+    args, kwargs = arguments
+    value = loss.loss(model, guide, *args, **kwargs)
+    return float(value[0] if isinstance(value, tuple) else value)
+
+
+class TrainedPair:
+    """A pair of programs on all its data, as a `PhaseRule` moves and measures it.
+
+    Args:
+        model: The generative program.
+        guide: The program of the approximate posterior.
+        prepared: From `prepare`.
+        loss: What is minimised.
+        optim: Holds the parameters.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        prepared: Preparation,
+        loss: ELBO,
+        optim: FusedOptim,
+    ) -> None:
+        self.model, self.guide, self.prepared, self.optim = model, guide, prepared, optim
+        self.loss = loss
+        self.parameters = [p for p in optim.names if p.requires_grad]
+        self.arguments = as_arguments(prepared.data.first(prepared.data.length, stream=3))
+        self.structure, self.num_data = self._structure(), prepared.data.length
+        self.kind = optim.name
+        per_datum = self.structure is not None and not prepared.joint
+        each = _NATS * min(max(self.size / 2, 1.0), _MOST_LATENTS)  # a loc and a scale a latent
+        self.threshold = max(each, _NATS_PER_DATUM * self.num_data * per_datum)
+        together = self.structure is not None and self.structure.vectorizable
+        most = _MOST_DRAWS if together else _MOST_ONE_BY_ONE
+        self.num_draws = max(8, min(most, _ENTRIES // self.num_data))
+
+    def _structure(self) -> ProgramStructure | None:
+        if self.prepared.structure is None:
+            return None
+        pair = (self.model, self.guide, self.arguments)
+        return inspect_programs(*pair, joint=self.prepared.joint, num_particles=2)
+
+    @property
+    def size(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.parameters)
+
+    def vector(self) -> Float[Tensor, " numbers"]:
+        """The parameters, unconstrained, one after the other; a copy in double precision."""
+        return torch.cat([p.detach().reshape(-1).double() for p in self.parameters]).cpu().clone()
+
+    @torch.no_grad()
+    def move(self, vector: Float[Tensor, " numbers"]) -> None:
+        """Sets them."""
+        parts = vector.split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            p.copy_(part.reshape(p.shape))
+
+    def set_rate(self, rate: float, matrix: Tensor | None) -> None:
+        """Sets the rate, and what gradients are multiplied by (None: the optimizer's own step)."""
+        self.optim.set_newton(rate, matrix)
+
+    @contextmanager
+    def _measuring(self, seed: int) -> Iterator[None]:
+        """Draws that the seed fixes; parameters far off give numbers that are not finite."""
+        evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
+        everything = self.prepared.on(None)
+        with keep_random_state(), evaluation, ieee_precision(), without_validation(), everything:
+            pyro.set_rng_seed(seed)
+            yield
+
+    def draws(self, seed: int) -> Float[Tensor, " draws"]:
+        """The bound by single draws that the seed fixes, in nats of all data."""
+        with torch.no_grad(), self._measuring(seed):
+            if self.structure is None:
+                pair = (self.loss, self.model, self.guide, self.arguments)
+                return -torch.tensor([_loss(*pair) for _ in range(4)], dtype=torch.float64)
+            run = (self.model, self.guide, self.arguments, self.structure)
+            log_p, log_q, _ = run_programs(*run, self.num_draws)
+            return (log_p - log_q).sum(1).double().cpu()
+
+    def gradient(self, seed: int, *, single: bool = False) -> Float[Tensor, " numbers"]:
+        """Of minus the bound, by draws that the seed fixes; `single`: by as many as a step has."""
+        loss = self.loss if single else self._differentiable()
+        args, kwargs = self.arguments
+        with torch.enable_grad(), self._measuring(seed):
+            value = loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        parts = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self.parameters, found, strict=True)
+        ]
+        return torch.cat([g.reshape(-1).double() for g in parts]).cpu()
+
+    def _differentiable(self) -> ELBO:
+        if self.structure is None or not isinstance(self.loss, Objective):
+            return self.loss
+        many = PathwiseELBO(self.num_draws)
+        many.assume(self.model, self.guide, self.structure)
+        return many
+
+    def is_smooth(self) -> bool:
+        """Whether the gradient at fixed draws moves with the parameters as the bound's does."""
+        traces = _one_run(self.model, self.guide, self.prepared)
+        if sites_without_path([(*traces, 1)]):
+            return False
+        try:
+            self.gradient(0)
+        except (ProgramError, NotImplementedError, RuntimeError):
+            return False
+        return True
