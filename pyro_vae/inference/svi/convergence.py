@@ -31,13 +31,11 @@ _RATE, _RATE_OF_MANY = 0.1, 0.01
 _MOST_NUMBERS = 100  # with which a Hessian is worth its gradients
 _FIRST_BLOCK = 10  # steps
 _BLOCKS = 8  # to a phase; then pairs are merged, so that a phase of any length has 4 to 8
-_FEWEST_PHASES = 3
+_FEWEST_PHASES, _LIVES = 3, 20
 _RETREATS, _NEWTONS = 8, 3  # times that it may go back, and try Newton's steps all the same
-_EPOCHS_IN_BLOCK = 5
-_MOST_HALVINGS = 6
+_EPOCHS_IN_BLOCK, _MOST_HALVINGS = 5, 6
 _GRADIENTS, _HALVINGS, _NOISE_DRAWS = 500, 16, 12  # of a descent, of a step, of a rate
-_NATS_PER_DATUM = 0.01
-_LONGEST_JUMP = 2.0**20
+_NATS_PER_DATUM, _LONGEST_JUMP = 0.01, 2.0**20
 
 
 @dataclass
@@ -254,6 +252,10 @@ class PhaseRule(Rule):
             # Newton's steps are near the optimum: what they lack is a longer mean.
             if state.kind != "Newton" or seen.rise > self._near:
                 self._hasten(seen)
+            return
+        # The iterates of Newton's steps forget where they were within about 1 / rate steps.
+        lives = state.phase_steps * state.rate if state.kind == "Newton" else math.inf
+        if seen.error > self.threshold / 100 and lives < _LIVES:
             return
         gain, se = _mean_and_error(self._draws(seen.mean) - self._draws(self.best))
         if state.kind == "Newton" and not gain > -3 * se - self.threshold:
