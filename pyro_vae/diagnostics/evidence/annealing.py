@@ -15,7 +15,7 @@ that adapt themselves would bias the weights and could not be reversed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,8 +28,9 @@ from pyro_vae.inference.log_weights import (
     importance_bound,
     importance_bound_error,
 )
-from pyro_vae.inference.mcmc import Tempered, hmc_step, jittered
+from pyro_vae.inference.mcmc import Chains, Scale, estimated_scale, hmc_step, jittered, warm_up
 from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.intervals import student_factor
 
 __all__ = [
@@ -48,7 +49,8 @@ FEWEST_SIMULATIONS = 10
 _PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
 _SETTLE = 30  # steps in which the pilot finds a step size before it moves on
 _GAIN = 0.4  # change of the log step size for each unit of acceptance missed
-_SCALE_DRAWS = 100  # draws of the start from which the mass matrix is taken
+_SCALE_DRAWS = 200  # draws of the start from which its scale is taken; more of many latents
+_SCOUTS = Chains(num_warmup=100)  # that learn the scale of the posterior
 _STEEPNESS = 4.0  # delta of the sigmoid schedule in Wu et al.
 
 
@@ -60,7 +62,9 @@ class Annealing:
         num_chains: Independent chains of each datum.
         num_temperatures: Steps from the start to the posterior; the error falls with their number.
         schedule: `"sigmoid"` (finer at both ends) or `"linear"`.
-        start: `"prior"` or `"guide"`.
+        start: `"prior"` or `"guide"`. Where `log_evidence` is given a guide with a density and
+            `joint`, it starts from the guide unless told otherwise: the prior of global latents may
+            lie hundreds of nats away.
         num_leapfrog: Gradient evaluations of each transition.
         target_accept: Acceptance probability the pilot chains adapt to.
         step_size: Where the pilot chains begin.
@@ -111,8 +115,14 @@ class _Path:
     target: Tempered
     betas: list[float]
     step_sizes: Float[Tensor, "temperatures batch"]
-    inverse_mass: Float[Tensor, "batch dim"]
+    frame: Scale
+    ratio: Float[Tensor, "batch dim"]
     num_leapfrog: int
+
+    def scale(self, beta: float) -> Scale:
+        r"""That of :math:`f_\beta`: along the path precisions are interpolated, as of normals."""
+        stretch = (1 - beta + beta * self.ratio).rsqrt()
+        return self.frame * (stretch if self.frame.dim() == 2 else stretch[:, None])
 
 
 def annealed_weights(
@@ -155,9 +165,9 @@ def annealed_weights(
 
 def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> _Path:
     """Learns the step size of every datum at every temperature with pilot chains."""
-    scale = potential.draw(_SCALE_DRAWS, settings.start).var(0)
-    inverse_mass = torch.where(scale > 0, scale, 1.0)
+    frame, ratio = _frame(potential, target, settings.start)
     betas = temperatures(settings.num_temperatures, settings.schedule)
+    path = _Path(target, betas, torch.empty(0), frame, ratio, settings.num_leapfrog)
     u = potential.draw(max(2, settings.num_chains // 4), settings.start)
     log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
     learnt = []
@@ -172,7 +182,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
                 point,
                 jittered(log_step.exp(), point),
                 num_leapfrog=settings.num_leapfrog,
-                inverse_mass=inverse_mass,
+                scale=path.scale(betas[t]),
                 active=potential.active,
             )
             u = moved.point.u
@@ -183,7 +193,24 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
         steps = log_step.new_empty(0, len(log_step))
     else:
         steps = torch.stack(learnt).repeat_interleave(stride, 0)
-    return _Path(target, betas, steps, inverse_mass, settings.num_leapfrog)
+    return replace(path, step_sizes=steps)
+
+
+def _frame(
+    potential: Potential, target: Tempered, start: str
+) -> tuple[Scale, Float[Tensor, "batch dim"]]:
+    """Axes on which the start has unit variance, and its variances over the posterior's there."""
+    u = potential.draw(max(_SCALE_DRAWS, 10 * potential.dim), start)
+    posterior = warm_up(target, target(u[: _SCOUTS.num_chains]), _SCOUTS).scale
+    if posterior.dim() == 2:
+        variance = u.var(0)
+        frame = torch.where(variance > 0, variance, 1.0).sqrt()
+        return frame, (frame / posterior).square()
+    first = estimated_scale(u, torch.ones_like(u[0]), dense=True)
+    # In the coordinates of the start, the posterior's covariance is B B^T.
+    between = torch.linalg.solve_triangular(first, posterior, upper=False)
+    axes, sds, _ = torch.linalg.svd(between)
+    return first @ axes, sds.reciprocal().square()
 
 
 def _anneal(
@@ -208,7 +235,7 @@ def _anneal(
             point,
             jittered(path.step_sizes[moves_at - 1], point),
             num_leapfrog=path.num_leapfrog,
-            inverse_mass=path.inverse_mass,
+            scale=path.scale(betas[moves_at]),
             active=path.target.potential.active,
         )
         u = moved.point.u

@@ -21,7 +21,6 @@ from pyro_vae.diagnostics.evidence.annealing import (
     with_shared_draws,
 )
 from pyro_vae.inference.log_weights import importance_bound
-from pyro_vae.inference.mcmc import Tempered
 from pyro_vae.inference.mcmc.hmc import Transition
 from pyro_vae.inference.programs import (
     Potential,
@@ -30,6 +29,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     simulate,
 )
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 6, 5, 3
