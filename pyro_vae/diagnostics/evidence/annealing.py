@@ -15,7 +15,7 @@ that adapt themselves would bias the weights and could not be reversed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ from pyro_vae.inference.log_weights import (
     importance_bound,
     importance_bound_error,
 )
-from pyro_vae.inference.mcmc import Chains, Scale, estimated_scale, hmc_step, jittered, warm_up
+from pyro_vae.inference.mcmc import Scale, estimated_scale, hmc_step, jittered
 from pyro_vae.inference.programs import Potential
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.intervals import student_factor
@@ -49,8 +49,8 @@ FEWEST_SIMULATIONS = 10
 _PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
 _SETTLE = 30  # steps in which the pilot finds a step size before it moves on
 _GAIN = 0.4  # change of the log step size for each unit of acceptance missed
-_SCALE_DRAWS = 200  # draws of the start from which its scale is taken; more of many latents
-_SCOUTS = Chains(num_warmup=100)  # that learn the scale of the posterior
+_SCALE_DRAWS = 100  # draws of the start from which its scale is taken
+_MOST_CORRELATED = 20  # latents up to which these show correlations, those of a guide
 _STEEPNESS = 4.0  # delta of the sigmoid schedule in Wu et al.
 
 
@@ -115,14 +115,8 @@ class _Path:
     target: Tempered
     betas: list[float]
     step_sizes: Float[Tensor, "temperatures batch"]
-    frame: Scale
-    ratio: Float[Tensor, "batch dim"]
+    scale: Scale
     num_leapfrog: int
-
-    def scale(self, beta: float) -> Scale:
-        r"""That of :math:`f_\beta`: along the path precisions are interpolated, as of normals."""
-        stretch = (1 - beta + beta * self.ratio).rsqrt()
-        return self.frame * (stretch if self.frame.dim() == 2 else stretch[:, None])
 
 
 def annealed_weights(
@@ -165,9 +159,10 @@ def annealed_weights(
 
 def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> _Path:
     """Learns the step size of every datum at every temperature with pilot chains."""
-    frame, ratio = _frame(potential, target, settings.start)
+    drawn = potential.draw(_SCALE_DRAWS, settings.start)
+    dense = settings.start == "guide" and 1 < potential.dim <= _MOST_CORRELATED
+    scale = estimated_scale(drawn, torch.ones_like(drawn[0]), dense=dense)
     betas = temperatures(settings.num_temperatures, settings.schedule)
-    path = _Path(target, betas, torch.empty(0), frame, ratio, settings.num_leapfrog)
     u = potential.draw(max(2, settings.num_chains // 4), settings.start)
     log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
     learnt = []
@@ -182,7 +177,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
                 point,
                 jittered(log_step.exp(), point),
                 num_leapfrog=settings.num_leapfrog,
-                scale=path.scale(betas[t]),
+                scale=scale,
                 active=potential.active,
             )
             u = moved.point.u
@@ -193,24 +188,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
         steps = log_step.new_empty(0, len(log_step))
     else:
         steps = torch.stack(learnt).repeat_interleave(stride, 0)
-    return replace(path, step_sizes=steps)
-
-
-def _frame(
-    potential: Potential, target: Tempered, start: str
-) -> tuple[Scale, Float[Tensor, "batch dim"]]:
-    """Axes on which the start has unit variance, and its variances over the posterior's there."""
-    u = potential.draw(max(_SCALE_DRAWS, 10 * potential.dim), start)
-    posterior = warm_up(target, target(u[: _SCOUTS.num_chains]), _SCOUTS).scale
-    if posterior.dim() == 2:
-        variance = u.var(0)
-        frame = torch.where(variance > 0, variance, 1.0).sqrt()
-        return frame, (frame / posterior).square()
-    first = estimated_scale(u, torch.ones_like(u[0]), dense=True)
-    # In the coordinates of the start, the posterior's covariance is B B^T.
-    between = torch.linalg.solve_triangular(first, posterior, upper=False)
-    axes, sds, _ = torch.linalg.svd(between)
-    return first @ axes, sds.reciprocal().square()
+    return _Path(target, betas, steps, scale, settings.num_leapfrog)
 
 
 def _anneal(
@@ -235,7 +213,7 @@ def _anneal(
             point,
             jittered(path.step_sizes[moves_at - 1], point),
             num_leapfrog=path.num_leapfrog,
-            scale=path.scale(betas[moves_at]),
+            scale=path.scale,
             active=path.target.potential.active,
         )
         u = moved.point.u

@@ -2,7 +2,7 @@ r"""The log evidence log p(x) of each datum, with what each number bounds and ho
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 

@@ -17,9 +17,8 @@ __all__ = ["DualAveraging", "TrajectoryLength", "estimated_scale", "is_dense", "
 MOST_DENSE = 100
 """Latents up to which a metric is dense, unless it is asked for."""
 
-_COST = (
-    0.5  # power of the length that a criterion is divided by: without one, long ones would drift
-)
+_COST = 0.5  # power of the length that the criterion is divided by: without one it would drift
+_FEWEST = 2.0  # leapfrog steps on average: of a single one, all trajectories are of equal length
 _DRAWS_PER_LATENT = 5  # in the last window, from which on a covariance is worth its noise
 
 
@@ -96,10 +95,10 @@ class TrajectoryLength:
         self._slope, self._gain, self._count = 0.0, 0.0, 0
 
     def num_leapfrog(self, step_size: Float[Tensor, " batch"], *, mean: bool = False) -> float:
-        """How many steps of these sizes make the length, on average over data; from 1."""
+        """How many steps of these sizes make the length, on average over data."""
         log_length = self._log_mean / self._weight if mean and self._weight else self._log_length
         number = math.exp(log_length - float(step_size.log().mean()))
-        return min(max(number, 1.0), float(self.most))
+        return min(max(number, _FEWEST), float(self.most))
 
     def update(
         self,
