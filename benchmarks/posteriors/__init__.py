@@ -1,4 +1,4 @@
-"""Fourteen real posteriors with reference draws, and how well each method does on them."""
+"""Fourteen real posteriors with reference draws, as Pyro models."""
 
 from benchmarks.posteriors.models import NAMES, RealPosterior, load_posterior
 
