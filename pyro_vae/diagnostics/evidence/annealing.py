@@ -28,8 +28,9 @@ from pyro_vae.inference.log_weights import (
     importance_bound,
     importance_bound_error,
 )
-from pyro_vae.inference.mcmc import Tempered, hmc_step, jittered
+from pyro_vae.inference.mcmc import Scale, estimated_scale, hmc_step, jittered
 from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.intervals import student_factor
 
 __all__ = [
@@ -48,7 +49,8 @@ FEWEST_SIMULATIONS = 10
 _PILOT_STEPS = 150  # of the pilot chains: they skip temperatures, or stay for several steps
 _SETTLE = 30  # steps in which the pilot finds a step size before it moves on
 _GAIN = 0.4  # change of the log step size for each unit of acceptance missed
-_SCALE_DRAWS = 100  # draws of the start from which the mass matrix is taken
+_SCALE_DRAWS = 100  # draws of the start from which its scale is taken
+_MOST_CORRELATED = 20  # latents up to which these show correlations, those of a guide
 _STEEPNESS = 4.0  # delta of the sigmoid schedule in Wu et al.
 
 
@@ -60,7 +62,9 @@ class Annealing:
         num_chains: Independent chains of each datum.
         num_temperatures: Steps from the start to the posterior; the error falls with their number.
         schedule: `"sigmoid"` (finer at both ends) or `"linear"`.
-        start: `"prior"` or `"guide"`.
+        start: `"prior"` or `"guide"`. Where `log_evidence` is given a guide with a density and
+            `joint`, it starts from the guide unless told otherwise: the prior of global latents may
+            lie hundreds of nats away.
         num_leapfrog: Gradient evaluations of each transition.
         target_accept: Acceptance probability the pilot chains adapt to.
         step_size: Where the pilot chains begin.
@@ -111,7 +115,7 @@ class _Path:
     target: Tempered
     betas: list[float]
     step_sizes: Float[Tensor, "temperatures batch"]
-    inverse_mass: Float[Tensor, "batch dim"]
+    scale: Scale
     num_leapfrog: int
 
 
@@ -155,8 +159,9 @@ def annealed_weights(
 
 def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> _Path:
     """Learns the step size of every datum at every temperature with pilot chains."""
-    scale = potential.draw(_SCALE_DRAWS, settings.start).var(0)
-    inverse_mass = torch.where(scale > 0, scale, 1.0)
+    drawn = potential.draw(_SCALE_DRAWS, settings.start)
+    dense = settings.start == "guide" and 1 < potential.dim <= _MOST_CORRELATED
+    scale = estimated_scale(drawn, torch.ones_like(drawn[0]), dense=dense)
     betas = temperatures(settings.num_temperatures, settings.schedule)
     u = potential.draw(max(2, settings.num_chains // 4), settings.start)
     log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
@@ -172,7 +177,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
                 point,
                 jittered(log_step.exp(), point),
                 num_leapfrog=settings.num_leapfrog,
-                inverse_mass=inverse_mass,
+                scale=scale,
                 active=potential.active,
             )
             u = moved.point.u
@@ -183,7 +188,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
         steps = log_step.new_empty(0, len(log_step))
     else:
         steps = torch.stack(learnt).repeat_interleave(stride, 0)
-    return _Path(target, betas, steps, inverse_mass, settings.num_leapfrog)
+    return _Path(target, betas, steps, scale, settings.num_leapfrog)
 
 
 def _anneal(
@@ -208,7 +213,7 @@ def _anneal(
             point,
             jittered(path.step_sizes[moves_at - 1], point),
             num_leapfrog=path.num_leapfrog,
-            inverse_mass=path.inverse_mass,
+            scale=path.scale,
             active=path.target.potential.active,
         )
         u = moved.point.u

@@ -32,7 +32,7 @@ class Bridging:
         num_chains: Posterior chains of each datum.
         num_warmup: Their warm-up steps.
         num_samples: Their draws.
-        num_leapfrog: Gradient evaluations of each step.
+        num_leapfrog: Gradient evaluations of each step, on average; adapted if None.
         target_accept: Acceptance probability they adapt to.
     """
 
@@ -40,7 +40,7 @@ class Bridging:
     num_chains: int = 4
     num_warmup: int = 300
     num_samples: int = 500
-    num_leapfrog: int = 10
+    num_leapfrog: int | None = None
     target_accept: float = 0.8
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@ r"""The log evidence log p(x) of each datum, with what each number bounds and ho
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,11 +168,13 @@ def log_evidence(
         own = Bridging(**{**asdict(own), "proposal": "normal"})
     check_max_memory(max_memory)
     shown = inspected_guide(model, guide)
-    config = {"method": method, **asdict(own)}
     with torch.no_grad(), program_scope(seed):
         pair = Pair.inspect(model, shown, x, joint=joint)
-        config["joint"] = pair.joint
         check_proper(pair)  # a point mass has its own sentence, first
+        if method == "annealed" and pair.joint and guide is not None and "start" not in settings:
+            # The prior of global latents may lie hundreds of nats away.
+            own = replace(own, start="guide" if Potential(pair).knows_guide_density else "prior")
+        config = {"method": method, **asdict(own), "joint": pair.joint}
         plan = plan_chunks(
             pair,
             num_particles=chosen.at_once(own),

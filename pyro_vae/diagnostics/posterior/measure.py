@@ -18,8 +18,8 @@ from pyro_vae.diagnostics.posterior.settings import CHECKS_OF_REFERENCE, Quality
 from pyro_vae.diagnostics.posterior.stein import kernel_stein_discrepancy
 from pyro_vae.inference.draws import draws_of, flat_latents, latent_names
 from pyro_vae.inference.log_weights import weighted_columns
-from pyro_vae.inference.mcmc import Tempered
 from pyro_vae.inference.programs import Pair, Potential, ProgramError, tensors_of
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
 

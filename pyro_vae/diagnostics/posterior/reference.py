@@ -40,7 +40,7 @@ class HmcReference:
             modes far apart, n chains miss one, and agree, with probability 2^(1 - n).
         num_warmup: Steps that only adapt.
         num_samples: Draws kept of each chain.
-        num_leapfrog: Gradients of each step, on average.
+        num_leapfrog: Gradients of each step, on average; adapted if None.
         target_accept: Mean acceptance probability to adapt to.
         start: `"prior"` or `"guide"`. Chains that start from the guide may never leave the modes
             that it knows.
@@ -49,7 +49,7 @@ class HmcReference:
     num_chains: int = 8
     num_warmup: int = 300
     num_samples: int = 800
-    num_leapfrog: int = 10
+    num_leapfrog: int | None = None
     target_accept: float = 0.8
     start: str = "prior"
 

@@ -20,7 +20,7 @@ from pyro_vae.inference.log_weights import (
     khat_threshold,
     weighted_columns,
 )
-from pyro_vae.inference.mcmc import Point, Tempered, bulk_ess, hmc_step, jittered, split_rhat
+from pyro_vae.inference.mcmc import bulk_ess, hmc_step, jittered, split_rhat
 from pyro_vae.inference.programs import Potential
 from pyro_vae.inference.refit import (
     Normal,
@@ -29,6 +29,7 @@ from pyro_vae.inference.refit import (
     match_moments,
     weighted_normal,
 )
+from pyro_vae.inference.tempered import Point, Tempered
 
 __all__ = ["RUNGS", "Attempt", "LadderState", "Rung"]
 
@@ -328,7 +329,7 @@ def _sequential(
                 point,
                 jittered(step, point),
                 num_leapfrog=_random_length(),
-                inverse_mass=mass,
+                scale=mass.sqrt(),
                 active=potential.active,
             )
             point = moved.point

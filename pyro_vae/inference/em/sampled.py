@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyro_vae.checks import check_count, check_positive
 from pyro_vae.inference.estimators import Objective
-from pyro_vae.inference.mcmc import Tempered, hmc_step
+from pyro_vae.inference.mcmc import hmc_step
 from pyro_vae.inference.programs import Arguments, Pair, Potential, Program
+from pyro_vae.inference.tempered import Tempered
 
 __all__ = ["MonteCarloEM"]
 

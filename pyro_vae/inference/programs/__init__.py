@@ -53,7 +53,12 @@ from pyro_vae.inference.programs.scope import (
     store_state,
     unwrap_programs,
 )
-from pyro_vae.inference.programs.simulate import Simulation, simulate, without_data
+from pyro_vae.inference.programs.simulate import (
+    Simulation,
+    inspected_guide,
+    simulate,
+    without_data,
+)
 from pyro_vae.inference.programs.sites import (
     LabelledSites,
     as_run,
@@ -90,11 +95,7 @@ from pyro_vae.inference.programs.traces import (
     trace_programs,
     weighted_sites,
 )
-from pyro_vae.inference.programs.unconstrained import (
-    Potential,
-    inspected_guide,
-    latent_potential,
-)
+from pyro_vae.inference.programs.unconstrained import Potential, latent_potential
 
 __all__ = [
     "Arguments",

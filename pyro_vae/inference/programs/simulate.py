@@ -1,10 +1,11 @@
-"""Data drawn from a model with the latents behind them, and local latents drawn anew."""
+"""Data drawn from a model and its latents; local latents drawn anew; the prior as a guide."""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
@@ -20,9 +21,18 @@ from pyro_vae.inference.programs.arguments import (
     as_arguments,
 )
 from pyro_vae.inference.programs.traces import in_particle_plate, map_draw, weighted_sites
+from pyro_vae.inference.supports import transform_of
 from pyro_vae.results import ShortRepr
 
-__all__ = ["Simulation", "redraw_local", "simulate", "without_data"]
+__all__ = [
+    "Simulation",
+    "inspected_guide",
+    "layers",
+    "prior_guide",
+    "redraw_local",
+    "simulate",
+    "without_data",
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,3 +155,57 @@ def redraw_local(
             replayed = poutine.replay(in_particle_plate(model, particles, place), trace=locals_)
             drawn.append((locals_, poutine.trace(replayed).get_trace(*args, **kwargs), particles))
     return drawn
+
+
+def inspected_guide(model: Program, guide: Program | None) -> Program:
+    """The guide, or one in its place that `inspect_programs` takes: the prior of the latents.
+
+    Enumerated sites, from which latents may be drawn, are held at their first value.
+    """
+    return prior_guide(_FirstOfSupport()(model)) if guide is None else guide
+
+
+def prior_guide(model: Program) -> Program:
+    """The model without its observations: a guide that draws the latents from the prior.
+
+    Sites without a normalisable prior (`ImproperUniform`) are drawn within two units of zero in
+    unconstrained space.
+    """
+
+    def hidden(msg: Any) -> bool:
+        return msg["type"] == "sample" and (
+            msg["is_observed"] or msg["infer"].get("enumerate") == "parallel"
+        )
+
+    return poutine.block(_DrawImproper()(model), hide_fn=hidden)
+
+
+class _DrawImproper(Messenger):
+    """Draws sites that have no distribution to draw from."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and isinstance(layers(msg["fn"])[-1], dist.ImproperUniform):
+            fn = msg["fn"]
+            transform = transform_of(fn)
+            free = transform.inverse_shape(fn.shape())
+            near_zero = dist.Uniform(-2.0, 2.0).expand(free)
+            near_zero = near_zero.to_event(len(free) - len(fn.batch_shape))
+            msg["fn"] = dist.TransformedDistribution(near_zero, [transform])
+
+
+class _FirstOfSupport(Messenger):
+    """Holds the enumerated sites at their first value."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        marked = msg["infer"].get("enumerate") == "parallel"
+        if marked and msg["value"] is None and msg["fn"].has_enumerate_support:
+            first = msg["fn"].enumerate_support(expand=False)[0]
+            msg["value"], msg["done"] = first.expand(msg["fn"].shape()), True
+
+
+def layers(fn: Any) -> list[Any]:
+    """A distribution, and what it wraps, down to the innermost."""
+    layers = [fn]
+    while hasattr(layers[-1], "base_dist"):
+        layers.append(layers[-1].base_dist)
+    return layers

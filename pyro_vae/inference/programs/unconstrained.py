@@ -29,6 +29,7 @@ from pyro_vae.inference.programs.arguments import (
 )
 from pyro_vae.inference.programs.inspection import Pair
 from pyro_vae.inference.programs.refusals import is_delta
+from pyro_vae.inference.programs.simulate import inspected_guide, layers, prior_guide
 from pyro_vae.inference.programs.traces import (
     draw_traces,
     enumerating,
@@ -45,9 +46,7 @@ from pyro_vae.inference.supports import family_of, support_of, transform_of
 __all__ = [
     "LogDensities",
     "Potential",
-    "inspected_guide",
     "latent_potential",
-    "prior_guide",
 ]
 
 _STRAIGHT_THROUGH = (
@@ -120,7 +119,10 @@ class Potential:
         example = sites[self._layouts[0].name]["value"]
         self.like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
         self.active = self._active()
-        self._cannot_evaluate_guide = _why_no_density(guide_trace, structure)
+        self._auxiliary = self._known_auxiliary(guide_trace, model_trace)
+        self._cannot_evaluate_guide = (
+            None if self._auxiliary else _why_no_density(guide_trace, structure)
+        )
 
     @property
     def data(self) -> list[Tensor]:
@@ -147,6 +149,11 @@ class Potential:
     def log_joint(self, u: Float[Tensor, "chains batch dim"]) -> Float[Tensor, "chains batch"]:
         """Log p(x, z) with the Jacobian of the transforms, in nats."""
         return self.log_densities(u).joint
+
+    @property
+    def knows_guide_density(self) -> bool:
+        """Whether there is a guide whose density can be had at latents that it did not draw."""
+        return self.has_guide and self._cannot_evaluate_guide is None
 
     def check_guide_density(self, instead: str | None = None) -> None:
         """Refuses a guide whose density cannot be evaluated at latents that it did not draw.
@@ -197,7 +204,7 @@ class Potential:
         chains, structure = len(u), self.structure
         joint = sum_sites(trace, structure, chains)
         if start == "guide":
-            first = sum_sites(self._guide_trace(trace, chains), structure, chains)
+            first = sum_sites(self._guide_trace(trace, u), structure, chains)
         else:
             first = sum_sites(trace, structure, chains, _is_latent)
         return tuple(
@@ -226,18 +233,47 @@ class Potential:
             total = total + summed
         return trace, total
 
-    def _guide_trace(self, model_trace: Trace, chains: int) -> Trace:
+    def _guide_trace(self, model_trace: Trace, u: Tensor) -> Trace:
         args, kwargs = self._arguments
         given = self._fixed.copy()
-        for name in self.structure.latents:
+        for name, value in self._auxiliary_values(u, self._auxiliary).items():
+            infer = {"is_auxiliary": True}
+            given.add_node(name, type="sample", value=value, infer=infer, is_observed=False)
+        for name in () if self._auxiliary else self.structure.latents:
             site = model_trace.nodes[name]
             given.add_node(name, **{k: v for k, v in site.items() if k != "name"})
-        program = poutine.replay(self._in_plate(self._guide, chains), trace=given)
+        program = poutine.replay(self._in_plate(self._guide, len(u)), trace=given)
         with pyro.validation_enabled(False):
             return poutine.trace(program).get_trace(*args, **kwargs)
 
     def _in_plate(self, program: Program, chains: int) -> Program:
         return in_particle_plate(program, chains, -1 - self.structure.max_plate_nesting)
+
+    # --- autoguides -------------------------------------------------------------------------------
+
+    def _auxiliary_values(self, u: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """What Pyro's autoguides draw for the latents: each by itself, or all in one vector."""
+        by_site = self._unflatten(u)
+        plain = {name: name.removesuffix("_unconstrained") for name in names}
+        if set(plain.values()) <= set(by_site):
+            return {name: by_site[site] for name, site in plain.items()}
+        padding = (len(u), *(1,) * self.structure.max_plate_nesting) if len(u) > 1 else ()
+        whole = len(names) == 1 and self.structure.batch_dim is None
+        return {names[0]: u.reshape(*padding, self.dim)} if whole else {}
+
+    def _known_auxiliary(self, guide_trace: Trace, model_trace: Trace) -> tuple[str, ...]:
+        """The auxiliary sites of the guide, if its latents are these, transformed; else none."""
+        sites = weighted_sites(guide_trace)
+        drawn = {name: s["value"] for name, s in sites.items() if s["infer"].get("is_auxiliary")}
+        if not drawn or not self.has_guide:
+            return ()
+        found = self._auxiliary_values(self.flatten(model_trace, 1), tuple(drawn))
+        same = len(found) == len(drawn) and all(
+            found[name].shape == value.shape
+            and torch.allclose(found[name], value, rtol=1e-4, atol=1e-4)
+            for name, value in drawn.items()
+        )
+        return tuple(drawn) if same else ()
 
     # --- shapes -----------------------------------------------------------------------------------
 
@@ -325,52 +361,6 @@ def latent_potential(
     return Potential(pair, has_guide=guide is not None)
 
 
-def inspected_guide(model: Program, guide: Program | None) -> Program:
-    """The guide, or one in its place that `inspect_programs` takes: the prior of the latents.
-
-    Enumerated sites, from which latents may be drawn, are held at their first value.
-    """
-    return prior_guide(_FirstOfSupport()(model)) if guide is None else guide
-
-
-def prior_guide(model: Program) -> Program:
-    """The model without its observations: a guide that draws the latents from the prior.
-
-    Sites without a normalisable prior (`ImproperUniform`) are drawn within two units of zero in
-    unconstrained space.
-    """
-
-    def hidden(msg: Any) -> bool:
-        return msg["type"] == "sample" and (
-            msg["is_observed"] or msg["infer"].get("enumerate") == "parallel"
-        )
-
-    return poutine.block(_DrawImproper()(model), hide_fn=hidden)
-
-
-class _DrawImproper(Messenger):
-    """Draws sites that have no distribution to draw from."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and isinstance(_layers(msg["fn"])[-1], dist.ImproperUniform):
-            fn = msg["fn"]
-            transform = transform_of(fn)
-            free = transform.inverse_shape(fn.shape())
-            near_zero = dist.Uniform(-2.0, 2.0).expand(free)
-            near_zero = near_zero.to_event(len(free) - len(fn.batch_shape))
-            msg["fn"] = dist.TransformedDistribution(near_zero, [transform])
-
-
-class _FirstOfSupport(Messenger):
-    """Holds the enumerated sites at their first value."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        marked = msg["infer"].get("enumerate") == "parallel"
-        if marked and msg["value"] is None and msg["fn"].has_enumerate_support:
-            first = msg["fn"].enumerate_support(expand=False)[0]
-            msg["value"], msg["done"] = first.expand(msg["fn"].shape()), True
-
-
 class _AtUnconstrained(Messenger):
     """Puts latents at given points of unconstrained space, and notes the Jacobians."""
 
@@ -389,14 +379,6 @@ class _AtUnconstrained(Messenger):
         extra = log_jacobian.dim() - value.dim() + len(msg["fn"].event_shape)
         self.log_jacobians[msg["name"]] = sum_rightmost(log_jacobian, extra)
         msg["value"], msg["done"] = value, True
-
-
-def _layers(fn: Any) -> list[Any]:
-    """A distribution, and what it wraps, down to the innermost."""
-    layers = [fn]
-    while hasattr(layers[-1], "base_dist"):
-        layers.append(layers[-1].base_dist)
-    return layers
 
 
 def _is_latent(_name: str, site: Site) -> bool:
@@ -426,7 +408,7 @@ def _transform_of(name: str, fn: Any) -> Any:
             f"the model's latent site '{name}' is a Delta, which has no density to follow; write "
             "pyro.deterministic, or condition the model on it"
         )
-    if any(isinstance(layer, _STRAIGHT_THROUGH) for layer in _layers(fn)):
+    if any(isinstance(layer, _STRAIGHT_THROUGH) for layer in layers(fn)):
         raise ProgramError(
             f"the model's latent site '{name}' ({family_of(fn)}) hands on a rounded draw, so its "
             "log joint has no gradient; use the relaxed distribution without rounding, or "

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_vae.inference.log_weights import pareto_khat
-from pyro_vae.inference.mcmc import Point
+from pyro_vae.inference.tempered import Point
 
 __all__ = ["Normal", "WeightedDraws", "batch_and_match", "match_moments", "weighted_normal"]
 

@@ -21,7 +21,6 @@ from pyro_vae.diagnostics.evidence.annealing import (
     with_shared_draws,
 )
 from pyro_vae.inference.log_weights import importance_bound
-from pyro_vae.inference.mcmc import Tempered
 from pyro_vae.inference.mcmc.hmc import Transition
 from pyro_vae.inference.programs import (
     Potential,
@@ -30,6 +29,7 @@ from pyro_vae.inference.programs import (
     program_scope,
     simulate,
 )
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 6, 5, 3
@@ -159,7 +159,7 @@ def test_the_interval_covers_the_truth_and_catches_chains_that_do_not_move(linea
 
     def stay(target, point, step_size, **_):
         still = torch.zeros_like(point.log_density)
-        return Transition(point, still, still.bool())
+        return Transition(point, still, still.bool(), point.u, torch.zeros_like(point.u))
 
     monkeypatch.setattr(annealing, "hmc_step", stay)
     lower, upper, exact = bidirectional(linear, x, **settings)
@@ -233,12 +233,43 @@ def test_a_step_size_that_makes_chains_diverge_gives_finite_bounds(linear, x):
 
 
 def test_a_guide_without_a_density_is_sent_to_the_prior(linear, x):
-    guide = pyro.infer.autoguide.AutoNormal(linear.model)
-    guide(x)
+    def auxiliary(x):
+        with pyro.plate("data", N):
+            normal = dist.Normal(torch.zeros(H), 1.0).to_event(1)
+            noise = pyro.sample("noise", normal, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(2 * noise, torch.tensor(-math.log(2.0) * H), event_dim=1))
+
     with pytest.raises(ProgramError, match="start='prior'"):
-        log_evidence(linear.model, guide, x, method="annealed", start="guide")
-    found = log_evidence(linear.model, guide, x, method="annealed", num_temperatures=3)
+        log_evidence(linear.model, auxiliary, x, method="annealed", start="guide")
+    found = log_evidence(linear.model, auxiliary, x, method="annealed", num_temperatures=3)
     assert found.sizes["datum"] == N
+
+
+def regression(x, y):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    pyro.sample("y", dist.Normal(beta @ x.T, 0.1).to_event(1), obs=y)
+
+
+def test_global_latents_far_from_their_prior_start_from_an_autoguide():
+    """Correlated coefficients, from which the prior's draws are a hundred thousand nats away."""
+    x = torch.stack([torch.ones(60), 30 + torch.randn(60)], -1)
+    y = x @ torch.tensor([3.0, -2.0]) + 0.1 * torch.randn(60)
+    covariance = 100 * x @ x.T + 0.01 * torch.eye(60)
+    exact = float(torch.distributions.MultivariateNormal(torch.zeros(60), covariance).log_prob(y))
+    guide = pyro.infer.autoguide.AutoMultivariateNormal(regression)
+    guide(x, y)
+    precision = x.T @ x / 0.01 + torch.eye(2) / 100
+    posterior = torch.linalg.cholesky(torch.linalg.inv(precision))
+    with torch.no_grad():
+        guide.loc.copy_(torch.linalg.solve(precision, x.T @ y / 0.01) + posterior.sum(1))
+        guide.scale = 0.7 * posterior.diagonal()
+        guide.scale_tril = posterior / posterior.diagonal()[:, None]
+    settings = {"method": "annealed", "joint": True, "num_temperatures": 150, "num_leapfrog": 3}
+    found = log_evidence(regression, guide, (x, y), **settings)
+    assert found.provenance["config"]["start"] == "guide"
+    error = float(found.log_evidence_se)
+    assert error < 1
+    assert abs(float(found.log_evidence) - exact) < STANDARD_ERRORS * error
 
 
 @pytest.mark.parametrize(

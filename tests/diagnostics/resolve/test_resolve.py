@@ -11,9 +11,9 @@ from scipy.integrate import quad
 from pyro_vae import LinearGaussian, to_arviz
 from pyro_vae.diagnostics.resolve import RUNGS, resolve
 from pyro_vae.inference.log_weights import pareto_khat
-from pyro_vae.inference.mcmc import Point
 from pyro_vae.inference.refit import Normal, WeightedDraws, batch_and_match, match_moments
 from pyro_vae.inference.refit.normals import _match
+from pyro_vae.inference.tempered import Point
 
 NAMES = [rung.name for rung in RUNGS]
 

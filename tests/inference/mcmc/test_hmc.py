@@ -10,8 +10,9 @@ import torch
 from oracles import linear_pair
 from pyro.infer import MCMC, NUTS, config_enumerate
 
-from pyro_vae.inference.mcmc import Tempered, bulk_ess, hmc_step, sample_posterior
+from pyro_vae.inference.mcmc import bulk_ess, hmc_step, sample_posterior
 from pyro_vae.inference.programs import ProgramError, latent_potential, program_scope
+from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 7, 5, 3

@@ -1,0 +1,5 @@
+"""Fourteen real posteriors with reference draws, as Pyro models."""
+
+from benchmarks.posteriors.models import NAMES, RealPosterior, load_posterior
+
+__all__ = ["NAMES", "RealPosterior", "load_posterior"]
