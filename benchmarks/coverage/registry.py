@@ -38,6 +38,8 @@ EXCEPTIONS: dict[str, str] = {
     "seconds_se": "a clock has no planted truth",
     "error_bound_se": "sd / sqrt(data) of a mean, the formula of data_standard_error",
     "simulated_elbo_se": "that of elbo, of simulated data",
+    "gain_se": "of a phase of fit: mean_error over draws that both sides share",
+    "rise_se": "the same of two halves of a phase",
     "khat_se": "that of pareto_tail, wherever weights are",
     "standard_errors": "Verdict's: how many of them a limit asks for",
     "precision_held_out_se": "that of precision, of other rows",

@@ -345,6 +345,24 @@ class Oracle:
         log_p = self._summed(n, latents, [s for s in self.pair.latents if s.enumerated])
         return log_p.expand_as(weight), self.log_q(n, latents).expand_as(weight), weight
 
+    def total_elbo(self) -> Tensor:
+        """The ELBO of all data, of a pair with joint latents."""
+        pair = self.pair
+        outside = [s for s in pair.drawn if s.name in pair.joint]
+        inside = [s for s in pair.drawn if s.name not in pair.joint]
+        latents, weight = self.grid([*outside, *inside])
+        _, above = self.grid(outside)
+        rest = len(weight) // len(above)
+        first = {key: value[::rest] for key, value in latents.items() if key[0] in pair.joint}
+        log_q = self.log_q(0, first, globally=True)
+        value = self.log_p(0, first, globally=True) - log_q
+        own = weight - above.repeat_interleave(rest)
+        for n in range(pair.num_data):
+            inner = self.log_q(n, latents)
+            terms = (inner + own).exp() * (self.log_p(n, latents) - inner)
+            value = value + terms.reshape(len(above), rest).nan_to_num().sum(1)
+        return ((log_q + above).exp() * value).nan_to_num().sum()[None]
+
     def log_evidence(self) -> Tensor:
         """Log p(x) of each datum; of all of them with joint latents."""
         pair = self.pair

@@ -253,6 +253,13 @@ class PhaseRule(Rule):
             if state.kind != "Newton" or seen.rise > self._near:
                 self._hasten(seen)
             return
+        # Small steps look still on a slope: the first phase lasts until its iterates have gone
+        # about, or could have.
+        first = all(phase["kind"] != state.kind for phase in state.phases)
+        if first and seen.rhat >= _RHAT and state.phase_steps * state.rate < _LIVES:
+            if state.kind != "Newton":
+                self._jump(seen)
+            return
         # The iterates of Newton's steps forget where they were within about 1 / rate steps.
         lives = state.phase_steps * state.rate if state.kind == "Newton" else math.inf
         if seen.error > self.threshold / 100 and lives < _LIVES:
@@ -357,15 +364,16 @@ class PhaseRule(Rule):
 
     def _jump(self, seen: _Look) -> None:
         """Goes on along the drift as far as the bound rises: steps are small far from home."""
-        here = self.target.vector()
-        best, length, start = self._draws(here), 0.0, here
-        trial = 1.0
+        start = self.target.vector()
+        best, length, trial = self._draws(start), 0.0, 1.0
         while trial <= _LONGEST_JUMP:
             found = self._draws(start + trial * seen.drift)
             gain, se = _mean_and_error(found - best)
-            if not gain > 2 * se + self.threshold:
+            if not gain > -2 * se:
                 break
-            best, length, trial = found, trial, 2 * trial
+            if gain > 2 * se + self.threshold:
+                best, length = found, trial
+            trial *= 2
         if length:
             self._begin(start + length * seen.drift, self.state.rate, None)
 

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import exact_log_evidence, linear_pair
+from closed_forms import exact_log_evidence, linear_pair
 from scipy import optimize
 
 from pyro_vae import log_evidence

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import exact_log_evidence, linear_pair
+from closed_forms import exact_log_evidence, linear_pair
 
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.diagnostics.evidence.importance import Importance, _reduce, importance_notes

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import z_score
+from closed_forms import z_score
 from scipy import stats
 
 from pyro_vae.diagnostics.posterior import pairs

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from oracles import gauss
+from closed_forms import gauss
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate

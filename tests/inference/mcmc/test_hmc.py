@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import linear_pair
+from closed_forms import linear_pair
 from pyro.infer import MCMC, NUTS, config_enumerate
 
 from pyro_vae.inference.mcmc import bulk_ess, hmc_step, sample_posterior

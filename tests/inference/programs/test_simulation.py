@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import linear_pair
+from closed_forms import linear_pair
 
 from pyro_vae.inference.programs import ProgramError, program_scope, simulate
 
