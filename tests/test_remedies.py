@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pyro
@@ -22,9 +23,10 @@ ROOT = Path(pyro_vae.__file__).parent
 ELSEWHERE = {"infer", "lr", "obs", "requires_grad", "track_running_stats", "z"}
 
 
-def sources() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(ROOT.rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def sources() -> list[tuple[Path, ast.Module]]:
+    paths = sorted(ROOT.rglob("*.py"))
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def text_of(node: ast.AST) -> str:

@@ -117,6 +117,7 @@ def test_the_lines_add_up_and_are_labelled(pair: LinearGaussian) -> None:
     assert any("raise max_steps" in note for note in exact.provenance["notes"])
 
 
+@pytest.mark.long
 def test_the_best_diagonal_guide_has_an_approximation_gap_alone(pair: LinearGaussian) -> None:
     x = pair.sample(6)
     found = gap_of(pair.model, pair.best_diagonal_guide, x, richer=("full",))

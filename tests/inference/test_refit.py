@@ -139,6 +139,7 @@ def test_conjugate_posteriors_are_found(
     torch.testing.assert_close(found, evidence, atol=2e-3, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dense", "low rank"])
 def test_dense_normals_reach_the_posterior(pair: LinearGaussian, kind: str) -> None:
     x = pair.sample(4)

@@ -185,6 +185,7 @@ def test_enumerated_sites_are_summed_out():
     assert prior_mean_missing.abs().max() > STANDARD_ERRORS
 
 
+@pytest.mark.long
 def test_global_latents_are_sampled_jointly():
     x = torch.randn(6) + 1
 
@@ -286,6 +287,7 @@ def test_captured_and_plain_programs_agree_and_branches_are_not_captured(x):
         assert not target.is_captured
 
 
+@pytest.mark.long
 def test_a_chain_that_diverges_is_reported_and_nothing_is_nan(linear, x):
     with torch.no_grad(), program_scope(0):
         potential = latent_potential(linear.model, None, x)
@@ -358,6 +360,7 @@ def test_latents_that_hmc_cannot_move_are_refused_by_name(x):
         sample_posterior(nothing, x[:, 0])
 
 
+@pytest.mark.long
 def test_an_improper_prior_with_a_proper_posterior():
     x = torch.tensor([2.0, -1.0])
 
