@@ -11,13 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vae.checks import check_count
 from pyro_vae.inference.programs import (
@@ -46,7 +43,6 @@ __all__ = [
     "WeightedTerms",
     "Weights",
     "can_share",
-    "closed_kl",
     "is_number",
     "log_p_of",
     "log_q_of",
@@ -409,56 +405,6 @@ def log_q_of(
     """Log q(z | x) of each particle and datum in nats, of some sites or all."""
     keep = None if only is None else lambda name, _: name in only
     return sum_traces([(guide, count) for guide, _, count in traces], structure, keep)
-
-
-def closed_kl(
-    name: str, guide: Trace, model: Trace, *, by_dimension: bool = False
-) -> Tensor | None:
-    """KL(q || p) of a latent site in closed form, given the latents above it.
-
-    Args:
-        name: The site.
-        guide: A trace of the guide.
-        model: A trace of the model at the guide's latents.
-        by_dimension: Of each dimension of the event by itself, for sites whose distributions are
-            `Independent` over one dim.
-
-    Returns:
-        In nats, with the site's mask and without its scale, of the site's batch shape (and its
-        dimensions); None where log q - log p must be drawn: no form is registered, model and guide
-        mask differently (the difference is then no KL), or the prior depends on latents that the
-        guide draws later (which then depend on this site's draw).
-    """
-    q, p = guide.nodes[name], model.nodes[name]
-    guide_order, model_order = list(weighted_sites(guide)), list(weighted_sites(model))
-    above = set(model_order[: model_order.index(name)]).intersection(guide_order)
-    if not above <= set(guide_order[: guide_order.index(name)]):
-        return None
-    if not _same_mask(q["mask"], p["mask"]) or _is_masked(q["fn"]) or _is_masked(p["fn"]):
-        return None  # Pyro's KL of masked distributions takes what both masks leave
-    if is_delta(q["fn"]):  # Pyro's KL leaves out the Jacobian that an autoguide's Delta carries
-        return None
-    mask = q["mask"]
-    pair = (q["fn"], p["fn"])
-    if by_dimension:
-        pair = (q["fn"].base_dist, p["fn"].base_dist)
-        mask = mask[..., None] if isinstance(mask, Tensor) else mask
-    try:
-        return scale_and_mask(kl_divergence(*pair), 1.0, mask)
-    except NotImplementedError:  # this pair has no closed form
-        return None
-
-
-def _same_mask(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-
-
-def _is_masked(fn: Any) -> bool:
-    while not isinstance(fn, MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
-    return True
 
 
 def _of_possible(log_p: Tensor) -> Tensor:

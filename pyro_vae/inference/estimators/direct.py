@@ -7,9 +7,12 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from pyro_vae.inference.estimators.base import (
     Coefficients,
@@ -18,7 +21,6 @@ from pyro_vae.inference.estimators.base import (
     Terms,
     WeightedTerms,
     Weights,
-    closed_kl,
     is_number,
     log_p_of,
     log_q_of,
@@ -32,12 +34,13 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     draw_traces,
+    is_delta,
     sum_dims,
     sum_sites,
     weighted_sites,
 )
 
-__all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough", "WakeSleep"]
+__all__ = ["AnalyticELBO", "SleepPhi", "StraightThrough", "WakeSleep", "closed_kl"]
 
 
 @final
@@ -291,3 +294,53 @@ def _log_q_of_simulated(
             "sites cannot give"
         )
     return sum_sites(replayed, structure, 1), scale_of([(replayed, simulated, 1)], structure)
+
+
+def closed_kl(
+    name: str, guide: Trace, model: Trace, *, by_dimension: bool = False
+) -> Tensor | None:
+    """KL(q || p) of a latent site in closed form, given the latents above it.
+
+    Args:
+        name: The site.
+        guide: A trace of the guide.
+        model: A trace of the model at the guide's latents.
+        by_dimension: Of each dimension of the event by itself, for sites whose distributions are
+            `Independent` over one dim.
+
+    Returns:
+        In nats, with the site's mask and without its scale, of the site's batch shape (and its
+        dimensions); None where log q - log p must be drawn: no form is registered, model and guide
+        mask differently (the difference is then no KL), or the prior depends on latents that the
+        guide draws later (which then depend on this site's draw).
+    """
+    q, p = guide.nodes[name], model.nodes[name]
+    guide_order, model_order = list(weighted_sites(guide)), list(weighted_sites(model))
+    above = set(model_order[: model_order.index(name)]).intersection(guide_order)
+    if not above <= set(guide_order[: guide_order.index(name)]):
+        return None
+    if not _same_mask(q["mask"], p["mask"]) or _is_masked(q["fn"]) or _is_masked(p["fn"]):
+        return None  # Pyro's KL of masked distributions takes what both masks leave
+    if is_delta(q["fn"]):  # Pyro's KL leaves out the Jacobian that an autoguide's Delta carries
+        return None
+    mask = q["mask"]
+    pair = (q["fn"], p["fn"])
+    if by_dimension:
+        pair = (q["fn"].base_dist, p["fn"].base_dist)
+        mask = mask[..., None] if isinstance(mask, Tensor) else mask
+    try:
+        return scale_and_mask(kl_divergence(*pair), 1.0, mask)
+    except NotImplementedError:  # this pair has no closed form
+        return None
+
+
+def _same_mask(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+
+
+def _is_masked(fn: Any) -> bool:
+    while not isinstance(fn, MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True

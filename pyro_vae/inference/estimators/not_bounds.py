@@ -22,13 +22,13 @@ from pyro_vae.inference.estimators.base import (
     Objective,
     Traces,
     Weights,
-    closed_kl,
     is_number,
     log_p_of,
     log_q_of,
     scale_of,
     sites_without_path,
 )
+from pyro_vae.inference.estimators.direct import closed_kl
 from pyro_vae.inference.programs import (
     Arguments,
     Program,

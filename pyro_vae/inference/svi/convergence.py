@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.svi.history import Convergence, Phase
-from pyro_vae.inference.svi.optimizer import FusedOptim
+from pyro_vae.inference.svi.optimizer import FusedOptim, positive_inverse
 
 __all__ = ["BlockRule", "PhaseRule", "Rule"]
 
@@ -391,7 +391,7 @@ class PhaseRule(Rule):
                 ends.append(self.target.gradient(seed))
             rows.append((ends[0] - ends[1]) / (2 * width))
         self.target.move(here)
-        return _positive_inverse(torch.stack(rows))
+        return positive_inverse(torch.stack(rows))
 
     def _give_up(self) -> None:
         """The limit of steps: the last mean, if it is better than the best so far."""
@@ -494,15 +494,3 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
     if len(values) < 2 or not math.isfinite(mean):
         return mean, 0.0
     return mean, float(values.std()) / math.sqrt(len(values))
-
-
-def _positive_inverse(hessian: Tensor) -> Tensor | None:
-    """The inverse with the absolute eigenvalues, in units in which the diagonal is one."""
-    hessian = (hessian + hessian.T) / 2
-    if not hessian.isfinite().all():
-        return None
-    unit = hessian.diagonal().abs().sqrt()
-    unit = torch.where(unit > 0, unit, 1.0)
-    values, vectors = torch.linalg.eigh(hessian / unit[:, None] / unit)
-    values = values.abs().clamp_min(1e-7)
-    return (vectors / values) @ vectors.T / unit[:, None] / unit

@@ -12,7 +12,14 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["FusedOptim", "SeenRows", "TrainingError", "check_gradients", "make_optimizer"]
+__all__ = [
+    "FusedOptim",
+    "SeenRows",
+    "TrainingError",
+    "check_gradients",
+    "make_optimizer",
+    "positive_inverse",
+]
 
 
 class TrainingError(RuntimeError):
@@ -256,3 +263,15 @@ def make_optimizer(optimizer: Any, learning_rate: Any) -> FusedOptim:
 
     adam.__name__ = "Adam"
     return FusedOptim(adam)
+
+
+def positive_inverse(hessian: Tensor) -> Tensor | None:
+    """The inverse with the absolute eigenvalues, in units in which the diagonal is one."""
+    hessian = (hessian + hessian.T) / 2
+    if not hessian.isfinite().all():
+        return None
+    unit = hessian.diagonal().abs().sqrt()
+    unit = torch.where(unit > 0, unit, 1.0)
+    values, vectors = torch.linalg.eigh(hessian / unit[:, None] / unit)
+    values = values.abs().clamp_min(1e-7)
+    return (vectors / values) @ vectors.T / unit[:, None] / unit
