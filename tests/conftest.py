@@ -1,6 +1,7 @@
 """What every test starts from, and what no test may leave changed."""
 
 import hashlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,12 +12,18 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
+USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+
 
 def pytest_configure() -> None:
     # Neither results nor times then depend on how many cores the machine has free.
     torch.set_num_threads(1)
     # NumPy's and SciPy's own threads wait on one another when the cores are busy.
     threadpool_limits(1, user_api="blas")
+    # A shell that starts this in the background has these ignored, as would all that tests start.
+    for signum, usual in USUAL.items():
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, usual)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
