@@ -16,7 +16,7 @@ from scipy import integrate
 
 from pyro_vae import elbo_gap, fit, log_evidence, log_weights, posterior_quality, resolve
 from pyro_vae.inference.draws import draw_posterior
-from pyro_vae.inference.programs import ProgramError, latent_potential, program_scope
+from pyro_vae.inference.programs import ProgramError, program_scope, unconstrained_model
 
 N = 3
 
@@ -366,7 +366,7 @@ def test_what_has_no_gradient_goes_through_what_draws_and_is_refused_by_the_rest
     check_weights(model, guide, x, exact)
     refused = rf"site 'z' (is discrete )?\({name}\)"
     with program_scope(0), pytest.raises(ProgramError, match=refused):
-        latent_potential(model, guide, x)
+        unconstrained_model(model, guide, x)
     if name in ("Bernoulli", "Rejector", "RelaxedBernoulliStraightThrough"):
         for method in ("annealed", "bridge", "quadrature"):
             with pytest.raises(ProgramError, match=refused):

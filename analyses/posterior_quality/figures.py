@@ -15,7 +15,7 @@ from analyses.posterior_quality.verdict import Measured, per_datum, with_sign
 from pyro_vae import VAE
 from pyro_vae.data import Dataset
 from pyro_vae.inference.mcmc import PosteriorSample
-from pyro_vae.inference.programs import latent_potential, program_scope
+from pyro_vae.inference.programs import program_scope, unconstrained_model
 from pyro_vae.plots import (
     plot_calibration,
     plot_coverage,
@@ -83,8 +83,8 @@ def on_grid(vae: VAE, x: Tensor, datum: int, reference: PosteriorSample, steps: 
     across, up = (torch.linspace(float(c - half), float(c + half), steps) for c in centre)
     points = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1).reshape(-1, 1, 2)
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(vae.model, vae.guide, x[datum : datum + 1])
-        found = potential.log_densities(points.to(draws), "guide")
+        latent_model = unconstrained_model(vae.model, vae.guide, x[datum : datum + 1])
+        found = latent_model.log_densities(points.to(draws), "guide")
     shape = (steps, steps)
     return Grid(across, up, found.joint.reshape(shape), found.start.reshape(shape), draws)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.programs import UnconstrainedModel
 
 __all__ = ["Point", "Tempered"]
 
@@ -42,13 +42,15 @@ class Tempered:
     checked to give what the program gives; a program that branches on its latents is run as it is.
 
     Args:
-        potential: The model.
+        latent_model: The model.
         start: f_0: `"prior"` or `"guide"`.
         capture: Whether to try to capture.
     """
 
-    def __init__(self, potential: Potential, start: str = "prior", *, capture: bool = True) -> None:
-        self.potential, self.start = potential, start
+    def __init__(
+        self, latent_model: UnconstrainedModel, start: str = "prior", *, capture: bool = True
+    ) -> None:
+        self.latent_model, self.start = latent_model, start
         self.evaluations = 0
         self._captured: dict[int, Callable[..., Any] | None] = {}
         self._capture = capture
@@ -76,13 +78,13 @@ class Tempered:
     def _evaluate(self, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            joint, start = self.potential.log_densities(u, self.start)
+            joint, start = self.latent_model.log_densities(u, self.start)
             log_density = start + beta * (joint - start)
             (gradient,) = torch.autograd.grad(log_density.sum(), u)
         return log_density.detach(), gradient, joint.detach(), start.detach()
 
     def _try_capture(self, u: Tensor, beta: Tensor) -> Callable[..., Any] | None:
-        if not self.potential.structure.vectorizable and len(u) > 1:
+        if not self.latent_model.structure.vectorizable and len(u) > 1:
             return None
         try:
             graph = make_fx(lambda at, weight: self._evaluate(at, weight))(u, beta)

@@ -29,7 +29,7 @@ from pyro_vae.inference.log_weights import (
     importance_bound_error,
 )
 from pyro_vae.inference.mcmc import Scale, estimated_scale, hmc_step, jittered
-from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.programs import UnconstrainedModel
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.intervals import student_factor
 
@@ -120,14 +120,14 @@ class _Path:
 
 
 def annealed_weights(
-    potential: Potential,
+    latent_model: UnconstrainedModel,
     settings: Annealing,
     exact: Float[Tensor, "1 batch dim"] | None = None,
 ) -> dict[str, Tensor]:
     """Runs the chains of every datum from the start to the posterior, and back if asked.
 
     Args:
-        potential: The model at the data; used inside `program_scope`.
+        latent_model: The model at the data; used inside `program_scope`.
         settings: The settings.
         exact: An exact posterior draw of each datum, from which to anneal back.
 
@@ -145,10 +145,10 @@ def annealed_weights(
         Roy (2016), Measuring the reliability of MCMC inference with bidirectional Monte Carlo.
     """
     if settings.start == "guide":
-        potential.check_guide_density("start from the prior (start='prior')")
-    target = Tempered(potential, settings.start)
-    path = _learn_path(potential, target, settings)
-    forward, acceptance = _anneal(path, potential.draw(settings.num_chains, settings.start))
+        latent_model.check_guide_density("start from the prior (start='prior')")
+    target = Tempered(latent_model, settings.start)
+    path = _learn_path(latent_model, target, settings)
+    forward, acceptance = _anneal(path, latent_model.draw(settings.num_chains, settings.start))
     found = {"forward": forward, "acceptance": acceptance}
     if exact is not None:
         chains = exact.expand(settings.num_chains, *exact.shape[1:])
@@ -157,13 +157,13 @@ def annealed_weights(
     return found
 
 
-def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> _Path:
+def _learn_path(latent_model: UnconstrainedModel, target: Tempered, settings: Annealing) -> _Path:
     """Learns the step size of every datum at every temperature with pilot chains."""
-    drawn = potential.draw(_SCALE_DRAWS, settings.start)
-    dense = settings.start == "guide" and 1 < potential.dim <= _MOST_CORRELATED
+    drawn = latent_model.draw(_SCALE_DRAWS, settings.start)
+    dense = settings.start == "guide" and 1 < latent_model.dim <= _MOST_CORRELATED
     scale = estimated_scale(drawn, torch.ones_like(drawn[0]), dense=dense)
     betas = temperatures(settings.num_temperatures, settings.schedule)
-    u = potential.draw(max(2, settings.num_chains // 4), settings.start)
+    u = latent_model.draw(max(2, settings.num_chains // 4), settings.start)
     log_step = torch.full_like(u[0, :, 0], math.log(settings.step_size))
     learnt = []
     stride = max(1, settings.num_temperatures // _PILOT_STEPS)
@@ -178,7 +178,7 @@ def _learn_path(potential: Potential, target: Tempered, settings: Annealing) -> 
                 jittered(log_step.exp(), point),
                 num_leapfrog=settings.num_leapfrog,
                 scale=scale,
-                active=potential.active,
+                active=latent_model.active,
             )
             u = moved.point.u
             missed = moved.acceptance.mean(0) - settings.target_accept
@@ -214,7 +214,7 @@ def _anneal(
             jittered(path.step_sizes[moves_at - 1], point),
             num_leapfrog=path.num_leapfrog,
             scale=path.scale,
-            active=path.target.potential.active,
+            active=path.target.latent_model.active,
         )
         u = moved.point.u
         accepted, count = accepted + moved.acceptance.mean(0), count + 1

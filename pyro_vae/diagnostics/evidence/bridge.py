@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, run_chains
-from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.programs import UnconstrainedModel
 
 __all__ = ["Bridging", "bridge_columns", "bridge_evidence"]
 
@@ -49,23 +49,23 @@ class Bridging:
 
 
 def bridge_columns(
-    potential: Potential, settings: Bridging, *, seed: int
+    latent_model: UnconstrainedModel, settings: Bridging, *, seed: int
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Log evidence of each datum by bridge sampling, with errors and the chains' diagnostics."""
     chains = {name: value for name, value in asdict(settings).items() if name != "proposal"}
-    found = run_chains(potential, Chains(**chains), seed=seed, progress=False)
+    found = run_chains(latent_model, Chains(**chains), seed=seed, progress=False)
     half = settings.num_samples // 2
     if settings.proposal == "guide":
-        potential.check_guide_density("fit a normal to the draws (proposal='normal')")
-        posterior = _guide_ratio(potential, found.unconstrained)
-        drawn = potential.draw(posterior.shape[0] * posterior.shape[1], "guide")
-        proposed = _guide_ratio(potential, drawn[None])[0]
+        latent_model.check_guide_density("fit a normal to the draws (proposal='normal')")
+        posterior = _guide_ratio(latent_model, found.unconstrained)
+        drawn = latent_model.draw(posterior.shape[0] * posterior.shape[1], "guide")
+        proposed = _guide_ratio(latent_model, drawn[None])[0]
     else:
         fitted = _fit_normal(found, half)
         kept = found.unconstrained[:, half:]
-        posterior = found.log_joint[:, half:] - _log_prob(fitted, kept, potential)
-        drawn = _draw(fitted, kept.shape[0] * kept.shape[1], potential)
-        proposed = _joint_at(potential, drawn) - _log_prob(fitted, drawn, potential)
+        posterior = found.log_joint[:, half:] - _log_prob(fitted, kept, latent_model)
+        drawn = _draw(fitted, kept.shape[0] * kept.shape[1], latent_model)
+        proposed = _joint_at(latent_model, drawn) - _log_prob(fitted, drawn, latent_model)
     value, error = bridge_evidence(posterior.double(), proposed.double())
     return {
         "log_evidence": value,
@@ -132,16 +132,18 @@ def _relative_variance(logs: Float[Tensor, "draws batch"]) -> Float[Tensor, " ba
     return scaled.var(0)
 
 
-def _guide_ratio(potential: Potential, u: Tensor) -> Float[Tensor, "chains draws batch"]:
+def _guide_ratio(
+    latent_model: UnconstrainedModel, u: Tensor
+) -> Float[Tensor, "chains draws batch"]:
     found = []
     for part in u.flatten(0, 1).split(_PARTICLES):
-        densities = potential.log_densities(part, "guide")
+        densities = latent_model.log_densities(part, "guide")
         found.append((densities.joint - densities.start).detach())
     return torch.cat(found).unflatten(0, u.shape[:2])
 
 
-def _joint_at(potential: Potential, u: Tensor) -> Float[Tensor, "particles batch"]:
-    return torch.cat([potential.log_joint(part).detach() for part in u.split(_PARTICLES)])
+def _joint_at(latent_model: UnconstrainedModel, u: Tensor) -> Float[Tensor, "particles batch"]:
+    return torch.cat([latent_model.log_density(part).detach() for part in u.split(_PARTICLES)])
 
 
 def _fit_normal(found: PosteriorSample, half: int) -> list[MultivariateNormal]:
@@ -149,7 +151,7 @@ def _fit_normal(found: PosteriorSample, half: int) -> list[MultivariateNormal]:
     fitted = []
     draws = found.unconstrained[:, :half].flatten(0, 1)
     for datum in range(draws.shape[1]):
-        active = found.potential.active[datum]
+        active = found.latent_model.active[datum]
         u = draws[:, datum, active].double()
         covariance = torch.atleast_2d(u.T.cov())
         ridge = 1e-9 * covariance.diagonal().mean() + 1e-300
@@ -159,14 +161,14 @@ def _fit_normal(found: PosteriorSample, half: int) -> list[MultivariateNormal]:
 
 
 def _log_prob(
-    fitted: list[MultivariateNormal], u: Tensor, potential: Potential
+    fitted: list[MultivariateNormal], u: Tensor, latent_model: UnconstrainedModel
 ) -> Float[Tensor, "*draws batch"]:
-    columns = [q.log_prob(u[..., n, potential.active[n]].double()) for n, q in enumerate(fitted)]
+    columns = [q.log_prob(u[..., n, latent_model.active[n]].double()) for n, q in enumerate(fitted)]
     return torch.stack(columns, -1)
 
 
-def _draw(fitted: list[MultivariateNormal], count: int, potential: Potential) -> Tensor:
-    drawn = potential.like.new_zeros(count, *potential.active.shape, dtype=torch.float64)
+def _draw(fitted: list[MultivariateNormal], count: int, latent_model: UnconstrainedModel) -> Tensor:
+    drawn = latent_model.like.new_zeros(count, *latent_model.active.shape, dtype=torch.float64)
     for n, q in enumerate(fitted):
-        drawn[:, n, potential.active[n]] = q.sample(torch.Size((count,)))
-    return drawn.to(potential.like)
+        drawn[:, n, latent_model.active[n]] = q.sample(torch.Size((count,)))
+    return drawn.to(latent_model.like)

@@ -17,7 +17,7 @@ from pyro_vae.inference.log_weights import (
     mean_error,
     pareto_tail,
 )
-from pyro_vae.inference.programs import Pair, Potential
+from pyro_vae.inference.programs import Pair, UnconstrainedModel
 from pyro_vae.results import data_text
 
 __all__ = ["Importance", "importance_columns", "importance_notes", "two_sided_columns"]
@@ -45,7 +45,7 @@ def importance_columns(pair: Pair, plan: ChunkPlan, num_particles: int) -> Colum
 
 
 def two_sided_columns(
-    potential: Potential, exact: Float[Tensor, "1 batch dim"], num_particles: int
+    latent_model: UnconstrainedModel, exact: Float[Tensor, "1 batch dim"], num_particles: int
 ) -> Columns:
     r"""ELBO, importance bound and EUBO of simulated data, whose exact posterior draws are known.
 
@@ -55,18 +55,18 @@ def two_sided_columns(
     without bias, and is never where the posterior is not.
 
     Args:
-        potential: The pair at the simulated data.
+        latent_model: The pair at the simulated data.
         exact: The latents behind them.
         num_particles: Draws of the guide.
 
     Raises:
         ProgramError: If the guide's density cannot be evaluated at a given latent.
     """
-    potential.check_guide_density("use method='bidirectional', which can start at the prior")
-    draws = potential.draw(num_particles, "guide")
+    latent_model.check_guide_density("use method='bidirectional', which can start at the prior")
+    draws = latent_model.draw(num_particles, "guide")
     lower, upper = (
         (joint - start).double()
-        for joint, start in (potential.log_densities(u, "guide") for u in (draws, exact))
+        for joint, start in (latent_model.log_densities(u, "guide") for u in (draws, exact))
     )
     found = _reduce(lower)
     kept = {"log_evidence": "simulated_lower", "elbo": "simulated_elbo"}

@@ -38,14 +38,14 @@ from pyro_vae.diagnostics.evidence.proper import check_proper
 from pyro_vae.diagnostics.evidence.quadrature import Quadrature, quadrature_columns
 from pyro_vae.inference.programs import (
     Pair,
-    Potential,
     Program,
     ProgramError,
+    UnconstrainedModel,
     inspected_guide,
-    latent_potential,
     program_scope,
     simulate,
     tool,
+    unconstrained_model,
 )
 from pyro_vae.results import Result, data_text, label, make_result, sha256_of
 
@@ -173,7 +173,9 @@ def log_evidence(
         check_proper(pair)  # a point mass has its own sentence, first
         if method == "annealed" and pair.joint and guide is not None and "start" not in settings:
             # The prior of global latents may lie hundreds of nats away.
-            own = replace(own, start="guide" if Potential(pair).knows_guide_density else "prior")
+            own = replace(
+                own, start="guide" if UnconstrainedModel(pair).knows_guide_density else "prior"
+            )
         config = {"method": method, **asdict(own), "joint": pair.joint}
         plan = plan_chunks(
             pair,
@@ -218,9 +220,9 @@ class _Task:
     has_guide: bool
     plan: ChunkPlan
 
-    def potential(self) -> Potential:
+    def latent_model(self) -> UnconstrainedModel:
         """The log joint over unconstrained latents."""
-        return Potential(self.pair, has_guide=self.has_guide)
+        return UnconstrainedModel(self.pair, has_guide=self.has_guide)
 
 
 @dataclass(frozen=True)
@@ -239,21 +241,23 @@ def _importance_columns(task: _Task, settings: Importance) -> Columns:
 
 
 def _annealed_columns(task: _Task, settings: Annealing) -> Columns:
-    found = annealed_weights(task.potential(), settings)
+    found = annealed_weights(task.latent_model(), settings)
     return {**reduce_forward(found["forward"]), "acceptance": found["acceptance"].double()}
 
 
 def _two_sided_columns(task: _Task, settings: Importance) -> Columns:
     columns = _importance_columns(task, settings)
-    potential, exact = _at_simulated(task, "use method='bidirectional', which starts at the prior")
-    return columns | two_sided_columns(potential, exact, settings.num_particles)
+    latent_model, exact = _at_simulated(
+        task, "use method='bidirectional', which starts at the prior"
+    )
+    return columns | two_sided_columns(latent_model, exact, settings.num_particles)
 
 
 def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     columns = _annealed_columns(task, settings)
     instead = "use start='prior'" if settings.start == "guide" else None
-    potential, exact = _at_simulated(task, instead)
-    found = annealed_weights(potential, settings, exact)
+    latent_model, exact = _at_simulated(task, instead)
+    found = annealed_weights(latent_model, settings, exact)
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     columns["simulated_lower"] = lower["log_evidence"]
     columns["simulated_lower_se"] = lower["log_evidence_se"]
@@ -264,7 +268,7 @@ def _bidirectional_columns(task: _Task, settings: Annealing) -> Columns:
     return columns
 
 
-def _at_simulated(task: _Task, instead: str | None) -> tuple[Potential, Tensor]:
+def _at_simulated(task: _Task, instead: str | None) -> tuple[UnconstrainedModel, Tensor]:
     """The log joint at data drawn from the model, and the exact posterior draws behind them.
 
     Args:
@@ -281,16 +285,16 @@ def _at_simulated(task: _Task, instead: str | None) -> tuple[Potential, Tensor]:
     args, kwargs = drawn.arguments
     data = kwargs if kwargs and not args else args
     guide = pair.guide if task.has_guide else None
-    potential = latent_potential(drawn.model, guide, data, joint=pair.joint)
-    return potential, potential.unconstrain(drawn.latents)
+    latent_model = unconstrained_model(drawn.model, guide, data, joint=pair.joint)
+    return latent_model, latent_model.unconstrain(drawn.latents)
 
 
 def _bridge_columns(task: _Task, settings: Bridging) -> Columns:
-    return bridge_columns(task.potential(), settings, seed=int(torch.randint(2**31, ())))
+    return bridge_columns(task.latent_model(), settings, seed=int(torch.randint(2**31, ())))
 
 
 def _quadrature_columns(task: _Task, settings: Quadrature) -> Columns:
-    return quadrature_columns(task.potential(), settings)
+    return quadrature_columns(task.latent_model(), settings)
 
 
 def _exact(model: Program, x: Any) -> Result:

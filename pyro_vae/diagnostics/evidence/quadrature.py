@@ -22,7 +22,7 @@ from numpy.polynomial import legendre
 from torch import Tensor
 
 from pyro_vae.diagnostics.modes import LogDensity, Search, search_modes
-from pyro_vae.inference.programs import Potential, ProgramError
+from pyro_vae.inference.programs import ProgramError, UnconstrainedModel
 
 __all__ = ["Quadrature", "is_exact", "quadrature_columns"]
 
@@ -56,7 +56,7 @@ class Quadrature:
 
 
 def quadrature_columns(
-    potential: Potential, settings: Quadrature
+    latent_model: UnconstrainedModel, settings: Quadrature
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Log evidence of each datum by quadrature, with an estimate of its error in nats.
 
@@ -68,21 +68,21 @@ def quadrature_columns(
     Raises:
         ProgramError: If a datum has more than two latents, or one that a mask switches off.
     """
-    if potential.dim > 2:
+    if latent_model.dim > 2:
         raise ProgramError(
-            f"quadrature is for at most 2 latents per datum, and here are {potential.dim}; use "
+            f"quadrature is for at most 2 latents per datum, and here are {latent_model.dim}; use "
             "method='annealed' or 'bridge'"
         )
-    if not bool(potential.active.all()):
+    if not bool(latent_model.active.all()):
         raise ProgramError(
             "quadrature needs every latent to have a density, but a mask switches some off; leave "
             "those data out, or use method='annealed'"
         )
-    log_density = partial(_log_joint, potential)
-    first, second = (search_modes(log_density, _draws(potential)) for _ in range(2))
-    frame = _frame_around(first, _FARTHEST[potential.like.dtype])
+    log_density = partial(_log_joint, latent_model)
+    first, second = (search_modes(log_density, _draws(latent_model)) for _ in range(2))
+    frame = _frame_around(first, _FARTHEST[latent_model.like.dtype])
     cells = _Cells(log_density, frame, _reach(log_density, frame, (first, second)))
-    rounding = _rounding(potential, frame, first)
+    rounding = _rounding(latent_model, frame, first)
     cells.watch(first)
     cells.refine(settings, rounding)
     alone = cells.log_total()
@@ -103,34 +103,38 @@ def is_exact(columns: Mapping[str, Float[Tensor, " batch"]]) -> bool:
     return bool((columns["quadrature_error"] <= room).all()) and bool(room.isfinite().all())
 
 
-def _draws(potential: Potential) -> Float[Tensor, "draws batch dim"]:
-    starts = ["prior", "guide"] if potential.has_guide else ["prior"]
-    return torch.cat([potential.draw(_DRAWS, start) for start in starts]).double()
+def _draws(latent_model: UnconstrainedModel) -> Float[Tensor, "draws batch dim"]:
+    starts = ["prior", "guide"] if latent_model.has_guide else ["prior"]
+    return torch.cat([latent_model.draw(_DRAWS, start) for start in starts]).double()
 
 
-def _log_joint(potential: Potential, u: Float[Tensor, "points batch dim"]) -> Tensor:
+def _log_joint(latent_model: UnconstrainedModel, u: Float[Tensor, "points batch dim"]) -> Tensor:
     """Log joints; nan where they are not defined, as where a positive latent rounds to zero."""
     step = max(2, _ROWS // u.shape[1])
-    values = torch.cat([_evaluated(potential, part.to(potential.like)) for part in u.split(step)])
+    values = torch.cat(
+        [_evaluated(latent_model, part.to(latent_model.like)) for part in u.split(step)]
+    )
     return torch.where(values == math.inf, math.nan, values)
 
 
-def _evaluated(potential: Potential, u: Tensor) -> Float[Tensor, "points batch"]:
+def _evaluated(latent_model: UnconstrainedModel, u: Tensor) -> Float[Tensor, "points batch"]:
     """Log joints; nan where a matrix of the program cannot be factorised."""
     try:
-        return potential.log_joint(u).double().detach()
+        return latent_model.log_density(u).double().detach()
     except torch.linalg.LinAlgError:
         if len(u) == 1:
             return torch.full(u.shape[:2], math.nan, dtype=torch.float64, device=u.device)
-        return torch.cat([_evaluated(potential, half) for half in u.tensor_split(2)])
+        return torch.cat([_evaluated(latent_model, half) for half in u.tensor_split(2)])
 
 
-def _rounding(potential: Potential, frame: "_Frame", search: Search) -> Float[Tensor, " batch"]:
+def _rounding(
+    latent_model: UnconstrainedModel, frame: "_Frame", search: Search
+) -> Float[Tensor, " batch"]:
     """Nats that the arithmetic itself may be off by."""
     width = frame.axes.norm(dim=1).amin(-1)
     far = (frame.center.norm(dim=-1) / width).clamp_max(1e300)
     high = search.log_density.amax(0).abs()
-    return 16 * torch.finfo(potential.like.dtype).eps * (1 + high + far)
+    return 16 * torch.finfo(latent_model.like.dtype).eps * (1 + high + far)
 
 
 # --- coordinates ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pyro_vae.diagnostics.posterior.settings import CHECKS_OF_REFERENCE, Quality
 from pyro_vae.diagnostics.posterior.stein import kernel_stein_discrepancy
 from pyro_vae.inference.draws import draws_of, flat_latents, latent_names
 from pyro_vae.inference.log_weights import weighted_columns
-from pyro_vae.inference.programs import Pair, Potential, ProgramError, tensors_of
+from pyro_vae.inference.programs import Pair, ProgramError, UnconstrainedModel, tensors_of
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.progress import progress_bar
 from pyro_vae.results import sha256_of
@@ -126,17 +126,17 @@ class QualityWork:
         """The kernel Stein discrepancy, or why there is none."""
         options, asked = self.options, self.options.checks is not None
         try:
-            potential = Potential(part)
+            latent_model = UnconstrainedModel(part)
         except ProgramError as error:
             if asked:
                 raise
             return {}, [f"no kernel Stein discrepancy, which needs gradients: {error}."]
         count, most = options.num_test_draws, self.plan.particle_chunk
-        target = Tempered(potential, capture=False)
+        target = Tempered(latent_model, capture=False)
         draws, scores = [], []
-        outside = torch.zeros_like(potential.active[:, 0])
+        outside = torch.zeros_like(latent_model.active[:, 0])
         for start in range(0, count, most):
-            u = potential.draw(min(most, count - start), "guide")
+            u = latent_model.draw(min(most, count - start), "guide")
             draws.append(u)
             point = target(u)
             # Where the density is 0 there is no score, although autograd may return one.
@@ -151,7 +151,7 @@ class QualityWork:
             resolve=self._resolve(),
         )
         # A latent that a mask switches off has no density, hence no score.
-        partly = ~potential.active.all(1)
+        partly = ~latent_model.active.all(1)
         columns = {
             name: value.masked_fill(partly, math.nan).cpu()
             for name, value in (("ksd", found.value), ("ksd_p_value", found.p_value))

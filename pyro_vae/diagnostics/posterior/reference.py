@@ -20,7 +20,7 @@ from pyro_vae.diagnostics.posterior.two_sample import (
 )
 from pyro_vae.inference.draws import flat_latents
 from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, mean_ess, run_chains
-from pyro_vae.inference.programs import Pair, Potential, latent_potential
+from pyro_vae.inference.programs import Pair, UnconstrainedModel, unconstrained_model
 from pyro_vae.intervals import student_factor
 from pyro_vae.results import ShortRepr
 
@@ -105,10 +105,10 @@ def hmc_reference(
     options = asdict(settings)
     chains = Chains(**{name: value for name, value in options.items() if name != "start"})
     if settings.start == "guide":
-        potential = Potential(pair)
+        latent_model = UnconstrainedModel(pair)
     else:
-        potential = latent_potential(pair.model, None, pair.x, joint=pair.joint)
-    found = run_chains(potential, chains, seed=seed, progress=progress)
+        latent_model = unconstrained_model(pair.model, None, pair.x, joint=pair.joint)
+    found = run_chains(latent_model, chains, seed=seed, progress=progress)
     return _of_chains(found, names, joint=pair.joint)
 
 

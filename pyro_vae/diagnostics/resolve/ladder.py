@@ -21,7 +21,7 @@ from pyro_vae.inference.log_weights import (
     weighted_columns,
 )
 from pyro_vae.inference.mcmc import bulk_ess, hmc_step, jittered, split_rhat
-from pyro_vae.inference.programs import Potential
+from pyro_vae.inference.programs import UnconstrainedModel
 from pyro_vae.inference.refit import (
     Normal,
     WeightedDraws,
@@ -46,7 +46,7 @@ class LadderState:
     """What the rungs know of the data that are still on the ladder.
 
     Attributes:
-        potential: Log joint of these data.
+        latent_model: Log joint of these data.
         num_draws: Draws that each rung makes.
         thresholds: What counts as good enough.
         draws: Of the last rung that has weights.
@@ -56,7 +56,7 @@ class LadderState:
             the guide, so draws that leave them out have missed something.
     """
 
-    potential: Potential
+    latent_model: UnconstrainedModel
     num_draws: int
     thresholds: Thresholds
     draws: WeightedDraws
@@ -64,23 +64,25 @@ class LadderState:
     start: Tensor | None = None
     scouts: Tensor | None = None
 
-    def of(self, data: Tensor, potential: Potential) -> "LadderState":
-        """The same for some of the data, whose potential it is."""
+    def of(self, data: Tensor, latent_model: UnconstrainedModel) -> "LadderState":
+        """The same for some of the data, whose latent_model it is."""
         normal = self.normal and Normal(self.normal.loc[data], self.normal.chol[data])
         start, scouts = (None if u is None else u[:, data] for u in (self.start, self.scouts))
         draws = WeightedDraws(*(part[:, data] for part in self.draws))
-        return LadderState(potential, self.num_draws, self.thresholds, draws, normal, start, scouts)
+        return LadderState(
+            latent_model, self.num_draws, self.thresholds, draws, normal, start, scouts
+        )
 
     def log_joint(self, u: Float[Tensor, "count batch dim"]) -> Float[Tensor, "count batch"]:
         """Log p(x, u) in nats, -inf where it is undefined."""
         with torch.no_grad():
-            found = self.potential.log_joint(u.to(self.potential.like)).double()
+            found = self.latent_model.log_density(u.to(self.latent_model.like)).double()
         return torch.nan_to_num(found, nan=-math.inf)
 
     def send_scouts(self) -> None:
         """Tempers a few draws of the prior."""
-        target = _double(Tempered(self.potential))
-        self.scouts, _ = _sequential(target, self.potential, _NUM_SCOUTS, islands=1)
+        target = _double(Tempered(self.latent_model))
+        self.scouts, _ = _sequential(target, self.latent_model, _NUM_SCOUTS, islands=1)
 
     def misses(self, u: Float[Tensor, "count batch dim"]) -> Bool[Tensor, " batch"]:
         """Whether scouts stand where none of the draws does."""
@@ -151,7 +153,7 @@ def _matched_normal(state: LadderState) -> Attempt:
     begin = weighted_normal(state.draws.u, state.draws.log_weights)
     plain = weighted_normal(state.draws.u, torch.zeros_like(state.draws.log_weights))
     begin = _where_finite(begin, plain)
-    target = _double(Tempered(state.potential))
+    target = _double(Tempered(state.latent_model))
     state.normal = batch_and_match(target, begin)
     u = state.normal.draw(state.num_draws)
     state.draws = WeightedDraws(u, state.log_joint(u).double(), state.normal.log_prob(u))
@@ -160,12 +162,12 @@ def _matched_normal(state: LadderState) -> Attempt:
 
 def _tempered(state: LadderState, times: int = 1) -> Attempt:
     """Sequential Monte Carlo from the prior, in islands; its draws start the chains."""
-    target = _double(Tempered(state.potential))
+    target = _double(Tempered(state.latent_model))
     count = times * (state.num_draws // _ISLANDS) * _ISLANDS
-    u, log_z = _sequential(target, state.potential, count, islands=_ISLANDS)
+    u, log_z = _sequential(target, state.latent_model, count, islands=_ISLANDS)
     log_evidence = log_z.logsumexp(0) - math.log(_ISLANDS)
     se = (log_z - log_evidence).exp().std(0) / math.sqrt(_ISLANDS)
-    rhat, ess = _mixing(u.unflatten(0, (_ISLANDS, -1)), state.potential.active)
+    rhat, ess = _mixing(u.unflatten(0, (_ISLANDS, -1)), state.latent_model.active)
     state.start = u
     nan = torch.full_like(log_evidence, math.nan)
     passed = (rhat <= state.thresholds.rhat) & (ess >= state.thresholds.reference_ess)
@@ -188,9 +190,9 @@ def _chains(state: LadderState) -> Attempt:
     starts = u[:_NUM_CHAINS]
     for _ in range(3):  # chains that have not mixed go on, with a covariance of their own
         around = weighted_normal(u, torch.zeros_like(u[..., 0]))
-        target = _Whitened(_double(Tempered(state.potential)), around)
+        target = _Whitened(_double(Tempered(state.latent_model)), around)
         kept = _run_chains(target, around.to_noise(starts), num_warmup=150, num_samples=length)
-        rhat, ess = _mixing(kept, state.potential.active)
+        rhat, ess = _mixing(kept, state.latent_model.active)
         passed = (rhat <= state.thresholds.rhat) & (ess >= state.thresholds.reference_ess)
         u = around.from_noise(kept.transpose(0, 1).flatten(0, 1))
         starts, length = u[-_NUM_CHAINS:], 2 * length
@@ -283,7 +285,7 @@ def _where_finite(first: Normal, second: Normal) -> Normal:
 
 def _double(target: Tempered) -> Callable[..., Point]:
     """The target with its values in double precision, whatever the model's is."""
-    like = target.potential.like
+    like = target.latent_model.like
 
     def evaluate(u: Tensor, beta: Any = 1.0) -> Point:
         temperature = beta.to(like) if isinstance(beta, Tensor) else beta
@@ -305,10 +307,10 @@ class _Whitened:
 
 
 def _sequential(
-    target: Callable[..., Point], potential: Potential, count: int, *, islands: int
+    target: Callable[..., Point], latent_model: UnconstrainedModel, count: int, *, islands: int
 ) -> tuple[Float[Tensor, "count batch dim"], Float[Tensor, "islands batch"]]:
     """Tempers draws of the prior, every datum by itself; draws and log evidence of each island."""
-    u = potential.draw(count, "prior").double()
+    u = latent_model.draw(count, "prior").double()
     beta = torch.zeros(u.shape[1], dtype=torch.float64)
     log_z = torch.zeros(islands, u.shape[1], dtype=torch.float64)
     step = torch.full_like(beta, 0.5 * u.shape[-1] ** -0.25)
@@ -330,7 +332,7 @@ def _sequential(
                 jittered(step, point),
                 num_leapfrog=_random_length(),
                 scale=mass.sqrt(),
-                active=potential.active,
+                active=latent_model.active,
             )
             point = moved.point
             step = (step * torch.exp(0.7 * (moved.acceptance.mean(0) - 0.75))).clamp(1e-4, 2.0)

@@ -20,9 +20,9 @@ from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
     LabelledSites,
     Pair,
-    Potential,
     Program,
     ProgramStructure,
+    UnconstrainedModel,
     label_sites,
     program_scope,
     tensors_of,
@@ -224,14 +224,14 @@ class _Part:
         thresholds: Thresholds,
     ) -> None:
         self.pair = pair
-        self.potential = Potential(pair)
+        self.latent_model = UnconstrainedModel(pair)
         with torch.no_grad():
-            u = self.potential.draw(num_draws, "guide")
-            found = self.potential.log_densities(u, "guide")
+            u = self.latent_model.draw(num_draws, "guide")
+            found = self.latent_model.log_densities(u, "guide")
         draws = WeightedDraws(u.double(), found.joint.double(), found.start.double())
-        self.state = LadderState(self.potential, num_draws, thresholds, draws)
+        self.state = LadderState(self.latent_model, num_draws, thresholds, draws)
         self.state.send_scouts()
-        self.open = torch.arange(self.potential.num_data)
+        self.open = torch.arange(self.latent_model.num_data)
         self.u = u.double().clone()
         self.rung = torch.full_like(self.open, -1)
         self.columns = {
@@ -249,9 +249,9 @@ class _Part:
             seconds[number] += time.monotonic() - began
             self._take(number, attempt)
         with torch.no_grad():
-            latents = self.potential.constrain(self.u.to(self.potential.like))
-            ((trace, count), *_) = self.potential.traces(self.u[:1].to(self.potential.like))
-        sites = label_sites(trace, self.potential.structure, count)
+            latents = self.latent_model.constrain(self.u.to(self.latent_model.like))
+            ((trace, count), *_) = self.latent_model.traces(self.u[:1].to(self.latent_model.like))
+        sites = label_sites(trace, self.latent_model.structure, count)
         return _Resolved(latents, self.rung, self.columns, sites)
 
     def _take(self, number: int, attempt: Attempt) -> None:
@@ -271,7 +271,7 @@ class _Part:
         left = torch.nonzero(rest)[:, 0]
         pair = self.pair if self.pair.axes else self.pair.sliceable(len(left))
         if pair is not None:  # else the programs take all data or none
-            self.state = self.state.of(left, Potential(pair.rows(self.open[left])))
+            self.state = self.state.of(left, UnconstrainedModel(pair.rows(self.open[left])))
             self.open = self.open[left]
 
 

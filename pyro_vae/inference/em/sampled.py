@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vae.checks import check_count, check_positive
 from pyro_vae.inference.estimators import Objective
 from pyro_vae.inference.mcmc import hmc_step
-from pyro_vae.inference.programs import Arguments, Pair, Potential, Program
+from pyro_vae.inference.programs import Arguments, Pair, Program, UnconstrainedModel
 from pyro_vae.inference.tempered import Tempered
 
 __all__ = ["MonteCarloEM"]
@@ -77,16 +77,16 @@ class MonteCarloEM(Objective):
         structure = self.structure_of(model, guide, arguments)
         args, kwargs = arguments
         pair = Pair(model, guide, kwargs if kwargs and not args else args, structure)
-        potential = Potential(pair, has_guide=False)
-        u = self._e_step(potential)
-        value = potential.log_joint(u).mean(0)
+        latent_model = UnconstrainedModel(pair, has_guide=False)
+        u = self._e_step(latent_model)
+        value = latent_model.log_density(u).mean(0)
         return value, value.sum(), structure.scale
 
     @torch.no_grad()
-    def _e_step(self, potential: Potential) -> Float[Tensor, "chains batch dim"]:
+    def _e_step(self, latent_model: UnconstrainedModel) -> Float[Tensor, "chains batch dim"]:
         """Where the chains stand, `[chains, batch, dim]`."""
-        target = Tempered(potential, capture=False)
-        point = target(potential.draw(self.num_particles))
+        target = Tempered(latent_model, capture=False)
+        point = target(latent_model.draw(self.num_particles))
         for _ in range(self.num_steps):
             # Lengths differ, so that no trajectory closes on itself.
             step = self._step * (0.8 + 0.4 * torch.rand_like(point.log_density))
@@ -95,7 +95,7 @@ class MonteCarloEM(Objective):
                 point,
                 step,
                 num_leapfrog=self.num_leapfrog,
-                active=potential.active,
+                active=latent_model.active,
             )
             point = moved.point
             excess = float(moved.acceptance.mean()) - self.target_accept

@@ -24,13 +24,13 @@ from pyro_vae.inference.mcmc.hmc import Scale, Transition, hmc_step, jittered, r
 from pyro_vae.inference.mcmc.sample import PosteriorSample
 from pyro_vae.inference.optimisation import PathNormals, find_paths
 from pyro_vae.inference.programs import (
-    Potential,
     Program,
     ProgramError,
+    UnconstrainedModel,
     label_sites,
-    latent_potential,
     program_scope,
     tool_of_model,
+    unconstrained_model,
 )
 from pyro_vae.inference.tempered import Point, Tempered
 from pyro_vae.progress import progress_bar
@@ -143,18 +143,18 @@ def sample_posterior(
     )
     seed = as_seed(seed)
     with program_scope(seed):
-        potential = latent_potential(model, guide, x, joint=joint)
-    return run_chains(potential, settings, seed=seed, progress=progress)
+        latent_model = unconstrained_model(model, guide, x, joint=joint)
+    return run_chains(latent_model, settings, seed=seed, progress=progress)
 
 
 def run_chains(
-    potential: Potential, settings: Chains, *, seed: int, progress: bool
+    latent_model: UnconstrainedModel, settings: Chains, *, seed: int, progress: bool
 ) -> PosteriorSample:
     """What `sample_posterior` does, of a log joint that is at hand; starts from its guide."""
     with torch.no_grad(), program_scope(seed):
         steps = settings.num_warmup + settings.num_samples
-        target = Tempered(potential, capture=steps * (settings.num_leapfrog or 10) > 300)
-        point = _starting_points(potential, target, settings.num_chains)
+        target = Tempered(latent_model, capture=steps * (settings.num_leapfrog or 10) > 300)
+        point = _starting_points(latent_model, target, settings.num_chains)
         shown = progress_bar(steps, "step", show=progress, what="HMC")
         with shown:
             found = warm_up(target, point, settings, shown.update)
@@ -164,9 +164,9 @@ def run_chains(
                 point = moves[-1].point
                 shown.update()
         draws = torch.stack([move.point.u for move in moves], 1)
-        constrained = potential.constrain(draws.flatten(0, 1))
-        ((trace, count),) = potential.traces(draws[:1, 0])
-        sites = label_sites(trace, potential.structure, count)
+        constrained = latent_model.constrain(draws.flatten(0, 1))
+        ((trace, count),) = latent_model.traces(draws[:1, 0])
+        sites = label_sites(trace, latent_model.structure, count)
     shape = draws.shape[:2]
     rhat, ess = split_rhat(draws), bulk_ess(draws)
     return PosteriorSample(
@@ -176,32 +176,32 @@ def run_chains(
         acceptance=torch.stack([move.acceptance for move in moves]).mean(0),
         step_size=found.step_size,
         divergences=torch.stack([move.diverged for move in moves]).sum(0),
-        rhat=torch.where(potential.active, rhat, 1.0).amax(-1),
-        ess=torch.where(potential.active, ess, math.inf).amin(-1),
-        potential=potential,
+        rhat=torch.where(latent_model.active, rhat, 1.0).amax(-1),
+        ess=torch.where(latent_model.active, ess, math.inf).amin(-1),
+        latent_model=latent_model,
         config={
             **asdict(settings),
             "num_leapfrog": found.num_leapfrog,
             "metric": "diagonal" if found.scale.dim() == 2 else "dense",
-            "start": "guide" if potential.has_guide else "prior",
-            "joint": potential.structure.batch_dim is None,
+            "start": "guide" if latent_model.has_guide else "prior",
+            "joint": latent_model.structure.batch_dim is None,
             "seed": seed,
         },
-        data_sha256=sha256_of(*potential.data),
+        data_sha256=sha256_of(*latent_model.data),
         sites=sites,
     )
 
 
-def _starting_points(potential: Potential, target: Tempered, num_chains: int) -> Point:
+def _starting_points(latent_model: UnconstrainedModel, target: Tempered, num_chains: int) -> Point:
     """Draws of guide or prior at which the density is positive."""
-    start = "guide" if potential.has_guide else "prior"
-    u = potential.draw(num_chains, start)
+    start = "guide" if latent_model.has_guide else "prior"
+    u = latent_model.draw(num_chains, start)
     for _ in range(_STARTS):
         point = target(u)
         bad = (point.joint == -math.inf) | ~point.joint.isfinite()
         if not bool(bad.any()):
             return point
-        u = torch.where(bad[..., None], potential.draw(num_chains, start), u)
+        u = torch.where(bad[..., None], latent_model.draw(num_chains, start), u)
     data = sorted(set(torch.nonzero(bad)[:, 1].tolist()))
     listed = ", ".join(map(str, data[:5])) + (", ..." if len(data) > 5 else "")
     raise ProgramError(
@@ -238,7 +238,7 @@ class Adapted:
             jittered(self.step_size, point),
             num_leapfrog=random_length(self.num_leapfrog),
             scale=self.scale,
-            active=target.potential.active,
+            active=target.latent_model.active,
         )
 
 
@@ -271,7 +271,7 @@ def warm_up(
             size,
             num_leapfrog=number,
             scale=scale,
-            active=target.potential.active,
+            active=target.latent_model.active,
         )
         if fixed is None and count > ends[0]:
             length.update(moved, point.u, centre, scale, size * number)
@@ -296,7 +296,7 @@ def _climbed(
     """Draws of the best normals on the chains' ways to their modes, and the scale of the best."""
     found = find_paths(target, point.u, num_iterations=num_iterations)
     drawn = _drawn(found)
-    usable = drawn.isfinite().all(-1, keepdim=True) & target.potential.active
+    usable = drawn.isfinite().all(-1, keepdim=True) & target.latent_model.active
     begun = target(torch.where(usable, drawn, point.u))
     worse = ~begun.joint.isfinite()
     begun = Point(

@@ -10,9 +10,9 @@ from torch import Tensor
 from pyro_vae.inference.draws import labelled_draws
 from pyro_vae.inference.programs import (
     LabelledSites,
-    Potential,
     ProgramError,
     ProgramStructure,
+    UnconstrainedModel,
     program_scope,
     site_log_probs,
 )
@@ -34,7 +34,7 @@ class PosteriorSample:
         divergences: Trajectories given up after warm-up, `[chains, batch]`.
         rhat: The largest rank-normalised split R-hat over the datum's latents, `[batch]`.
         ess: The smallest bulk effective sample size over them, `[batch]`.
-        potential: The log joint that was sampled.
+        latent_model: The log joint that was sampled.
         config: The settings.
         data_sha256: Hash of the data.
         sites: Names of dims, observed values and masks.
@@ -48,7 +48,7 @@ class PosteriorSample:
     divergences: Int[Tensor, "chains batch"]
     rhat: Float[Tensor, " batch"]
     ess: Float[Tensor, " batch"]
-    potential: Potential
+    latent_model: UnconstrainedModel
     config: dict[str, Any]
     data_sha256: str
     sites: LabelledSites
@@ -73,7 +73,7 @@ class PosteriorSample:
     @property
     def structure(self) -> ProgramStructure:
         """What `inspect_programs` found."""
-        return self.potential.structure
+        return self.latent_model.structure
 
     @property
     def sample_dims(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class PosteriorSample:
             return {}
         found: dict[str, list[Tensor]] = {name: [] for name in structure.observed}
         with torch.no_grad(), program_scope():
-            last = self.potential.log_joint(self.unconstrained[:, -1])
+            last = self.latent_model.log_density(self.unconstrained[:, -1])
             if not torch.allclose(last, self.log_joint[:, -1], rtol=1e-4, atol=1e-3):
                 raise ProgramError(
                     "the model's parameters have changed since these draws were made, so their log "
@@ -126,7 +126,7 @@ class PosteriorSample:
                 )
             for draw in self.unconstrained.unbind(1):
                 parts: dict[str, list[Tensor]] = {name: [] for name in structure.observed}
-                for trace, count in self.potential.traces(draw):
+                for trace, count in self.latent_model.traces(draw):
                     for name, kept in parts.items():
                         kept.append(site_log_probs(trace, name, structure, count))
                 for name, kept in parts.items():

@@ -60,7 +60,7 @@ def find_paths(
         Zhang, Carpenter, Gelman & Vehtari (2022), Pathfinder: Parallel quasi-Newton variational
         inference, JMLR 23.
     """
-    active = target.potential.active
+    active = target.latent_model.active
 
     def value(at: Tensor) -> tuple[Tensor, Tensor]:
         point = target(at)
@@ -95,7 +95,7 @@ def _normals(target: Tempered, now: Ascent, num_draws: int) -> PathNormals:
     usable = drawn.isfinite().all(-1)
     drawn = torch.where(usable[..., None], drawn, now.u)
     # The plain program: a graph for so many draws would not be used often enough to pay.
-    joint = target.potential.log_joint(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+    joint = target.latent_model.log_density(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
     elbo = torch.where(usable, joint - log_q, -torch.inf).mean(0)
     return normals._replace(
         elbo=torch.nan_to_num(elbo, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)

@@ -95,7 +95,7 @@ from pyro_vae.inference.programs.traces import (
     trace_programs,
     weighted_sites,
 )
-from pyro_vae.inference.programs.unconstrained import Potential, latent_potential
+from pyro_vae.inference.programs.unconstrained import UnconstrainedModel, unconstrained_model
 
 __all__ = [
     "Arguments",
@@ -109,7 +109,6 @@ __all__ = [
     "NoParametersError",
     "Pair",
     "PointMassError",
-    "Potential",
     "Program",
     "ProgramError",
     "ProgramStructure",
@@ -118,6 +117,7 @@ __all__ = [
     "Split",
     "SubsampleError",
     "SupportError",
+    "UnconstrainedModel",
     "UnfittedWarning",
     "agree",
     "all_data",
@@ -147,7 +147,6 @@ __all__ = [
     "is_factor",
     "keep_random_state",
     "label_sites",
-    "latent_potential",
     "leaves",
     "map_batch",
     "measure_of",
@@ -177,6 +176,7 @@ __all__ = [
     "tool",
     "tool_of_model",
     "trace_programs",
+    "unconstrained_model",
     "unwrap_programs",
     "warn_of_unfitted",
     "weighted_sites",

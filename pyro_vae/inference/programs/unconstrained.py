@@ -45,8 +45,8 @@ from pyro_vae.inference.supports import family_of, support_of, transform_of
 
 __all__ = [
     "LogDensities",
-    "Potential",
-    "latent_potential",
+    "UnconstrainedModel",
+    "unconstrained_model",
 ]
 
 _STRAIGHT_THROUGH = (
@@ -78,7 +78,7 @@ class _Layout:
     stop: int
 
 
-class Potential:
+class UnconstrainedModel:
     r"""A model's log joint over unconstrained latents `[chains, batch, dim]`.
 
     Its methods run the user's programs: call them inside `programs.program_scope`.
@@ -146,7 +146,7 @@ class Potential:
         joint, first = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return LogDensities(joint, first)
 
-    def log_joint(self, u: Float[Tensor, "chains batch dim"]) -> Float[Tensor, "chains batch"]:
+    def log_density(self, u: Float[Tensor, "chains batch dim"]) -> Float[Tensor, "chains batch"]:
         """Log p(x, z) with the Jacobian of the transforms, in nats."""
         return self.log_densities(u).joint
 
@@ -340,9 +340,9 @@ class Potential:
         return torch.cat(found, -1)
 
 
-def latent_potential(
+def unconstrained_model(
     model: Program, guide: Program | None, x: Any, *, joint: bool | None = False
-) -> Potential:
+) -> UnconstrainedModel:
     """Makes the log joint of a model a function of unconstrained latents.
 
     Args:
@@ -358,7 +358,7 @@ def latent_potential(
     Note: run it, and its result's methods, inside `programs.program_scope`.
     """
     pair = Pair.inspect(model, inspected_guide(model, guide), x, joint=joint)
-    return Potential(pair, has_guide=guide is not None)
+    return UnconstrainedModel(pair, has_guide=guide is not None)
 
 
 class _AtUnconstrained(Messenger):

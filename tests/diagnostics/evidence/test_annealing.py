@@ -23,11 +23,11 @@ from pyro_vae.diagnostics.evidence.annealing import (
 from pyro_vae.inference.log_weights import importance_bound
 from pyro_vae.inference.mcmc.hmc import Transition
 from pyro_vae.inference.programs import (
-    Potential,
     ProgramError,
-    latent_potential,
+    UnconstrainedModel,
     program_scope,
     simulate,
+    unconstrained_model,
 )
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
@@ -53,8 +53,8 @@ def test_weights_are_unbiased_on_the_natural_scale(linear, x, start, schedule):
         num_chains=400, num_temperatures=12, num_leapfrog=3, start=start, schedule=schedule
     )
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(linear.model, linear.best_diagonal_guide, x)
-        weights = annealed_weights(potential, settings)["forward"]
+        latent_model = unconstrained_model(linear.model, linear.best_diagonal_guide, x)
+        weights = annealed_weights(latent_model, settings)["forward"]
     relative = (weights - exact_log_evidence(linear, x)).exp()
     error = relative.std(0) / math.sqrt(len(relative))
     assert ((relative.mean(0) - 1).abs() < STANDARD_ERRORS * error).all()
@@ -71,8 +71,8 @@ def test_reverse_weights_are_unbiased_for_the_inverse(linear):
     # Enough temperatures for weights of a light tail, whose mean 200 of them can show.
     settings = Annealing(num_chains=2, num_temperatures=30, num_leapfrog=3)
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(linear.model, None, x)
-        weights = annealed_weights(potential, settings, exact)["reverse"]
+        latent_model = unconstrained_model(linear.model, None, x)
+        weights = annealed_weights(latent_model, settings, exact)["reverse"]
     relative = (exact_log_evidence(linear, x) - weights).exp().mean(0).reshape(2, repeats)
     error = relative.std(1) / math.sqrt(repeats)
     assert ((relative.mean(1) - 1).abs() < STANDARD_ERRORS * error).all()
@@ -116,18 +116,18 @@ def test_beats_importance_sampling_at_equal_budget_where_the_guide_is_poor(monke
     settings = Annealing(num_chains=chains, num_temperatures=200, num_leapfrog=4)
     evaluations = 0
 
-    plain = Potential.log_densities
+    plain = UnconstrainedModel.log_densities
 
     def counting(self, u, start="prior"):
         nonlocal evaluations
         evaluations += len(u)
         return plain(self, u, start)
 
-    monkeypatch.setattr(Potential, "log_densities", counting)
+    monkeypatch.setattr(UnconstrainedModel, "log_densities", counting)
     monkeypatch.setattr(annealing, "Tempered", partial(Tempered, capture=False))
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(linear.model, poor, x)
-        annealed = reduce_forward(annealed_weights(potential, settings)["forward"])
+        latent_model = unconstrained_model(linear.model, poor, x)
+        annealed = reduce_forward(annealed_weights(latent_model, settings)["forward"])
     with torch.no_grad():
         bound = importance_bound(log_weights(linear.model, poor, x, evaluations, seed=0))
     exact = linear.log_evidence(x).detach()
@@ -141,9 +141,9 @@ def bidirectional(linear, x, **settings):
     with torch.no_grad(), program_scope(0):
         drawn = simulate(linear.model, x)
         data = drawn.arguments[0][0]
-        potential = latent_potential(drawn.model, None, data)
-        exact = potential.unconstrain(drawn.latents)
-        found = annealed_weights(potential, Annealing(**settings), exact)
+        latent_model = unconstrained_model(drawn.model, None, data)
+        exact = latent_model.unconstrain(drawn.latents)
+        found = annealed_weights(latent_model, Annealing(**settings), exact)
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     return lower["log_evidence"], upper["log_evidence"], exact_log_evidence(linear, data)
 

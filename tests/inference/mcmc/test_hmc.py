@@ -11,7 +11,7 @@ from closed_forms import linear_pair
 from pyro.infer import MCMC, NUTS, config_enumerate
 
 from pyro_vae.inference.mcmc import bulk_ess, hmc_step, sample_posterior
-from pyro_vae.inference.programs import ProgramError, latent_potential, program_scope
+from pyro_vae.inference.programs import ProgramError, program_scope, unconstrained_model
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
@@ -246,7 +246,7 @@ def test_programs_that_take_one_particle_at_a_time(x):
     found = sample_posterior(
         model, x, num_chains=2, num_warmup=60, num_samples=60, num_leapfrog=5, progress=False
     )
-    assert not found.potential.structure.vectorizable
+    assert not found.latent_model.structure.vectorizable
     mean = x[:, :1] * weight / 6
     variance = 1 - weight[0] ** 2 / 6
     assert errors_of_means(found, found.draws["z"], mean, variance).abs().max() < STANDARD_ERRORS
@@ -256,11 +256,11 @@ def test_captured_and_plain_programs_agree_and_branches_are_not_captured(x):
     vae = VAE(4, 2, hidden=(3,))
     data = (torch.rand(5, 4) < 0.5).double()
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(vae.model, vae.guide, data)
-        u = potential.draw(3)
+        latent_model = unconstrained_model(vae.model, vae.guide, data)
+        u = latent_model.draw(3)
         for start in ("prior", "guide"):
-            captured = Tempered(potential, start)
-            plain = Tempered(potential, start, capture=False)
+            captured = Tempered(latent_model, start)
+            plain = Tempered(latent_model, start, capture=False)
             for a, b in zip(captured(u, 0.3), plain(u, 0.3), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert captured.is_captured
@@ -276,8 +276,8 @@ def test_captured_and_plain_programs_agree_and_branches_are_not_captured(x):
                     z = z + 1
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-        target = Tempered(latent_potential(branching, None, x[:, 0]))
-        u = target.potential.draw(3)
+        target = Tempered(unconstrained_model(branching, None, x[:, 0]))
+        u = target.latent_model.draw(3)
         expected = (
             torch.distributions.Normal(0.0, 1.0)
             .log_prob(torch.stack([u[..., 0], x[:, 0] - u[..., 0]]))
@@ -290,9 +290,9 @@ def test_captured_and_plain_programs_agree_and_branches_are_not_captured(x):
 @pytest.mark.long
 def test_a_chain_that_diverges_is_reported_and_nothing_is_nan(linear, x):
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(linear.model, None, x)
-        target = Tempered(potential, capture=False)
-        point = target(potential.draw(3))
+        latent_model = unconstrained_model(linear.model, None, x)
+        target = Tempered(latent_model, capture=False)
+        point = target(latent_model.draw(3))
         step = torch.full((3, N), 0.05)
         step[1, 2], step[0, 0] = 1e9, 1e300
         moved = hmc_step(target, point, step)

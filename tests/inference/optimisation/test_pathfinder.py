@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 
 from pyro_vae.inference.optimisation import InverseHessian, climb, find_paths
-from pyro_vae.inference.programs import latent_potential, program_scope
+from pyro_vae.inference.programs import program_scope, unconstrained_model
 from pyro_vae.inference.tempered import Tempered
 
 CHAINS, N, D = 3, 4, 5
@@ -89,10 +89,12 @@ def test_the_best_normal_of_a_path_is_the_posterior_where_that_is_normal():
             pyro.sample("x", dist.MultivariateNormal(z, covariance), obs=x)
 
     with torch.no_grad(), program_scope(0):
-        target = Tempered(latent_potential(model, None, loc))
-        found = find_paths(target, target.potential.draw(CHAINS))
+        target = Tempered(unconstrained_model(model, None, loc))
+        found = find_paths(target, target.latent_model.draw(CHAINS))
         drawn, log_q = found.draw(50)
-        ratio = target.potential.log_joint(drawn.flatten(0, 1)).unflatten(0, (50, CHAINS)) - log_q
+        ratio = (
+            target.latent_model.log_density(drawn.flatten(0, 1)).unflatten(0, (50, CHAINS)) - log_q
+        )
     prior = torch.distributions.MultivariateNormal(torch.zeros(D), 1e6 * torch.eye(D) + covariance)
     evidence = prior.log_prob(loc)
     best = found.elbo.amax(0)
@@ -111,8 +113,8 @@ def test_a_start_of_zero_density_and_a_masked_latent_are_left_where_they_are():
             pyro.factor("x", torch.where(x > 100, 0.0 * z, 1.0).log())
 
     with torch.no_grad(), program_scope(0):
-        target = Tempered(latent_potential(model, None, torch.tensor([1.0, 2.0, 200.0])))
-        start = target.potential.draw(2)
+        target = Tempered(unconstrained_model(model, None, torch.tensor([1.0, 2.0, 200.0])))
+        start = target.latent_model.draw(2)
         found = find_paths(target, start)
     assert (found.elbo[:, 2] == -torch.inf).all()
     assert torch.equal(found.mode[:, 1:], start[:, 1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer import autoguide
 
-from pyro_vae.inference.programs import ProgramError, latent_potential, program_scope
+from pyro_vae.inference.programs import ProgramError, program_scope, unconstrained_model
 
 
 def model(x):
@@ -52,10 +52,10 @@ def test_densities_are_those_of_the_normal_behind(kind, expected, chains):
     guide = kind(model, init_scale=0.3)
     guide(X)
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(model, guide, X, joint=True)
-        assert potential.knows_guide_density
+        latent_model = unconstrained_model(model, guide, X, joint=True)
+        assert latent_model.knows_guide_density
         u = torch.randn(chains, 1, DIM)
-        found = potential.log_densities(u, "guide").start
+        found = latent_model.log_densities(u, "guide").start
         log_q = expected(guide).log_prob(u)
     wanted = log_q if log_q.dim() == 2 else log_q.sum(-1)
     torch.testing.assert_close(found, wanted)
@@ -70,9 +70,9 @@ def test_of_each_datum_and_not_of_guides_with_other_auxiliary_sites():
     guide = autoguide.AutoNormal(local, init_scale=0.5)
     guide(X)
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(local, guide, X)
+        latent_model = unconstrained_model(local, guide, X)
         u = torch.randn(3, len(X), 2)
-        found = potential.log_densities(u, "guide").start
+        found = latent_model.log_densities(u, "guide").start
     normal = torch.distributions.Normal(guide.locs.z.detach(), guide.scales.z.detach())
     torch.testing.assert_close(found, normal.log_prob(u).sum(-1))
 
@@ -83,10 +83,10 @@ def test_of_each_datum_and_not_of_guides_with_other_auxiliary_sites():
             pyro.sample("z", dist.Delta((2 * a).exp(), log_density, event_dim=1))
 
     with torch.no_grad(), program_scope(0):
-        potential = latent_potential(local, hidden, X)
-        assert not potential.knows_guide_density
+        latent_model = unconstrained_model(local, hidden, X)
+        assert not latent_model.knows_guide_density
         with pytest.raises(ProgramError, match="auxiliary site 'a'"):
-            potential.log_densities(u, "guide")
+            latent_model.log_densities(u, "guide")
 
 
 AUXILIARY = {"is_auxiliary": True}
