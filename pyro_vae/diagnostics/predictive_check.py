@@ -102,14 +102,25 @@ def predictive_check(
         max_memory: Roughly the memory that the replicates drawn at once may take, in GiB.
 
     Returns:
-        Over `statistic`: `observed`; over `kind` and `statistic`: `p_value` and `discrepancy`, (T
-        of the data - mean of the replicates) / their sd; over `kind`, `statistic` and `draw`:
-        `replicated`. Over `kind` and `datum`: `likelihood_p_value`, the share of replicates of a
-        datum that are no more likely, given the same latents, than it is: small for a datum that
-        the model does not reproduce. It is left out where latents are summed out. That of the prior
-        predictive has no level: latents that owe nothing to the datum make it small wherever data
-        tell much of them, in the right model too. The verdict names the statistics that are not
-        reproduced, and counts rare data of the posterior predictive alone.
+        ====================  =====================  ===========  ================================
+        name                  dims                   unit, bound  meaning
+        ====================  =====================  ===========  ================================
+        `observed`            statistic              none, exact  T of the data
+        `p_value`             kind, statistic        none, none   two-sided tail area p of the
+                                                                  replicates
+        `discrepancy`         kind, statistic        none, none   (T of the data - mean of the
+                                                                  replicates) / their sd
+        `replicated`          kind, statistic, draw  none, none   T of the replicated data
+        `likelihood_p_value`  kind, datum            none, none   share of replicates of a datum
+                                                                  that are no more likely than it,
+                                                                  given the same latents
+        ====================  =====================  ===========  ================================
+
+        `likelihood_p_value` is small for a datum that the model does not reproduce. It is left out
+        where latents are summed out. That of the prior predictive has no level: latents that owe
+        nothing to the datum make it small wherever data tell much of them, in the right model too.
+        The verdict names the statistics that are not reproduced, and counts rare data of the
+        posterior predictive alone.
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), or the model cannot be

@@ -97,16 +97,43 @@ def calibrate(
         progress: Shows a bar on stderr where that is a terminal.
 
     Returns:
-        Over `simulation`: `ranks` (also over `latent`), `log_joint_ranks`, `tarp_ranks`. Over
-        `latent`: p-values `ecdf_p_value`, `chi_square_p_value` and `symmetry_p_value` (VSBC), and
-        in standard errors `slope` and `spread` of the ranks (see `ranks.rank_shape`); `bias`, the
-        guide's mean less the truth in units of the latent, and `bias_direction`, -1 where it shows
-        the guide too low, 1 too high, 0 where neither (VSBC alone cannot tell a bias from a guide
-        of another shape than the posterior).
-        Over `level` and `latent`: `coverage`. Over `rank`: `ecdf`, `log_joint_ecdf`, `tarp_ecdf`
-        and the simultaneous 95 % band `ecdf_lower`, `ecdf_upper`. Single numbers:
-        `log_joint_p_value`, `tarp_p_value`, `overall_p_value` (Bonferroni over all ECDF tests).
-        Notes say which latents are miscalibrated and how.
+        What has no bound below is a whole number and bears no label.
+
+        ====================  ==================  ==============  ==================================
+        name                  dims                unit, bound     meaning
+        ====================  ==================  ==============  ==================================
+        `ranks`               simulation, latent  none            ranks of the latents among the
+                                                                  guide's draws
+        `log_joint_ranks`     simulation          none            ranks of log p(x, z)
+        `tarp_ranks`          simulation          none            ranks of the distances (TARP)
+        `ecdf_p_value`        latent              none, exact     p-value of uniform ranks, by their
+                                                                  ECDF
+        `chi_square_p_value`  latent              none, exact     the same by chi-square
+        `symmetry_p_value`    latent              none, exact     p-value of symmetry (VSBC)
+        `slope`               latent              none, exact     of the ranks, in standard errors
+                                                                  (see `ranks.rank_shape`)
+        `spread`              latent              none, exact     the same; positive for a U
+        `bias`                latent              none, unbiased  guide's mean less the truth, in
+                                                                  units of the latent
+        `bias_direction`      latent              none            -1 where the bias shows the guide
+                                                                  too low, 1 too high, 0 neither
+        `coverage`            level, latent       none, unbiased  of central intervals
+        `ecdf`                latent, rank        none, exact     share of ranks up to a rank
+        `log_joint_ecdf`      rank                none, exact     the same of log p(x, z)
+        `tarp_ecdf`           rank                none, exact     the same of the distances:
+                                                                  coverage curve
+        `ecdf_lower`          rank                none, exact     lower edge of the band
+                                                                  (simultaneous, 95 %)
+        `ecdf_upper`          rank                none, exact     upper edge
+        `log_joint_p_value`   none                none, exact     p-value of uniform ranks of log
+                                                                  p(x, z)
+        `tarp_p_value`        none                none, exact     the same of the distances
+        `overall_p_value`     none                none, exact     Bonferroni over all ECDF tests
+        ====================  ==================  ==============  ==================================
+
+        `bias` and `coverage` have standard errors `*_se`. VSBC alone cannot tell a bias from a
+        guide of another shape than the posterior; `bias_direction` can. Notes say which latents are
+        miscalibrated and how.
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), the model cannot be

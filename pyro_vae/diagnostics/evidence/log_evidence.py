@@ -109,18 +109,47 @@ def log_evidence(
         **settings: Of the method.
 
     Returns:
-        Variables over `datum`: `log_evidence` in nats with `log_evidence_se`, and the method's
-        diagnostics: `ess` (particles), `khat`, `acceptance`, `rhat`, `quadrature_error`. Means of
-        weights have `log_evidence_bias` too, the part of the error that is bias, and
-        `error_reliable`: result.isel(datum=result.error_reliable.values) leaves the others out.
-        `"importance"` adds `elbo` and `gap` (log evidence - ELBO, in expectation at most the true
-        gap). `"bidirectional"` adds, for as many data drawn from the model (dimension
-        `simulation`), `simulated_lower` and `simulated_upper`, between which their log evidence
-        lies in expectation, and the mean distance `error_bound`. `"two_sided"` adds the same with
-        one log weight of an exact posterior draw as the upper bound (EUBO), the `simulated_elbo`,
-        and over all simulations `symmetric_kl`, the mean of EUBO - ELBO = KL(q || p) + KL(p || q),
-        and `forward_ess`, the effective share of the guide's draws as draws of the posterior see
-        it: what the guide never visits, they do. With `joint` there is no `datum`.
+        Nats are per datum; with `joint` they are totals, and there is no dimension `datum`.
+
+        ==================  ==========  ==================  =======================================
+        name                dims        unit, bound         meaning
+        ==================  ==========  ==================  =======================================
+        `log_evidence`      datum       nats, the method's  log p(x); the table above says what it
+                                                            bounds
+        `error_reliable`    datum       bool                whether the error of a mean of weights
+                                                            can be relied upon
+        `elbo`              datum       nats, lower         `"importance"`, `"two_sided"`: evidence
+                                                            lower bound of the guide
+        `gap`               datum       nats, lower         the same: log evidence - ELBO, in
+                                                            expectation at most the true gap
+        `ess`               datum       particles, none     effective sample size; not of
+                                                            `"quadrature"` and `"exact"`
+        `khat`              datum       none, none          `"importance"`, `"two_sided"`: Pareto
+                                                            k-hat of the weights
+        `acceptance`        datum       none, none          mean acceptance probability of the
+                                                            chains: annealing and `"bridge"`
+        `rhat`              datum       none, none          `"bridge"`: largest split R-hat of the
+                                                            posterior chains
+        `quadrature_error`  datum       nats, none          `"quadrature"`: its estimated error
+        `simulated_lower`   simulation  nats, lower         log p(x) of data drawn from the model
+        `simulated_upper`   simulation  nats, upper         the same, from above
+        `simulated_elbo`    simulation  nats, lower         `"two_sided"`: the ELBO of these data
+        `error_bound`       none        nats, upper         mean of `simulated_upper` -
+                                                            `simulated_lower`
+        `symmetric_kl`      none        nats, none          `"two_sided"`: mean of EUBO - ELBO =
+                                                            KL(q || p) + KL(p || q)
+        `forward_ess`       none        none, none          `"two_sided"`: 1 / E_p[p(z | x) / q(z |
+                                                            x)]
+        ==================  ==========  ==================  =======================================
+
+        Standard errors are `*_se`, where numbers have them. Means of weights have `*_bias` too, the
+        part of the error that is bias: result.isel(datum=result.error_reliable.values) leaves out
+        the data whose error is unreliable. Quadrature that has not converged is not labelled exact.
+        `"bidirectional"` and `"two_sided"` draw as many data from the model (dimension
+        `simulation`) as there are; their log evidence lies between the lower and the upper number
+        in expectation. The upper one of `"two_sided"` is one log weight of an exact posterior draw
+        (EUBO). `forward_ess` is the effective share of the guide's draws as draws of the posterior
+        see it: what the guide never visits, they do.
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), a latent's prior is

@@ -27,9 +27,9 @@ def evidence_table(*results: Result, **named: Result) -> Result:
         **named: The same under names of one's own.
 
     Returns:
-        One variable (and standard error) for each result. `summary()` says what contradicts what,
-        as do `provenance["notes"]`; a note that several results share is there once, with their
-        names.
+        One variable for each result, named by its method or the name given, with its dims, unit
+        (nats) and bound, and its standard error `*_se`. `summary()` says what contradicts what, as
+        do `provenance["notes"]`; a note that several results share is there once, with their names.
 
     Raises:
         IncomparableError: If the results are of different data, measures or reductions.

@@ -105,23 +105,56 @@ def elbo_gap(
         progress: Shows bars on stderr where that is a terminal.
 
     Returns:
-        Variables over `datum`, in nats with standard errors `*_se`: `log_evidence`, `elbo`, `gap`,
-        `approximation_gap`, `amortization_gap`, `elbo_refitted`, and for every richer family
-        `elbo_<family>` and `gain_<family>` (over `elbo_refitted`); `converged`, whether all
-        families had stopped rising; with `"importance"` also `ess` and `khat`. gap =
-        approximation_gap + amortization_gap holds for every datum, and
-        approximation_gap - gain_<family> is the gap that is left with that family.
+        In nats per datum:
 
-        `gap` is as sure as the evidence: with a lower bound of log p(x) it is low.
-        `amortization_gap` is low and `approximation_gap` high by what the search for the best
-        member missed.
+        ===================  =====  ====================  ==========================================
+        name                 dims   unit, bound           meaning
+        ===================  =====  ====================  ==========================================
+        `log_evidence`       datum  nats, the evidence's  log p(x)
+        `elbo`               datum  nats, lower           evidence lower bound of the guide
+        `gap`                datum  nats, the evidence's  log evidence - ELBO: KL(q || p(z | x));
+                                                          unbiased where the evidence is exact
+        `approximation_gap`  datum  nats, upper or none   log evidence - ELBO of the family's best;
+                                                          upper unless the evidence is a lower bound
+                                                          or bounds nothing
+        `amortization_gap`   datum  nats, lower           ELBO of the family's best - ELBO of the
+                                                          guide
+        `elbo_refitted`      datum  nats, lower           ELBO of the guide's own family, refitted
+        `elbo_<family>`      datum  nats, lower           ELBO of every richer family
+        `gain_<family>`      datum  nats, none            that less `elbo_refitted`
+        `converged`          datum  bool                  whether all families had stopped rising
+        `ess`                datum  particles, none       of the weights, with `"importance"`
+        `khat`               datum  none, none            Pareto k-hat of these weights
+        `error_reliable`     datum  bool                  whether the error of the evidence is
+                                                          reliable, where that is known
+        ===================  =====  ====================  ==========================================
 
-        Of a pair with global latents theta nothing is refitted, and the totals `log_evidence`,
-        `elbo` and `gap` = `global_gap` + the sum of `local_gap` are cut by the chain rule:
-        `global_gap` is KL(q(theta) || p(theta | x)), and over `datum` `local_gap` is E_q KL(q(z |
-        x, theta) || p(z | x, theta)). Each of `num_particles` draws of theta has 32 of every
-        datum's latents beside it, and log p(x | theta) is their importance bound, whose bias is
-        taken out to first order; the errors take in as much as was taken out.
+        Standard errors are `*_se`; where the evidence states its bias, those of it, `gap` and
+        `approximation_gap` are `*_bias`. gap = approximation_gap + amortization_gap holds for every
+        datum, and approximation_gap - gain_<family> is the gap that is left with that family. `gap`
+        is as sure as the evidence: with a lower bound of log p(x) it is low. `amortization_gap` is
+        low and `approximation_gap` high by what the search for the best member missed.
+
+        Of a pair with global latents theta nothing is refitted, and the chain rule cuts the totals,
+        `gap` = `global_gap` + the sum of `local_gap`:
+
+        ================  =====  ====================  =============================================
+        name              dims   unit, bound           meaning
+        ================  =====  ====================  =============================================
+        `log_evidence`    none   nats, the evidence's  log p(x) of all data
+        `elbo`            none   nats, lower           evidence lower bound of all data
+        `gap`             none   nats, lower or none   log evidence - ELBO; lower where the evidence
+                                                       is
+        `global_gap`      none   nats, none            KL(q(theta) || p(theta | x))
+        `local_gap`       datum  nats, none            E_q KL(q(z | x, theta) || p(z | x, theta))
+        `ess`             none   particles, none       of the draws of theta, with `"importance"`
+        `khat`            none   none, none            Pareto k-hat of their weights
+        `error_reliable`  none   bool                  whether the error of the evidence is reliable
+        ================  =====  ====================  =============================================
+
+        Each of `num_particles` draws of theta has 32 of every datum's latents beside it, and log
+        p(x | theta) is their importance bound, whose bias is taken out to first order; the errors
+        take in as much as was taken out.
 
     Raises:
         ProgramError: If the pair has no log weights, the data are subsampled, or the guide has a

@@ -60,7 +60,21 @@ def gap_on_both(
         options: Those of `elbo_gap`; evidence must be a method, not a `Result`.
 
     Returns:
-        Both decompositions and their summary.
+        Both decompositions and their summary, in nats per datum; `split` is "training" or "test":
+
+        ==============================  =====  ==================  ================================
+        name                            dims   unit, bound         meaning
+        ==============================  =====  ==================  ================================
+        `log_evidence`                  split  nats, `elbo_gap`'s  mean of log p(x); likewise every
+                                                                   variable of `elbo_gap` in nats
+        `model_generalization`          none   nats, none          fall of the log evidence from
+                                                                   training to test data
+        `encoder_generalization`        none   nats, none          rise of the amortisation gap
+        `approximation_generalization`  none   nats, none          rise of the approximation gap
+        ==============================  =====  ==================  ================================
+
+        Standard errors `*_se` are those of the population: the spread of the data included. The
+        last three together are the fall of the ELBO.
 
     Raises:
         ProgramError: As `elbo_gap`.

@@ -72,11 +72,23 @@ def elbo_surgery(
         seed: Seeds the draws; the caller's random state is left alone.
 
     Returns:
-        Variables over `datum`, in nats with standard errors: `elbo`, `distortion`, `rate`,
-        `mutual_information`, `mutual_information_upper` and `marginal_kl`, the last three as each
-        datum's contribution to the mean. Over `unit`, the numbers in the latent sites:
-        `activity`, the variance over data of the posterior mean, corrected for the draws; and
-        `active_units`, how many exceed 0.01.
+        ==========================  =====  ==============  =========================================
+        name                        dims   unit, bound     meaning
+        ==========================  =====  ==============  =========================================
+        `elbo`                      datum  nats, lower     evidence lower bound of the guide
+        `distortion`                datum  nats, unbiased  E_q[-log p(x | z)]
+        `rate`                      datum  nats, unbiased  KL(q(z | x) || p(z))
+        `mutual_information`        datum  nats, unbiased  contribution of each datum to the mean,
+                                                           I_q(n; z)
+        `mutual_information_upper`  datum  nats, upper     the same to the leave-one-out bound of
+                                                           I_q(x; z) in the population
+        `marginal_kl`               datum  nats, unbiased  the same to KL(q(z) || p(z))
+        `activity`                  unit   none, unbiased  variance over data of the posterior mean,
+                                                           corrected for the draws
+        `active_units`              none   none            how many activities exceed 0.01
+        ==========================  =====  ==============  =========================================
+
+        Those in nats have standard errors `*_se`. `unit` runs over the numbers in the latent sites.
 
     Raises:
         ProgramError: If the pair has no log weights, or the guide's density is not known at

@@ -101,16 +101,40 @@ def compare_estimators(
 
     Returns:
         A `Result` whose `recommend()` says which estimator to train with: a sentence, a short table
-        and a plot. Over `estimator` and `num_particles`: `value` (the bound, nats per datum),
-        `passes` (runs of the programs with one particle, for one gradient), `seconds` (on this
-        machine: the processor time of the calling thread, on a GPU the elapsed time; median of 30,
-        or fewer where they take long, in turns with the other estimators) and `bytes` (peak of
-        what is kept for the backward pass).
-        Over these and `parameter`: `variance`,
-        `gradient_norm` (of the mean), `bias`, `bias_z`, `verdict` (text), `snr` with the attribute
-        `noise_floor` (a value below it is noise; so `snr_is_noise`), `efficiency` (lower is
-        better). Standard errors are `*_se`. `bound` and `bound_kind` say what the value is,
-        `claims_unbiased` whether the estimator's author says that its gradient is the value's.
+        and a plot. E stands for the dimension `estimator`, K for `num_particles`, P for
+        `parameter`; nats are per datum, with `joint` totals.
+
+        =================  =======  ==================  ============================================
+        name               dims     unit, bound         meaning
+        =================  =======  ==================  ============================================
+        `value`            E, K     nats, bound_kind    the bound that the estimator reports
+        `passes`           E, K     none, none          runs of the programs with one particle, for
+                                                        one gradient
+        `seconds`          E, K     seconds, none       time of one gradient on this machine, median
+        `bytes`            E, K     bytes, none         peak of what is kept for the backward pass
+        `variance`         E, K, P  nats squared, none  total variance of the gradient over the
+                                                        group
+        `gradient_norm`    E, K, P  nats, none          norm of the mean gradient
+        `bias`             E, K, P  nats, none          norm of mean gradient - gradient of the
+                                                        bound, noise taken out
+        `bias_z`           E, K, P  none, none          score of the bias, at most about N(0, 1)
+                                                        where there is none
+        `verdict`          E, K, P  text                "biased", "no bias seen", "no reference" or
+                                                        "not measured"
+        `snr`              E, K, P  none, none          mean of abs(mean) / sd of one gradient over
+                                                        coordinates
+        `snr_is_noise`     E, K, P  bool                whether `snr` is below its attribute
+                                                        `noise_floor`
+        `efficiency`       E, K, P  none, none          variance x passes, lower is better
+        `bound`            E        text                coordinate: which bound the value is
+        `bound_kind`       E        text                coordinate: from which side it bounds
+        `claims_unbiased`  E        bool                coordinate: whether the estimator's author
+                                                        says that its gradient is the value's
+        =================  =======  ==================  ============================================
+
+        Standard errors are `*_se`. Seconds are the processor time of the calling thread, on a GPU
+        the elapsed time; median of 30, or fewer where they take long, in turns with the other
+        estimators. The label of `value` has one bound where all estimators share it, else none.
         What could not be had is nan, and a note says why.
 
     Raises:
@@ -203,9 +227,18 @@ def gradient_draws(
         seed: Every estimator starts from it; the caller's random state is left alone.
 
     Returns:
-        Over `estimator`, `num_particles` and `draw`: `gradient`, of the bound (higher is better),
-        the mean over data in nats. Over the first two `mean` and `variance` of the draws with
-        their standard errors `*_se`. An estimator that does not take a K has nan there.
+        E stands for the dimension `estimator`, K for `num_particles`.
+
+        ==========  ==========  ==================  ==============================================
+        name        dims        unit, bound         meaning
+        ==========  ==========  ==================  ==============================================
+        `gradient`  E, K, draw  nats, none          of the bound (higher is better): the mean over
+                                                    data, with `joint` the total
+        `mean`      E, K        nats, none          mean over the draws
+        `variance`  E, K        nats squared, none  variance over the draws
+        ==========  ==========  ==================  ==============================================
+
+        The last two have standard errors `*_se`. An estimator that does not take a K has nan there.
 
     Raises:
         ProgramError: If an estimator refuses the pair.

@@ -67,10 +67,20 @@ def train_at_equal_cost(
         progress: Shows bars on stderr where that is a terminal.
 
     Returns:
-        Over `budget` ("steps", "passes"), `estimator` and `training_seed`: `log_evidence` (a lower
-        bound by importance weights) and `elbo`, means over the test data in nats per datum, with
-        the standard errors of their draws in `*_se`; `epochs`, and the `seconds` that they took.
-        Over `estimator`: `passes`, runs with one particle for a gradient.
+        B stands for the dimension `budget` ("steps", "passes"), E for `estimator`, S for
+        `training_seed`; nats are per datum.
+
+        ==============  =======  =============  ==============================================
+        name            dims     unit, bound    meaning
+        ==============  =======  =============  ==============================================
+        `log_evidence`  B, E, S  nats, lower    mean over the test data, by importance weights
+        `elbo`          B, E, S  nats, lower    mean of the ELBO over the test data
+        `epochs`        B, E, S  none, none     epochs of the training
+        `seconds`       B, E, S  seconds, none  the time that they took
+        `passes`        E        none, none     runs with one particle for a gradient
+        ==============  =======  =============  ==============================================
+
+        The first two have the standard errors of their draws in `*_se`.
 
     Note: `*_se` leave out the spread over trainings; `training_rows` has it.
     """
@@ -169,9 +179,18 @@ def learning_curves(
         progress: Shows bars on stderr where that is a terminal.
 
     Returns:
-        Over `model`, `algorithm`, `split` ("train", "test") and `samples` (training data gone
-        through): `log_evidence` and, with importance sampling, `elbo`, means in nats per datum,
-        with the standard errors of their draws in `*_se`.
+        M stands for the dimension `model`, A for `algorithm`, D for `split` ("train", "test"), S
+        for `samples` (training data gone through); nats are per datum.
+
+        ==============  ==========  ===========  ===============================================
+        name            dims        unit, bound  meaning
+        ==============  ==========  ===========  ===============================================
+        `log_evidence`  M, A, D, S  nats, lower  mean over the data, by `evidence`'s method
+        `elbo`          M, A, D, S  nats, lower  mean of the ELBO over the data, with importance
+                                                 sampling
+        ==============  ==========  ===========  ===============================================
+
+        The standard errors of their draws are in `*_se`.
 
     Raises:
         ValueError: If `epochs` are not rising whole numbers from 1.

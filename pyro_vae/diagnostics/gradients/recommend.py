@@ -38,8 +38,15 @@ def snr_slopes(result: Result) -> Result:
         result: From `compare_estimators`.
 
     Returns:
-        Over `estimator` and `parameter`: `slope` and `slope_se`, `intercept` (log SNR at K = 1)
-        and `num_points`. With fewer than two points the slope is nan.
+        ============  ====================  ===========  =========================================
+        name          dims                  unit, bound  meaning
+        ============  ====================  ===========  =========================================
+        `slope`       estimator, parameter  none, none   of log SNR against log K, with `slope_se`
+        `intercept`   estimator, parameter  none, none   log SNR at K = 1
+        `num_points`  estimator, parameter  none         points that count for the fit
+        ============  ====================  ===========  =========================================
+
+        With fewer than two points the slope is nan.
 
     References:
         Rainforth et al. (2018): 1/2 for the model, -1/2 for the guide under IWAE.

@@ -92,26 +92,79 @@ def posterior_quality(
         **settings: Of `reference.HmcReference`, with `reference="hmc"`.
 
     Returns:
-        Over `datum` (no such dimension if joint): `trustworthy`, `trust_guide`, `trust_weights`,
-        `reason`; `khat`, `khat_moments` (no less: that of weight x squared deviation, on which
-        corrected sds rest), `widening` (the largest ratio of a weighted sd to the guide's, over
-        latents and directions), `ess`; `kl_guide_posterior` and `kl_posterior_guide` in nats and
-        `total_variation`, by importance weights; over `latent` besides: `mean` and `sd` of the
-        guide, `corrected_mean` and `corrected_sd` by Pareto-smoothed weights, and the
-        `mean_correction` (in corrected sds) and `scale_correction` (log ratio of sds) between them.
-        Errors are `..._se`; they are not to be relied upon where `error_reliable` is False, those
-        of corrected sds and of `scale_correction` where `moments_reliable` is, and that of
-        `kl_posterior_guide` where `kl_posterior_guide_reliable` is: the upper 90 % limit of a k-hat
-        is then too high, and the number has a question mark in tables.
-        With the Stein check `ksd` and `ksd_p_value`. With a reference: `rhat`, `reference_ess`,
-        `reference_converged`; `reference_mean`, `reference_sd`, `mean_error` (in reference sds),
-        `scale_error`, the same of the weighted draws (`corrected_mean_error`,
-        `corrected_scale_error`), `covariance_error`, `wasserstein_1`, `wasserstein_2` (in units of
-        the latent), `energy`, `mmd` (of latents in pooled sds), `c2st_accuracy`, with p-values
-        `energy_p_value`, `mmd_p_value`, `c2st_p_value`. These are nan for a datum whose reference
-        did not converge (see `Thresholds`), `covariance_error` also where latents are bound to
-        one another, as on a simplex. Latents are in constrained space. Simulations add the
-        variables of `calibrate`, the predictive check those of `predictive_check` as
+        Latents are in constrained space. With `joint` there is no dimension `datum`.
+
+        ====================  =============  ===============  ======================================
+        name                  dims           unit, bound      meaning
+        ====================  =============  ===============  ======================================
+        `trustworthy`         datum          bool             both of the next two
+        `trust_guide`         datum          bool             whether the guide's draws may be used
+                                                              as they are
+        `trust_weights`       datum          bool             whether importance-weighted draws may
+                                                              be used
+        `reason`              datum          text             what speaks against the datum
+        `khat`                datum          none, none       Pareto k-hat of the importance weights
+        `khat_moments`        datum          none, none       no less: that of weight x squared
+                                                              deviation, on which corrected sds rest
+        `widening`            datum          none, none       largest ratio of a weighted sd to the
+                                                              guide's, over latents and directions
+        `ess`                 datum          particles, none  effective sample size of the weights
+        `kl_guide_posterior`  datum          nats, lower      KL(q || p(z | x)), by importance
+                                                              weights
+        `kl_posterior_guide`  datum          nats, none       KL(p(z | x) || q), the same; at most
+                                                              log S
+        `total_variation`     datum          none, none       between q and p(z | x), the same
+        `mean`                datum, latent  none, unbiased   mean of the guide, in units of the
+                                                              latent
+        `sd`                  datum, latent  none, none       sd of the guide, the same
+        `corrected_mean`      datum, latent  none, none       posterior mean by Pareto-smoothed
+                                                              weights
+        `corrected_sd`        datum, latent  none, none       posterior sd by these
+        `mean_correction`     datum, latent  none, none       guide's mean - corrected mean, in
+                                                              corrected sds
+        `scale_correction`    datum, latent  none, none       log(sd of the guide / corrected sd)
+        ====================  =============  ===============  ======================================
+
+        Standard errors are `*_se` (and `kl_guide_posterior_bias` the part of that error that is
+        bias); they are not to be relied upon where `error_reliable`, a bool over `datum` as the
+        next two, is False, those of corrected sds and of `scale_correction` where
+        `moments_reliable` is, and that of `kl_posterior_guide` where `kl_posterior_guide_reliable`
+        is: the upper 90 % limit of a k-hat is then too high, and the number has a question mark in
+        tables. The Stein check adds the first two of the following, a reference the others,
+        labelled with bound none and, but for `reference_ess` (particles), unit none:
+
+        =======================  =============  ====================================================
+        name                     dims           meaning
+        =======================  =============  ====================================================
+        `ksd`                    datum          squared kernel Stein discrepancy, unconstrained, in
+                                                the guide's sds
+        `ksd_p_value`            datum          its p-value
+        `rhat`                   datum          largest split R-hat of the reference
+        `reference_ess`          datum          smallest effective sample size of the reference
+        `reference_converged`    datum          bool: whether the reference converged (see
+                                                `Thresholds`)
+        `reference_mean`         datum, latent  posterior mean by the reference
+        `reference_sd`           datum, latent  posterior sd by the reference
+        `mean_error`             datum, latent  guide's mean - the reference's, in reference sds
+        `scale_error`            datum, latent  log(sd of the guide / sd of the reference)
+        `corrected_mean_error`   datum, latent  `mean_error` of the weighted draws
+        `corrected_scale_error`  datum, latent  `scale_error` of the weighted draws
+        `covariance_error`       datum          relative error of the guide's covariance matrix
+        `wasserstein_1`          datum, latent  1-Wasserstein distance of a margin, in units of the
+                                                latent
+        `wasserstein_2`          datum, latent  2-Wasserstein distance of the same
+        `energy`                 datum          energy distance of guide and reference, latents in
+                                                pooled sds
+        `mmd`                    datum          squared MMD of the same
+        `c2st_accuracy`          datum          accuracy of a classifier between guide and reference
+        `energy_p_value`         datum          p-value of the energy distance
+        `mmd_p_value`            datum          p-value of the MMD
+        `c2st_p_value`           datum          p-value of the accuracy
+        =======================  =============  ====================================================
+
+        What compares with the reference is nan for a datum whose reference did not converge,
+        `covariance_error` also where latents are bound to one another, as on a simplex. Simulations
+        add the variables of `calibrate`, the predictive check those of `predictive_check` as
         ``predictive_...``.
 
         `summary()` says all of it in words, `worst_data` selects the worst.

@@ -136,17 +136,22 @@ def resolve(
         progress: Shows a bar on stderr where that is a terminal.
 
     Returns:
-        Draws, the rung of each datum and a labelled result:
+        Draws, the rung of each datum and a labelled result (with `joint` without the dimension
+        `datum`):
 
-        ================  ============  ==========  ===============================================
-        name              dims          unit        meaning
-        ================  ============  ==========  ===============================================
-        `rung`            datum         -           name of the rung, or "none"
-        `log_evidence`    datum         nats        log p(x), with `log_evidence_se`
-        `khat`, `rhat`    datum         -           of the weights, of the chains
-        `ess`             datum         particles   effective draws
-        `seconds`         rung_name     seconds     spent on each rung
-        ================  ============  ==========  ===============================================
+        ==============  =========  ===============  ==============================================
+        name            dims       unit, bound      meaning
+        ==============  =========  ===============  ==============================================
+        `rung`          datum      text             name of the rung, or "none"
+        `log_evidence`  datum      nats, none       log p(x) by the rung that delivered the draws,
+                                                    with `log_evidence_se`; a total with `joint`
+        `khat`          datum      none, none       Pareto k-hat of the weights behind the draws;
+                                                    nan for chains
+        `ess`           datum      particles, none  effective draws
+        `rhat`          datum      none, none       largest split R-hat of the chains; nan for
+                                                    weighted draws
+        `seconds`       rung_name  seconds, none    spent on each rung
+        ==============  =========  ===============  ==============================================
 
     Raises:
         ProgramError: If the pair has no log weights (see `log_weights`), or a latent is discrete.

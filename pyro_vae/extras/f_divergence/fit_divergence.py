@@ -154,9 +154,10 @@ def fit_divergence(
         progress: Shows a bar where stderr is a terminal.
 
     Returns:
-        The fitted generator, the critic and the history. Modules that were passed in have their
-        weights updated as well. Ctrl-C ends training after the epoch at hand (`status`
-        "interrupted").
+        The fitted generator, the critic and the history: over `epoch` `bound` (an objective) and
+        `validation_bound` (lower), with `*_se`, in nats for divergences that are, else without
+        unit, and `seconds` of training so far. Modules that were passed in have their weights
+        updated as well. Ctrl-C ends training after the epoch at hand (`status` "interrupted").
 
     Raises:
         ProgramError: As `prior_predictive`; or if a parameter was never registered, none moves

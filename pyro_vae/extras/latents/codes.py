@@ -44,11 +44,22 @@ def code_activity(
             threshold t with probability :math:`e^{-\lambda t}`, the targets in the result.
 
     Returns:
-        Over `unit`: `mean_activation`, the mean of :math:`\lvert h \rvert`, and `active_share`, the
-        share of data for which the unit is active, with standard errors `*_se`. Over `datum`:
-        `active_units`, a share too, and `hoyer`, 0 where all units are equally far from zero and
-        1 where one alone is not; nan for a code of zeros. Scalars: `threshold`, and
-        `target_activation` and `target_share` where a rate is given.
+        Pure numbers, or in units of the code; none is a bound:
+
+        ===================  =====  ================================================================
+        name                 dims   meaning
+        ===================  =====  ================================================================
+        `mean_activation`    unit   mean of abs(h), in units of the code
+        `active_share`       unit   share of data for which the unit is active
+        `active_units`       datum  share of units that are active
+        `hoyer`              datum  0 where all units are equally far from zero, 1 where one alone
+                                    is not; nan for a code of zeros
+        `threshold`          none   above which a unit is active
+        `target_activation`  none   mean of abs(h) under the prior, where a rate is given
+        `target_share`       none   share above the threshold under the prior, where a rate is given
+        ===================  =====  ================================================================
+
+        The first two have standard errors `*_se`, over data.
 
     Raises:
         ValueError: If there are fewer than 2 data or 2 units, or a setting is not positive.
@@ -156,8 +167,8 @@ def directional_sensitivity(
         tangents: Orthonormal columns, known or from `local_tangents`; fewer than features.
 
     Returns:
-        Over `datum`: `along`, `across`, in units of the code for each unit of x, and `ratio`,
-        along / across (infinite where nothing across moves the code).
+        Over `datum`, none of them a bound: `along` and `across`, in units of the code for each unit
+        of x, and `ratio`, along / across (infinite where nothing across moves the code).
 
     Raises:
         ValueError: If the tangents are not orthonormal, or leave no direction across.

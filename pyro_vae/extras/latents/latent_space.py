@@ -89,8 +89,8 @@ def attribute_effect(
         seed: Seeds their draws; the caller's random state is left alone.
 
     Returns:
-        Variables over `strength`: `probability`, the mean over codes, and `control`, that of the
-        other directions, with standard errors `*_se`, over codes and over directions.
+        Over `strength`, without a unit or bound: `probability`, the mean over codes, and `control`,
+        that of the other directions, with standard errors `*_se`, over codes and over directions.
 
     Raises:
         ValueError: If there are too few codes or directions.
@@ -176,9 +176,10 @@ def unit_effects(
         num_values: Nodes of the quadrature, at least 3.
 
     Returns:
-        Variables over `unit`, in the data's own units: `effect`, a standard deviation, with its
-        standard error over codes `effect_se`; `quadrature_error`, by how much the rule with one
-        node fewer differs (near kinks and steps of the decoder the two err to opposite sides).
+        Over `unit`, in the data's own units, labelled with no bound: `effect`, a standard
+        deviation, with its standard error over codes `effect_se`; `quadrature_error`, by how much
+        the rule with one node fewer differs (near kinks and steps of the decoder the two err to
+        opposite sides).
 
     Raises:
         ValueError: If there are too few codes or values.
@@ -271,8 +272,9 @@ def compression(
         data: For each distribution its data, of as many features.
 
     Returns:
-        Variables over `code` and `distribution`: `relative_error` with `relative_error_se`, and
-        `squared_error`, the mean over features and data, in squared units of the data.
+        Over `code` and `distribution`, without a bound: `relative_error`, a pure number, with
+        `relative_error_se`, and `squared_error`, the mean over features and data, in squared units
+        of the data.
 
     Raises:
         ValueError: As `relative_error`.

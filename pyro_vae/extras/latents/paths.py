@@ -193,12 +193,26 @@ def shortest_path(
         max_steps: Of L-BFGS for each path and guess.
 
     Returns:
-        Variables over `pair`, in the data's own units: `length`, that of the path found and so an
-        upper bound of the distance; `straight_length`, that of the straight line, never shorter;
-        the numerical errors of both, `*_error` (see `curve_length`); `chord`, the distance of the
-        two decoded ends, a lower bound. `points` and `straight_points`, the paths, with dimensions
-        `pair`, `point` and `latent`. `guess`, where the path came from ("straight", "codes", or
-        "none" where nothing was shorter than the straight line), and `converged`.
+        Lengths are in the data's own units:
+
+        =======================  ===================  =====  =====================================
+        name                     dims                 bound  meaning
+        =======================  ===================  =====  =====================================
+        `length`                 pair                 upper  of the path found, and so an upper
+                                                             bound of the distance
+        `straight_length`        pair                 exact  of the straight line, never shorter
+        `length_error`           pair                 none   numerical error of `length`, see
+                                                             `curve_length`
+        `straight_length_error`  pair                 none   that of `straight_length`
+        `chord`                  pair                 lower  distance of the two decoded ends, a
+                                                             lower bound
+        `points`                 pair, point, latent  none   codes along the path
+        `straight_points`        pair, point, latent  none   codes along the straight line
+        `guess`                  pair                 text   where the path came from: "straight",
+                                                             "codes", or "none" where nothing was
+                                                             shorter than the straight line
+        `converged`              pair                 bool   whether the search came to an end
+        =======================  ===================  =====  =====================================
 
     Raises:
         ValueError: If there are too few points, or shapes do not match.

@@ -110,11 +110,23 @@ def feature_quality(
         seed: Seeds k-means and the resampling.
 
     Returns:
-        Variables over `features`: `probe_accuracy`, `cluster_accuracy` (clusters matched one to one
-        with classes) and `adjusted_rand`, means over trainings, with standard errors `*_se`;
-        `probe_gain` and `cluster_gain`, the accuracies less those of the first kind, whose errors
-        `*_gain_se` come from the same resamples; `code_dim` and `trainings`. Errors hold the draw
-        of the test data (bootstrap) and, where a kind was trained more than once, of the training.
+        Along `features`, all without a unit or bound:
+
+        ==================  ======================================================================
+        name                meaning
+        ==================  ======================================================================
+        `probe_accuracy`    share of test data that a linear classifier of the codes gets right
+        `cluster_accuracy`  share of test data in the cluster matched with their class, one to one
+        `adjusted_rand`     adjusted Rand index of clusters and classes
+        `probe_gain`        `probe_accuracy` less that of the first kind
+        `cluster_gain`      `cluster_accuracy` less that of the first kind
+        `code_dim`          numbers in a code
+        `trainings`         how often the encoder was trained
+        ==================  ======================================================================
+
+        The scores are means over trainings. Standard errors `*_se`, of all but the last two, hold
+        the draw of the test data (bootstrap) and, where a kind was trained more than once, of the
+        training; those of gains come from the same resamples.
 
     Raises:
         ValueError: If a kind has no codes, or codes and labels differ in number.

@@ -71,15 +71,32 @@ def sample_quality(
         seed: Of the choice and the grouping. The caller's random state stays as it is.
 
     Returns:
-        Pure numbers, each but the last three also as ``..._held_out``: `frechet_distance` (in
-        expectation an upper bound of that between the generator and **these** training data),
-        `frechet_distance_infinity`, `precision`, `recall`, and with
-        `image_shape` `high_frequency_ratio` (power above the cutoff over that of the training data)
-        and `high_frequency_fraction` (its share of all power); then, in the pixels,
-        `nearest_distance_ratio`, `nearest_distance_z`, `copied_fraction`. What depends on the
-        feature space names it in its attribute ``feature_space``. The ``data_sha256`` covers data,
-        feature space, settings and number of samples: quantities that differ in one of them refuse
-        to be compared.
+        Pure numbers without dims, each but the last three also as ``..._held_out``:
+
+        ===========================  =====  ========================================================
+        name                         bound  meaning
+        ===========================  =====  ========================================================
+        `frechet_distance`           upper  in expectation an upper bound of that between the
+                                            generator and **these** training data
+        `frechet_distance_infinity`  none   the same, extrapolated in 1/n
+        `precision`                  none   share of samples in a k-nearest-neighbour ball of the
+                                            training data
+        `recall`                     none   share of training data in such a ball of the samples
+        `high_frequency_ratio`       none   with `image_shape`: power above the cutoff over that of
+                                            the training data
+        `high_frequency_fraction`    none   with `image_shape`: its share of all power
+        `nearest_distance_ratio`     none   mean distance to the nearest training datum over that of
+                                            held-out data
+        `nearest_distance_z`         none   rank test of these distances; far below 0: samples lie
+                                            too near
+        `copied_fraction`            none   share of samples whose nearest training datum stands out
+                                            more than that of every held-out datum
+        ===========================  =====  ========================================================
+
+        All but `nearest_distance_z` have standard errors `*_se`; Frechet distances are squared, and
+        the last three are taken in the pixels. What depends on the feature space names it in its
+        attribute ``feature_space``. The ``data_sha256`` covers data, feature space, settings and
+        number of samples: quantities that differ in one of them refuse to be compared.
 
     Raises:
         ValueError: If there are fewer than max(3, k + 1, num_groups) samples or data, the numbers

@@ -133,14 +133,6 @@ def fit_em(
 ) -> EMFit:
     r"""Fits a model by expectation-maximisation or one of its relatives.
 
-    The history has the dimension `step`: half steps, numbered from 0, with coordinates `phase`
-    ("E" or "M": which half step led to this row) and `iteration`. It starts with the E step at the
-    starting parameters and ends with an E step, which speaks of the fitted ones. Its variables, per
-    datum and, as `..._total`, summed: `log_evidence` (log p(x)), `bound` (the ELBO) and `gap`
-    (KL(q || p(z|x))); per datum `loss` (minus the bound) and, where known, `reconstruction` and
-    `kl`, the parts of the bound as in `fit`. `seconds` is the time the method itself took so far,
-    without measuring; `data_passes` how often it went over the data.
-
     Args:
         model: A mixture of this package (or any `StatisticsModel`); for "generalized" also any
             program called as `model(x)` whose latents can all be enumerated.
@@ -184,7 +176,28 @@ def fit_em(
 
     Returns:
         The fit. The model passed in has the fitted parameters as well. Ctrl-C ends it after the
-        half step at hand (`status` "interrupted").
+        half step at hand (`status` "interrupted"). Its `history` has the dimension `step`, half
+        steps numbered from 0:
+
+        ================  ===============  =======================================================
+        name              unit, bound      meaning
+        ================  ===============  =======================================================
+        `phase`           text             coordinate: "E" or "M", which half step led to this row
+        `iteration`       none             coordinate: of which iteration
+        `log_evidence`    nats, exact      log p(x) under the parameters
+        `bound`           nats, lower      the ELBO of q
+        `gap`             nats, exact      KL(q || p(z | x))
+        `loss`            nats, objective  minus the bound
+        `reconstruction`  nats, objective  E log p(x | z), where known
+        `kl`              nats, objective  E log q(z) - log p(z), where known
+        `seconds`         seconds, none    time the method itself took so far, without measuring
+        `data_passes`     none, none       how often it went over the data
+        ================  ===============  =======================================================
+
+        Nats are per datum; `log_evidence`, `bound` and `gap` are there summed over the data too, as
+        `..._total`. `reconstruction` and `kl` are the parts of the bound, as in `fit`. The history
+        starts with the E step at the starting parameters and ends with an E step, which speaks of
+        the fitted ones.
 
     Raises:
         ValueError: If data or arguments cannot be used; a `ProgramError` if a program cannot.

@@ -51,11 +51,23 @@ def compare_num_components(
         seed: Of the starts.
 
     Returns:
-        A table along `num_components`, all in nats and better where higher: totals
-        `log_likelihood`, `bic_evidence` = -BIC / 2, `icl_evidence` (that less the entropy of the
-        responsibilities), `bound` and `bound_over_labels` = bound + log K! (the K! orders of the
-        labels are one model, and q covers one of them: Bishop 2006, section 10.2.4), and per datum
-        `validation_log_evidence`. The verdict says which number each of them chooses.
+        All in nats and better where higher, along `num_components`; totals but for the last:
+
+        =========================  =====  =========================================================
+        name                       bound  meaning
+        =========================  =====  =========================================================
+        `log_likelihood`           none   largest log p(x | theta) found
+        `bic_evidence`             none   -BIC / 2
+        `icl_evidence`             none   that less the entropy of the responsibilities
+        `bound`                    lower  variational Bayes' bound of the log evidence
+        `bound_over_labels`        none   bound + log K!
+        `validation_log_evidence`  exact  mean log p(x) of held-out data, where there are some: per
+                                          datum
+        =========================  =====  =========================================================
+
+        The K! orders of the labels are one model, and q covers one of them (Bishop 2006, section
+        10.2.4), hence `bound_over_labels`. The verdict says which number each of them, but
+        `log_likelihood`, chooses.
 
     Raises:
         ValueError: If there are no numbers, or as `fit_em`.

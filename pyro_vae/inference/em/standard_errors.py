@@ -89,13 +89,26 @@ def standard_errors(
         method: "oakes", or "louis", the same matrix by another way, which takes longer.
 
     Returns:
-        `natural` with `natural_se` along `parameter` (log odds of the weights against the last
-        component, and natural parameters; of Gaussians precision times loc, and precisions) and
-        `natural_covariance`; `fitted` with `fitted_se` along `fitted_parameter` (weights, locs,
-        covariances, probs or rates, by the delta method); `information_fraction`, the least share
-        of the complete information that is left, and `distance_to_maximum`, of the next Newton step
-        in standard errors. Where the information is as good as singular all errors are nan, and the
-        verdict says so. Components may trade places as a whole: errors are of one labelling.
+        ======================  ==========================  ========================================
+        name                    dims                        meaning
+        ======================  ==========================  ========================================
+        `natural`               parameter                   log odds of the weights against the last
+                                                            component, and natural parameters; of
+                                                            Gaussians precision times loc, and
+                                                            precisions
+        `natural_covariance`    parameter, other_parameter  covariance of their errors
+        `fitted`                fitted_parameter            weights, locs, covariances, probs or
+                                                            rates
+        `information_fraction`  none                        least share of the complete information
+                                                            that is left
+        `distance_to_maximum`   none                        of the next Newton step, in standard
+                                                            errors
+        ======================  ==========================  ========================================
+
+        Units are those of the parameters, and none is a bound. `natural` and `fitted` have standard
+        errors `*_se`, those of `fitted` by the delta method. Where the information is as good as
+        singular all errors are nan, and the verdict says so. Components may trade places as a
+        whole: errors are of one labelling.
 
     Raises:
         ValueError: If the model has no natural form, data or weights cannot be used, or `method` is

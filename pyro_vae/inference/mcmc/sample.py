@@ -152,7 +152,21 @@ class PosteriorSample:
         return found
 
     def result(self) -> Result:
-        """The diagnostics of each datum as a labelled result."""
+        """The diagnostics of each datum as a labelled result.
+
+        Returns:
+            Over `datum`:
+
+            =============  ===============  ==================================================
+            name           unit, bound      meaning
+            =============  ===============  ==================================================
+            `rhat`         none, none       largest rank-normalised split R-hat of the latents
+            `ess`          particles, none  smallest bulk effective sample size of the latents
+            `acceptance`   none, none       mean acceptance probability
+            `step_size`    none, none       leapfrog step size after warm-up
+            `divergences`  none, none       trajectories given up after warm-up
+            =============  ===============  ==================================================
+        """
         total = self.unconstrained.shape[0] * self.unconstrained.shape[1]
         columns = {
             "rhat": (self.rhat, "none", "largest rank-normalised split R-hat of the latents"),

@@ -56,8 +56,22 @@ def history_result(
         data_sha256: That of the training data.
 
     Returns:
-        A variable for each column that is known, dimension `epoch`; in nats per datum but for
-        `seconds` and `data_passes`. Without variables if there is no row.
+        A variable for each column that is known, dimension `epoch`; nats are per datum:
+
+        ================  ===============  ====================================================
+        name              unit, bound      meaning
+        ================  ===============  ====================================================
+        `loss`            nats, objective  what was minimised, mean over the epoch
+        `bound`           nats, lower      ELBO of the training data; objective where it is the
+                                           negative loss
+        `reconstruction`  nats, objective  E log p(x | z), the first part of the ELBO
+        `kl`              nats, objective  E log q(z | x) - log p(z), subtracted in the ELBO
+        `seconds`         seconds, none    training time so far
+        `data_passes`     none, none       passes over the data
+        ================  ===============  ====================================================
+
+        Standard errors are `*_se`, held-out data `validation_*`. Without variables if there is no
+        row.
 
     Raises:
         ValueError: If a row holds something else than numbers, or a measure that does not exist.
