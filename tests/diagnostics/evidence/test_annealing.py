@@ -144,6 +144,7 @@ def bidirectional(linear, x, **settings):
         latent_model = unconstrained_model(drawn.model, None, data)
         exact = latent_model.unconstrain(drawn.latents)
         found = annealed_weights(latent_model, Annealing(**settings), exact)
+    assert (found["acceptance"] <= 1).all()  # of chains both ways
     lower, upper = reduce_forward(found["forward"]), reduce_reverse(found["reverse"])
     return lower["log_evidence"], upper["log_evidence"], exact_log_evidence(linear, data)
 
