@@ -21,6 +21,7 @@ from pyro_vae.results.arviz import ArvizGroups, to_arviz
 from pyro_vae.results.building import make_result
 from pyro_vae.results.digits import ShortRepr, data_text, shapes_text
 from pyro_vae.results.files import atomic_path, leftovers, write_text
+from pyro_vae.results.labelled import spread_error
 from pyro_vae.results.labels import BOUNDS, MEASURES, REDUCTIONS, UNITS, label
 from pyro_vae.results.provenance import float32_precision, processor_name, sha256_of
 from pyro_vae.results.quantity import IncomparableError, Quantity, difference_text
@@ -50,6 +51,7 @@ __all__ = [
     "rows_html",
     "sha256_of",
     "shapes_text",
+    "spread_error",
     "summary_html",
     "to_arviz",
     "write_text",

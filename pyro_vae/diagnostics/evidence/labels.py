@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.diagnostics.evidence.quadrature import is_exact
-from pyro_vae.inference.log_weights import mean_error
 from pyro_vae.inference.programs import ProgramStructure, tensors_of
-from pyro_vae.intervals import mean_factor
-from pyro_vae.results import Result, label, make_result, sha256_of
+from pyro_vae.results import Result, label, make_result, sha256_of, spread_error
 
 __all__ = ["labelled_evidence"]
 
@@ -118,9 +116,10 @@ def _over_simulations(
             num_particles=num_particles,
             description=description,
         )
-        few = len(distance) < 2
-        error = math.nan if few else mean_factor(distance.numpy()) * float(mean_error(distance))
-        variables |= {name: ((), distance.mean(), attrs), f"{name}_se": ((), error, attrs)}
+        mean = float(distance.mean())
+        error = spread_error(distance.numpy(), mean)
+        error = math.nan if error is None else error
+        variables |= {name: ((), mean, attrs), f"{name}_se": ((), error, attrs)}
     if "simulated_elbo" in found:
         ratio = found["simulated_upper"] - found["simulated_lower"]
         share = (math.log(len(ratio)) - ratio.logsumexp(0)).exp().clamp_max(1.0)

@@ -54,7 +54,7 @@ def default_loss(model: Program, guide: Program, prepared: Preparation) -> ELBO 
     try:
         with keep_random_state(), evaluation_mode(model, guide, *prepared.modules):
             loss.differentiable_loss(model, guide, *args, **kwargs)
-    except ProgramError:
+    except ProgramError:  # such as a latent that cannot be held fixed: `Trace_ELBO` takes it
         return None
     return loss
 
@@ -200,6 +200,8 @@ class TrainedPair:
             return False
         try:
             self.gradient(0)
+        # No gradient reaches the parameters, or has no formula: steps go on without a Hessian. A
+        # fault of the programs themselves ends the first of these steps with its own sentence.
         except (ProgramError, NotImplementedError, RuntimeError):
             return False
         return True

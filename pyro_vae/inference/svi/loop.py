@@ -276,7 +276,7 @@ class TrainingRun:
             if self.rule is None or not self.rule.retreat():
                 raise
             self._forget_gradients()
-            return math.nan
+            return math.nan  # the step had no loss, and the history says so
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters().values():

@@ -275,7 +275,7 @@ def _difference(
             try:
                 again = poutine.replay(guide, trace=_without_deltas(given))
                 guide_again = poutine.trace(again).get_trace(*args, **kwargs)
-            except (KeyError, NotImplementedError):  # a flow without an inverse
+            except (KeyError, NotImplementedError):  # a flow without an inverse: shapes must do
                 free, guide_again = True, poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=given)
             model_again = poutine.trace(replayed).get_trace(*args, **kwargs)

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -600,6 +601,23 @@ def test_two_sided_sees_a_mode_that_the_guide_never_visits():
     assert found.forward_ess < 0.01
     assert found.symmetric_kl > 10
     assert any("never visits" in note for note in found.provenance["notes"])
+
+
+def test_two_sided_is_infinite_where_the_guide_cannot_be():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Uniform(-torch.ones(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Uniform(-0.2 * torch.ones(()), 0.2))
+
+    found = log_evidence(model, guide, torch.zeros(60), method="two_sided", num_particles=50)
+    assert found.symmetric_kl == math.inf
+    assert found.symmetric_kl_se.isnull()
+    assert found.forward_ess == 0
+    assert bool(np.isfinite(found.elbo).all())
 
 
 def test_two_sided_needs_a_guide_and_data_that_it_can_be_given(linear, x):
