@@ -1,6 +1,7 @@
 """The gap against the linear Gaussian model, where every line of it has a closed form."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from pyro_vae import LinearGaussian, log_evidence
 from pyro_vae.diagnostics.gap import elbo_gap, elbo_surgery, gap_on_both
-from pyro_vae.diagnostics.gap.elbo_gap import GAP_VARIABLES
+from pyro_vae.diagnostics.gap.elbo_gap import GAP_VARIABLES, _decompose
+from pyro_vae.inference.log_weights import importance_bound_error, pareto_tail
 from pyro_vae.inference.programs import ProgramError
 from pyro_vae.inference.refit.refit_guide import refit_guide
 from pyro_vae.results import Result, label, make_result, sha256_of
@@ -186,7 +188,43 @@ def test_evidence_from_elsewhere(pair: LinearGaussian) -> None:
     above = gap_of(pair.model, pair.guide, x, evidence=upper, **quick)
     assert above["gap"].attrs["bound"] == "upper"
     assert abs(above["gap"] - given["gap"] - 1).max() < 1e-10
-    assert (above["gap_se"] ** 2 - given["gap_se"] ** 2 - 0.25).max() < 1e-10
+    assert abs(above["gap_se"] ** 2 - given["gap_se"] ** 2 - 0.25).max() < 1e-10
+
+
+def test_errors_of_differences_are_those_of_draws_made_again(pair: LinearGaussian) -> None:
+    """Bootstrap: the particles of all guides are drawn together, 3000 times; its noise is 1.3 %."""
+    x = torch.zeros(2, 5)
+    fitted = [
+        replace(
+            refit_guide(pair.model, pair.guide, x, family=family, max_steps=2, progress=False),
+            log_weight=torch.tensor(log_weight),
+        )
+        for family, log_weight in (("same", [-1.0, -3.0]), ("full", [-2.0, -1.0]))
+    ]
+    generator = torch.Generator().manual_seed(4)
+    shared, own = (torch.randn(400, 2, generator=generator).double() for _ in range(2))
+    weights = [0.7 * shared + 0.2 * own, 0.5 * shared - 3, 0.3 * own + 0.2 * shared - 2]
+    found = _decompose(weights, fitted, None)
+    rows = torch.randint(400, (3000, 400), generator=generator)
+    amortised, refitted, full = (w[rows] for w in weights)  # [bootstrap, particles, datum]
+    proposal = torch.stack([refitted[..., 0], full[..., 1]], -1)  # the family with more weight
+    evidence = proposal.logsumexp(1) - math.log(400)
+    chosen = torch.stack([weights[1][:, 0], weights[2][:, 1]], -1)
+    bound = chosen.logsumexp(0) - math.log(400)
+    assert (found["log_evidence"] - bound).abs().max() < 1e-12
+    unseen = importance_bound_error(chosen, pareto_tail(chosen)).unseen  # no draws show it
+    expected = {
+        "gap": evidence - amortised.mean(1),
+        "approximation_gap": evidence - refitted.mean(1),
+        "amortization_gap": (refitted - amortised).mean(1),
+        "gain_full": (full - refitted).mean(1),
+        "elbo_full": full.mean(1),
+    }
+    for name, values in expected.items():
+        seen = found[f"{name}_se"].square()
+        if name in ("gap", "approximation_gap"):
+            seen = seen - unseen.square()
+        assert (seen.sqrt() / values.std(0) - 1).abs().max() < 0.07, name
 
 
 def test_evidence_of_other_data_is_refused(pair: LinearGaussian) -> None:
@@ -316,7 +354,12 @@ def test_information_against_quadrature() -> None:
     for name, value in (("mutual_information", truth), ("marginal_kl", marginal)):
         assert abs(mean(found, name) - value) < ERRORS * error(found, name)
     assert 0.1 < truth < math.log(5)
-    assert mean(found, "mutual_information_upper") > truth
+    # The leave-one-out mixture leaves the datum's own density out: q_n / mean of the others.
+    others = torch.stack([torch.cat([each[:n], each[n + 1 :]]).logsumexp(0) for n in range(5)])
+    upper = float(torch.trapezoid(each.exp() * (each - others + math.log(4)), z).mean())
+    away = mean(found, "mutual_information_upper") - upper
+    assert abs(away) < ERRORS * error(found, "mutual_information_upper")
+    assert upper > truth + 0.1
     assert list(found["unit"].values) == ["z"]
 
 
@@ -339,6 +382,24 @@ def test_surgery_takes_a_latent_that_is_one_number() -> None:
     noise = (4 * 2.5 / 4 / 4000 * 0.25) ** 0.5  # of the variance of x, 2.5, seen through the draws
     assert abs(float(found["activity"][0]) - 2.5) < ERRORS * noise
     assert list(found["unit"].values) == ["z"]
+
+
+def test_activity_is_not_raised_by_the_noise_of_few_draws() -> None:
+    """Posterior means all alike, two draws of each of 300 data: variance 0, not 1/2."""
+    x = torch.zeros(300)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    found = elbo_surgery(model, guide, x, num_particles=2)
+    # Both parts are 1/2 with errors 1/2 sqrt(2 / 299) and 1/2 sqrt(2 / 300).
+    assert abs(float(found["activity"][0])) < ERRORS * 0.06
 
 
 def test_a_collapsed_posterior_tells_nothing(pair: LinearGaussian) -> None:

@@ -64,6 +64,14 @@ def notes_of(result):
     return "\n".join(provenance["verdict"] + provenance["notes"])
 
 
+def test_errors_of_exact_draws_are_those_of_normal_samples(x):
+    """Of S normal draws a mean has the error sd / sqrt(S), an sd sd / sqrt(2 S), to 10 %."""
+    count = 1500
+    found = posterior_quality(correlated, gaussian(), x, reference=exact_draws(x, count), **FAST)
+    assert abs(found.reference_mean_se * count**0.5 / found.reference_sd - 1).max() < 1e-3
+    assert abs(found.reference_sd_se * (2 * count) ** 0.5 / found.reference_sd - 1).max() < 0.1
+
+
 # --- the exact posterior and faults ---------------------------------------------------------------
 
 

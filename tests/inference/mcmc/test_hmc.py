@@ -12,7 +12,7 @@ from pyro.infer import MCMC, NUTS, config_enumerate
 
 from pyro_vae.inference.mcmc import bulk_ess, hmc_step, sample_posterior
 from pyro_vae.inference.programs import ProgramError, program_scope, unconstrained_model
-from pyro_vae.inference.tempered import Tempered
+from pyro_vae.inference.tempered import Point, Tempered
 from pyro_vae.models import VAE, LinearGaussian
 
 N, D, H = 7, 5, 3
@@ -425,3 +425,26 @@ def test_no_trajectory_length_resonates_with_the_target():
     # About 700 of 2000 draws; with equal numbers of steps it was about 250.
     assert spread.median() > 450
     assert (found.rhat < 1.02).all()
+
+
+def test_a_trajectory_is_the_leapfrog_of_the_paper():
+    """Neal (2011), eqs. 2.28 to 2.30, by hand on a normal target with momenta drawn again."""
+    precision = torch.tensor([[1.0, 0.4], [0.4, 2.0]], dtype=torch.float64)
+
+    def target(u):
+        density = -0.5 * (u * (u @ precision)).sum(-1)
+        return Point(u, density, -u @ precision, density, density)
+
+    u = torch.randn(3, 1, 2, dtype=torch.float64)
+    step = torch.tensor([0.3], dtype=torch.float64)
+    scale = torch.tensor([[0.7, 1.3]], dtype=torch.float64)
+    state = torch.get_rng_state()
+    found = hmc_step(target, target(u), step, num_leapfrog=3, scale=scale)
+    torch.set_rng_state(state)
+    q, p = u / scale, torch.randn_like(u)  # in units of the scale
+    for _ in range(3):
+        p = p - 0.5 * 0.3 * scale * ((scale * q) @ precision)
+        q = q + 0.3 * p
+        p = p - 0.5 * 0.3 * scale * ((scale * q) @ precision)
+    assert (found.proposal - scale * q).abs().max() < 1e-12
+    assert (found.velocity - p).abs().max() < 1e-12
