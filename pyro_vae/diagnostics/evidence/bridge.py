@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, run_chains
+from pyro_vae.inference.mcmc import Chains, PosteriorSample, bulk_ess, mean_ess, run_chains
 from pyro_vae.inference.programs import UnconstrainedModel
 
 __all__ = ["Bridging", "bridge_columns", "bridge_evidence"]
@@ -110,7 +110,10 @@ def bridge_evidence(
             break
     above, below = _terms(flat, proposed, value, log_s1, log_s2)
     chains, draws = posterior.shape[:2]
-    correlated = len(flat) / bulk_ess(below.unflatten(0, (chains, draws))).clamp_min(1.0)
+    terms = below.unflatten(0, (chains, draws))
+    # The mean is one of the terms themselves: their ranks alone say too little where few count.
+    effective = torch.minimum(bulk_ess(terms), mean_ess((terms - below.amax(0)).exp()))
+    correlated = len(flat) / effective.clamp_min(1.0)
     variance = _relative_variance(above) / len(above)
     variance = variance + correlated * _relative_variance(below) / len(below)
     return value, variance.sqrt()

@@ -80,7 +80,8 @@ def check_at_once(
         owners = (none, even, ~even, first_half, ~first_half, none)
         if not _mixtures_agree(model, arguments, structure, traces, other, owners):
             return False
-        changed = _with_data_of_first(arguments, structure, traces[1], even)
+        own = _mixed_rows(structure.batch_size)
+        changed = _with_other_data(arguments, structure, traces[1], own)
     except Exception:  # the checks one by one have the sentence
         return False
     if changed is None:
@@ -89,7 +90,7 @@ def check_at_once(
         mixed = _run_model(model, changed, fixed_draws(*traces))
     except Exception:  # whatever a program does with data of rows that it knows to be others
         return True
-    return _rows_agree(mixed, traces[1], structure, even)
+    return _rows_agree(mixed, traces[1], structure, own)
 
 
 def _other_draw(
@@ -249,7 +250,8 @@ def check_independent(
             advice = "latents of other data; make each row depend on its own latents"
             _check_rows(mixed, traces[1], structure, own, advice)
             _check_rows(mixed, others[1], structure, ~own, advice)
-    changed = _with_data_of_first(arguments, structure, traces[1], even)
+    own = _mixed_rows(structure.batch_size)
+    changed = _with_other_data(arguments, structure, traces[1], own)
     if changed is None:
         return
     try:
@@ -257,7 +259,16 @@ def check_independent(
     except Exception:  # whatever a program does with data of rows that it knows to be others
         return
     advice = "observed data of others (their mean, perhaps); pass such a number as an argument"
-    _check_rows(mixed, traces[1], structure, even, advice)
+    _check_rows(mixed, traces[1], structure, own, advice)
+
+
+def _mixed_rows(batch_size: int) -> Tensor:
+    """Rows with an odd number of ones in binary (Thue and Morse), among which 0 is not.
+
+    The pattern has no period, so rows that read those a fixed number of places away, or the first
+    one, read some that are not of it.
+    """
+    return torch.tensor([row.bit_count() % 2 == 1 for row in range(batch_size)])
 
 
 def _run_model(model: Program, arguments: Arguments, given: Trace) -> Trace:
@@ -278,16 +289,16 @@ def _latents_of_both(given: Trace, other: Trace, structure: ProgramStructure, ow
     return given
 
 
-def _with_data_of_first(
+def _with_other_data(
     arguments: Arguments, structure: ProgramStructure, trace: Trace, own: Tensor
 ) -> Arguments | None:
-    """Arguments whose rows but `own` hold the data of the first; None if none is observed as is.
+    """Arguments whose rows but `own` hold the data of row 1; None if none is observed as is.
 
     An argument's rows are known where a site observes a view of it: by their number and stride.
     """
     assert structure.batch_dim is not None
     number = torch.arange(len(own))
-    rows = torch.where(own, number, 0)
+    rows = torch.where(own, number, 1)
     views = []
     for site in weighted_sites(trace).values():
         value = site["value"]

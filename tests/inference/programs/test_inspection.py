@@ -360,6 +360,18 @@ REFUSED: dict[str, tuple[Callable[[], tuple[Callable, Callable]], str]] = {
         lambda: coupled_by(lambda x, _: x.mean()),
         "the model's site 'x' depends on the observed data of others",
     ),
+    "the first datum as a baseline": (
+        lambda: coupled_by(lambda x, _: x[:1, :1]),
+        "the model's site 'x' depends on the observed data of others",
+    ),
+    "data of the row before the last": (
+        lambda: coupled_by(lambda x, _: x[:, :1].roll(2, 0)),
+        "the model's site 'x' depends on the observed data of others",
+    ),
+    "data of four rows further": (
+        lambda: coupled_by(lambda x, _: x[:, :1].roll(-4, 0)),
+        "the model's site 'x' depends on the observed data of others",
+    ),
     "latents of the row before": (
         lambda: coupled_by(lambda _, z: z[..., :1].roll(1, -2)),
         "the model's site 'x' depends on the latents of other data",
