@@ -21,7 +21,8 @@ from torch import Tensor
 
 __all__ = ["StateSumError", "read_states", "sum_states"]
 
-Terms = dict[str, tuple[frozenset[str], Tensor]]
+Packed = Any  # a tensor that carries the symbols of its dims
+Terms = dict[str, tuple[frozenset[str], Packed]]
 
 
 class StateSumError(ValueError):
@@ -80,7 +81,7 @@ def sum_states(trace: Trace, log_probs: Mapping[str, Tensor], *, scaled: bool) -
                 f"site '{sites[0]}' reads the state of the enumerated site '{missing[0]}', which "
                 "all data share"
             )
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        tree: OrderedDict[frozenset[str], list[Packed]] = OrderedDict()
         for site in sites:
             plates, term = terms[site]
             tree.setdefault(plates, []).append(term)
@@ -108,12 +109,12 @@ def _common_scale(trace: Trace, sites: tuple[str, ...]) -> Any:
 class _LogSpace(LogRing):
     """Sums by logsumexp of whole tables, where Pyro's multiplies probabilities."""
 
-    def sumproduct(self, terms: Any, dims: Collection[str]) -> Tensor:
+    def sumproduct(self, terms: Any, dims: Collection[str]) -> Packed:
         left = list(terms)
         # The latest site first: of a chain or a tree that leaves tables of two states.
         for dim in sorted(dims, key=self._dim_to_size.__getitem__, reverse=True):
             table = _product([term for term in left if dim in term._pyro_dims])
-            summed = table.logsumexp(table._pyro_dims.index(dim))
+            summed: Packed = table.logsumexp(table._pyro_dims.index(dim))
             summed._pyro_dims = table._pyro_dims.replace(dim, "")
             left = [term for term in left if dim not in term._pyro_dims] + [summed]
         return _product(left)
@@ -177,11 +178,11 @@ def _components(terms: Terms, states: Collection[str]) -> list[tuple[str, ...]]:
     return [tuple(sites) for _, sites in groups]
 
 
-def _product(terms: list[Tensor]) -> Tensor:
+def _product(terms: list[Packed]) -> Packed:
     """The sum of log-probabilities in packed dims."""
     if len(terms) == 1:
         return terms[0]
     aligned = packed.broadcast_all(*terms)
-    total = reduce(torch.add, aligned)
+    total: Packed = reduce(torch.add, aligned)
     total._pyro_dims = aligned[0]._pyro_dims
     return total
