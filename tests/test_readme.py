@@ -51,8 +51,17 @@ def test_the_pair_with_a_global_latent_trains_on_mini_batches():
     assert reached.parameters["locs"].abs().max() < 1.1e-3
 
 
+@pytest.mark.float32
+def test_the_mixture_has_no_gap_but_that_of_its_global_latents():
+    names = {}
+    code = next(e for e in EXAMPLES if "def mixture" in e).replace("epochs=300", "epochs=3")
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["gap"].local_gap.values.tolist() == [0.0] * 5
+    assert float(names["gap"].global_gap) == pytest.approx(float(names["gap"].gap), abs=1e-5)
+
+
 def test_the_search_prints_what_is_shown(capsys):
-    code = EXAMPLES[3]
+    code = EXAMPLES[-1]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"^# (.*)$", code, re.M)[1]
 

@@ -193,7 +193,7 @@ class _Drawing:
                 if parents:
                     text = self.real(parents, "a")
                     sites.append(Site(f"d{len(sites)}", "deterministic", "", (text,), within))
-        sites = _enumerate_some(self, sites) if not joint else sites
+        sites = _enumerate_some(self, sites)
         for number in range(self.random.choice((1, 1, 2, 3))):
             within = self._within(plates, 0.7) if number else tuple(plates)
             family = self.random.choice(OBSERVED)
@@ -271,7 +271,11 @@ def _visible(sites: list[Site], within: tuple[str, ...]) -> list[Site]:
 def _enumerate_some(drawing: _Drawing, sites: list[Site]) -> list[Site]:
     return [
         replace(s, enumerated=True)
-        if s.kind == "latent" and s.family in LISTED and not s.plates and drawing.chance(0.3)
+        if s.kind == "latent"
+        and s.family in LISTED
+        and not s.plates
+        and s.name[0] != "w"
+        and drawing.chance(0.3)
         else s
         for s in sites
     ]

@@ -359,7 +359,8 @@ class Oracle:
         own = weight - above.repeat_interleave(rest)
         for n in range(pair.num_data):
             inner = self.log_q(n, latents)
-            terms = (inner + own).exp() * (self.log_p(n, latents) - inner)
+            hidden = [s for s in pair.latents if s.enumerated]
+            terms = (inner + own).exp() * (self._summed(n, latents, hidden) - inner)
             value = value + terms.reshape(len(above), rest).nan_to_num().sum(1)
         return ((log_q + above).exp() * value).nan_to_num().sum()[None]
 

@@ -36,6 +36,7 @@ from pyro_vae.inference.log_weights import (
 from pyro_vae.inference.programs import (
     Pair,
     Program,
+    ProgramError,
     ProgramStructure,
     has_global_latents,
     program_scope,
@@ -154,7 +155,8 @@ def elbo_gap(
 
         Each of `num_particles` draws of theta has 32 of every datum's latents beside it, and log
         p(x | theta) is their importance bound, whose bias is taken out to first order; the errors
-        take in as much as was taken out.
+        take in as much as was taken out. Where the data have no latents but those that are summed
+        out, `local_gap` is zero and log p(x | theta) exact.
 
     Raises:
         ProgramError: If the pair has no log weights, the data are subsampled, or the guide has a
@@ -232,6 +234,13 @@ def _of_global_latents(
 ) -> Result:
     """The decomposition of a pair with global latents; runs in the caller's `program_scope`."""
     pair = Pair.inspect(model, guide, x, joint=True, num_particles=num_particles)
+    if pair.structure.split is None:
+        names = ", ".join(pair.structure.enumerated)
+        raise ProgramError(
+            f"the data share the state of an enumerated site ({names}) that is outside their "
+            "plate, so none has a part of its own; call log_evidence(..., joint=True), whose gap "
+            "is that of all latents together"
+        )
     known = _evidence(model, guide, x, evidence, seed, progress)
     if known is not None and ("log_evidence" not in known or known["log_evidence"].dims):
         raise ValueError(

@@ -48,9 +48,13 @@ def global_gap_columns(
         known: Log evidence of all data; None for importance sampling with these draws.
         max_memory: Of the draws made at once, in GiB, roughly.
     """
-    most = particles_at_once(num_particles, max_memory, pair.bytes_of_particle * NUM_INNER)
+    split = pair.structure.split
+    assert split is not None
+    # Where the data draw no latents (they have none, or these are summed out) all draws are one.
+    inner = NUM_INNER if split.local_sites & set(pair.structure.latents) else 1
+    most = particles_at_once(num_particles, max_memory, pair.bytes_of_particle * inner)
     with torch.no_grad():
-        parts = [pair.nested_log_weights(n, NUM_INNER) for n in split_count(num_particles, most)]
+        parts = [pair.nested_log_weights(n, inner) for n in split_count(num_particles, most)]
     above = torch.cat([part[0] for part in parts]).double()
     inside = torch.cat([part[1] for part in parts]).double()
     evidence_of_datum, bias = _inner_evidence(inside)
@@ -96,6 +100,8 @@ def _inner_evidence(
     approximations).
     """
     count = inside.shape[1]
+    if count == 1:  # log p(x | theta) itself
+        return inside[:, 0], torch.zeros_like(inside[:, 0])
     found = importance_bound(inside.movedim(1, 0).flatten(1)).unflatten(0, inside.shape[::2])
     relative = (inside - found[:, None]).exp()
     return found, -relative.var(1) / (2 * count)

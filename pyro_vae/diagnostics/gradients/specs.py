@@ -124,6 +124,7 @@ def _spec(name: str | None, one: Any, joint: bool, asked_for: bool) -> Estimator
         claims_unbiased=kind.unbiased,
         options=of_bound,
         asked_for=asked_for,
+        enumerates=True,
     )
 
 

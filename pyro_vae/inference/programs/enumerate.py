@@ -176,7 +176,7 @@ def check_states(enumerated: Trace, draw: Callable[[], Trace], num_data: int) ->
     """Refuses a program whose factors at latents drawn are not those where all states are laid out.
 
     Args:
-        enumerated: A run with the states of latents along dims of their own, its tensors packed.
+        enumerated: A run with the states of latents along dims of their own, which have symbols.
         draw: Runs the program at one draw of them.
         num_data: Of few data one draw may happen to be what a wrong program reads.
     """
@@ -192,11 +192,17 @@ def _compare_states(enumerated: Trace, drawn: Trace) -> None:
     }
     drawn.compute_log_prob()
     for name, site in _factor_sites(enumerated):
-        found = site["packed"]["log_prob"]
-        for symbol in set(found._pyro_dims) & set(states):
-            found = packed.gather(found, states[symbol], symbol)
-        alone = packed.pack(drawn.nodes[name]["log_prob"], site["infer"]["_dim_to_symbol"])
-        if not agree(*packed.broadcast_all(found, alone)):
+        found, alone = site["log_prob"], drawn.nodes[name]["log_prob"]
+        dims = [dim for dim in site["infer"].get("_dim_to_id", ()) if dim >= -found.dim()]
+        if all(found.shape[dim] == 1 for dim in dims):  # it reads no states
+            same = agree(*torch.broadcast_tensors(found, alone))
+        else:
+            found = packed.pack(found, site["infer"]["_dim_to_symbol"])
+            for symbol in set(found._pyro_dims) & set(states):
+                found = packed.gather(found, states[symbol], symbol)
+            alone = packed.pack(alone, site["infer"]["_dim_to_symbol"])
+            same = agree(*packed.broadcast_all(found, alone))
+        if not same:
             raise ProgramError(
                 f"site '{name}' has another density where latents are enumerated than at the same "
                 "latents alone; index latents from the right, let them broadcast (their states lie "

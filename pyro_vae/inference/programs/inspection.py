@@ -33,7 +33,6 @@ from pyro_vae.inference.programs.enumerate import check_states
 from pyro_vae.inference.programs.refusals import (
     FirstRun,
     check_enumerable,
-    check_enumerated,
     check_module_names,
     check_observed,
     check_point_mass,
@@ -64,9 +63,11 @@ from pyro_vae.inference.programs.traces import (
     run_programs,
     site_log_prob,
     split_weights,
+    sum_sites,
     trace_programs,
     weighted_sites,
 )
+from pyro_vae.inference.state_sums import read_states
 
 __all__ = ["Pair", "has_global_latents", "inspect_programs"]
 
@@ -298,8 +299,8 @@ def _look(
         if structure.enumerated:
             check_enumerable(weighted_sites(traces[1]), structure)
             running = enumerating(model, structure)
-            seen = trace_programs(running, guide, arguments)
-            check_enumerated(weighted_sites(seen[1]), structure)
+            seen = _trace_states(running, guide, arguments)
+            structure = _check_sums(seen[1], structure)
         structure = _run_again(running, guide, arguments, structure, seen, num_particles > 1)
         if structure.enumerated:
             _check_states(model, arguments, seen, structure)
@@ -353,6 +354,29 @@ def _read(
     )
 
 
+def _trace_states(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
+    try:
+        return trace_programs(model, guide, arguments)
+    except Exception as error:
+        raise ProgramError(
+            f"the model cannot run with the states of its enumerated latents side by side "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); let latents have further "
+            "dims on the left, which are their states, or sample them in the guide"
+        ) from error
+
+
+def _check_sums(trace: Trace, structure: ProgramStructure) -> ProgramStructure:
+    """Refuses states that cannot be summed out; data that share a state have no parts."""
+    sum_sites(trace, structure, 1)
+    if structure.split is None:
+        return structure
+    sites = weighted_sites(trace)
+    read = read_states(trace, {name: site_log_prob(site) for name, site in sites.items()})
+    local = structure.split.local_sites
+    shared = any(states - local for name, states in read.items() if name in local)
+    return replace(structure, split=None) if shared else structure
+
+
 def _check_states(
     model: Program, arguments: Arguments, traces: tuple[Trace, Trace], structure: ProgramStructure
 ) -> None:
@@ -363,9 +387,10 @@ def _check_states(
         given.nodes.pop(name, None)
     enumerated = traces[1].copy()
     enumerated.compute_log_prob()
-    enumerated.pack_tensors()
+    enumerated.symbolize_dims()
     plain = poutine.trace(poutine.replay(model, trace=given))
-    check_states(enumerated, lambda: plain.get_trace(*args, **kwargs), structure.batch_size)
+    size = structure.batch_size if structure.split is None else structure.split.size
+    check_states(enumerated, lambda: plain.get_trace(*args, **kwargs), size)
 
 
 def _run_again(

@@ -37,7 +37,6 @@ from pyro_vae.inference.programs.traces import (
 __all__ = [
     "FirstRun",
     "check_enumerable",
-    "check_enumerated",
     "check_guide_draws",
     "check_latents",
     "check_module_names",
@@ -166,8 +165,8 @@ def check_latents(
             raise SitesError(
                 f"the model's latent site '{name}' is missing from the guide, so Pyro would draw "
                 "it from the prior and bound nothing; sample it in the guide under the same name, "
-                "or, if it is discrete, have it summed out (infer={'enumerate': 'parallel'}, which "
-                "fit needs TraceEnum_ELBO for)"
+                "or, if it is discrete, have it summed out (infer={'enumerate': 'parallel'}, for "
+                "which fit needs loss=TraceEnum_ELBO(), or one of this package)"
             )
         if site["is_observed"] and name in guide_sites:
             raise SitesError(
@@ -208,28 +207,6 @@ def is_enumerable(fn: Any) -> bool:
     except NotImplementedError:  # Independent says that it can, and then cannot
         return False
     return True
-
-
-def check_enumerated(model_sites: dict[str, dict], structure: ProgramStructure) -> None:
-    """Refuses enumerated latents that a sum per datum cannot reach."""
-    dims = [model_sites[name]["infer"].get("_enumerate_dim") for name in structure.enumerated]
-    if len(set(dims)) < len(dims):
-        raise ProgramError(
-            f"the enumerated sites {', '.join(structure.enumerated)} share dims (pyro.markov), "
-            "which log weights cannot sum out; use TraceEnum_ELBO, or sample them in the guide"
-        )
-    for name in structure.enumerated:
-        inner = {
-            f.name
-            for f in model_sites[name]["cond_indep_stack"]
-            if f.vectorized and f.dim != structure.batch_dim
-        }
-        if inner:
-            raise ProgramError(
-                f"the enumerated site '{name}' is inside plate '{inner.pop()}', within a datum, "
-                "where it would have to be summed before that plate; use TraceEnum_ELBO, or sample "
-                "it in the guide"
-            )
 
 
 def check_point_mass(guide: Program, arguments: Arguments, guide_trace: Trace) -> None:

@@ -20,7 +20,12 @@ from pyro_vae.inference.programs.arguments import (
     ProgramStructure,
     as_arguments,
 )
-from pyro_vae.inference.programs.traces import in_particle_plate, map_draw, weighted_sites
+from pyro_vae.inference.programs.traces import (
+    enumerating,
+    in_particle_plate,
+    map_draw,
+    weighted_sites,
+)
 from pyro_vae.inference.supports import transform_of
 from pyro_vae.results import ShortRepr
 
@@ -133,6 +138,7 @@ def redraw_local(
     """
     assert structure.split is not None
     args, kwargs = arguments
+    model = enumerating(model, structure)
     inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
     drawn: list[tuple[Trace, Trace, int]] = []
     for guide_trace, _, count in traces:

@@ -30,6 +30,7 @@ from pyro_vae.inference.programs.arguments import (
     Split,
 )
 from pyro_vae.inference.programs.scope import keep_random_state, shown_value
+from pyro_vae.inference.state_sums import StateSumError, sum_states
 from pyro_vae.inference.supports import family_of, support_of
 
 __all__ = [
@@ -419,14 +420,34 @@ def sum_sites(
     num_particles: int,
     keep: Callable[[str, Site], bool] | None = None,
 ) -> Tensor:
-    """Sums the log-probabilities of a trace's sites, or those to keep, per particle and datum."""
+    """Sums the log-probabilities of a trace's sites, or those to keep, per particle and datum.
+
+    Raises:
+        ProgramError: If the states of enumerated sites cannot be summed out of these sites.
+    """
+    sites = {n: s for n, s in weighted_sites(trace).items() if keep is None or keep(n, s)}
+    if any("_enumerate_dim" in site["infer"] for site in sites.values()):
+        log_probs = {name: _of_states(site) for name, site in sites.items()}
+        try:
+            weights = sum_states(trace, log_probs, scaled=structure.scaled)
+        except StateSumError as error:
+            raise ProgramError(f"{error}; or sample the enumerated site in the guide") from error
+    else:
+        weights = [
+            site_log_prob(site) * site["scale"] if structure.scaled else site_log_prob(site)
+            for site in sites.values()
+        ]
     total = torch.zeros(())
-    for name, site in weighted_sites(trace).items():
-        if keep is None or keep(name, site):
-            weight = site_log_prob(site)
-            weight = weight * site["scale"] if structure.scaled else weight
-            total = total + sum_dims(weight, structure, num_particles)
-    return total if total.dim() <= 2 else total.flatten(0, -3).logsumexp(0)
+    for weight in weights:
+        total = total + sum_dims(weight, structure, num_particles)
+    return total
+
+
+def _of_states(site: Site) -> Tensor:
+    """A site's log-probability; of states its mask is left out, where they sum to 1 unread."""
+    if site["mask"] is None or "_enumerate_dim" not in site["infer"]:
+        return site_log_prob(site)
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
 def sum_dims(

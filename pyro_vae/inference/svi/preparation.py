@@ -17,6 +17,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pyro_vae.inference.estimators import Objective
 from pyro_vae.inference.programs import (
     Arguments,
     Axes,
@@ -169,7 +170,7 @@ def prepare(
         runs = _Runs(model, guide, data)
         _locate_data(runs, batch_size)
         rows, per_datum, fixed = _rows_to_inspect(runs, batch_size)
-        used = _check_parameters(runs, rows, isinstance(loss, TraceEnum_ELBO))
+        used = _check_parameters(runs, rows, isinstance(loss, TraceEnum_ELBO | Objective))
         structure, joint, _ = runs.inspect(rows)
         plates = _look_at_plates(runs, batch_size)
         if plates.subsampled and rows < data.length and batch_size in (None, data.length):
