@@ -1,5 +1,6 @@
 """The command line, ``pyro-vae``. Nothing heavy is imported until a command runs."""
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from pyro_vae import __version__
 from pyro_vae.app.data_commands import data_app
 from pyro_vae.app.doctor import doctor
 from pyro_vae.app.fit import EPILOG, fit
+from pyro_vae.app.measure_commands import AsJson, OpenPage, add_measure_commands, json_text
 from pyro_vae.app.terminal import (
     Quiet,
     Root,
@@ -35,6 +37,7 @@ app = typer.Typer(
   pyro-vae demo                                 two models of digits, in a minute or two
   pyro-vae fit --data mnist                     the lecture's 784-400-20 on MNIST
   pyro-vae evaluate results/mnist-vae-20        ELBO, log evidence and gap on the test set
+  pyro-vae quality results/mnist-vae-20         can its posteriors be trusted?
   pyro-vae report results/mnist-vae-20          one HTML page about it
 
 \b
@@ -105,6 +108,7 @@ def evaluate(
     data_root: Root = None,
     threads: Threads = 1,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measures ELBO, log evidence and gap on the test set.
 
@@ -126,6 +130,9 @@ def evaluate(
         root=data_root,
         progress=not quiet,
     )
+    if as_json:
+        typer.echo(json_text({"run": str(run), **found.numbers()}))
+        return
     typer.echo(repr(found))
     typer.echo(f"kept in {run / 'evaluation.nc'}; next: pyro-vae report {run}")
 
@@ -201,6 +208,7 @@ def report(
         typer.Option(metavar="FILE.html", help="Default, for one run: RUN/report.html."),
     ] = None,
     data_root: Root = None,
+    open_page: OpenPage = False,
 ) -> None:
     """Writes one HTML page about one or more runs.
 
@@ -213,10 +221,14 @@ def report(
     from pyro_vae.app.report import write_report
 
     say("drawing and writing the page")
-    typer.echo(f"report: {write_report(runs, out, root=data_root)}")
+    page = write_report(runs, out, root=data_root)
+    typer.echo(f"report: {page}")
+    if open_page:
+        webbrowser.open(page.resolve().as_uri())
 
 
 command(app, "doctor", epilog="\b\nExample:\n  pyro-vae doctor")(doctor)
+add_measure_commands(app)
 app.add_typer(data_app, name="data")
 
 

@@ -1,6 +1,6 @@
 """Real and embedded data sets by name (`load_dataset`), and people's own data as tensors."""
 
-from pyro_vae.data.arrays import as_data, as_tensor, takes_arrays
+from pyro_vae.data.arrays import as_data, as_tensor, read_table, takes_arrays
 from pyro_vae.data.catalogue import DataFile, DatasetInfo, dataset_names, describe_dataset
 from pyro_vae.data.datasets import Dataset, check_dataset, load_dataset
 from pyro_vae.data.files import DatasetError
@@ -19,5 +19,6 @@ __all__ = [
     "dataset_names",
     "describe_dataset",
     "load_dataset",
+    "read_table",
     "takes_arrays",
 ]

@@ -4,11 +4,14 @@ Nothing is converted that would lose something without a word: integers that a f
 numbers that overflow and columns that hold no numbers are refused in a sentence.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -22,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pyro_vae.data.datasets import Dataset
 
-__all__ = ["as_data", "as_tensor", "takes_arrays"]
+__all__ = ["as_data", "as_tensor", "read_table", "takes_arrays"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -31,6 +34,50 @@ _READABLE = (
     "sparse matrix, lists of equal length, or a torch Dataset or DataLoader"
 )
 _NARROW = (torch.bool, torch.uint8)  # never indices, so they become floats also as tensors
+
+
+def read_table(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> tuple[list[str], Tensor]:
+    """A table of numbers from a CSV file, whose first row names the columns.
+
+    Args:
+        path: The file.
+        columns: The columns to take; None for all.
+
+    Returns:
+        Their names, and their numbers in float64, shape (rows, columns).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no table, a column is missing or holds no numbers, a number is missing,
+            or the first row holds numbers instead of names.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        table = pandas.read_csv(path, skipinitialspace=True)
+    except (ValueError, pandas.errors.ParserError) as error:  # also what is no text
+        raise ValueError(f"{path} is no table of comma-separated values: {error}") from error
+    known = [str(name) for name in table.columns]
+    if unknown := sorted(set(columns or ()) - set(known)):
+        raise ValueError(f"{path} has no column {unknown[0]!r}; its columns are {', '.join(known)}")
+    if known and all(name.replace(".", "").lstrip("-").isdigit() for name in known):
+        raise ValueError(f"the first row of {path} holds numbers: put the columns' names above it")
+    chosen = list(columns or known)
+    if table.empty or not chosen:
+        raise ValueError(f"{path} holds no rows of data")
+    for name in chosen:
+        if not pandas.api.types.is_numeric_dtype(table[name]):
+            raise ValueError(
+                f"column {name!r} of {path} holds no numbers: name the columns to take"
+            )
+        if missing := int(table[name].isna().sum()):
+            raise ValueError(
+                f"column {name!r} of {path} misses {missing} numbers: leave these rows or the "
+                "column out"
+            )
+    return chosen, torch.from_numpy(table[chosen].to_numpy(dtype=np.float64))
 
 
 def as_tensor(x: Any, dtype: torch.dtype | None = None) -> Tensor:

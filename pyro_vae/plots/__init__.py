@@ -30,6 +30,7 @@ from pyro_vae.plots.mixture import (
     plot_half_steps,
     plot_mixture,
     plot_model_choice,
+    plot_num_components,
     plot_restarts,
 )
 from pyro_vae.plots.posterior import (
@@ -74,6 +75,7 @@ __all__ = [
     "plot_manifold",
     "plot_mixture",
     "plot_model_choice",
+    "plot_num_components",
     "plot_paths",
     "plot_picture_rows",
     "plot_posterior",

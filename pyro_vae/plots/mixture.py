@@ -30,11 +30,13 @@ __all__ = [
     "plot_half_steps",
     "plot_mixture",
     "plot_model_choice",
+    "plot_num_components",
     "plot_restarts",
 ]
 
 _SAME_END = 1e-3  # nats per datum: ends closer than this are one optimum
 _MAX_ENDS = 6  # optima with a colour of their own
+_MOST_ASPECT = 4.0  # of two columns' ranges, up to which their units are drawn alike
 _STYLES = ("-", "--", "-.", ":")
 _COMPONENTS = (_BLUE, _ORANGE, *_CLASSES)
 _LEAST = 1e-10  # nats per datum: below, distances to the maximum are rounding
@@ -112,7 +114,9 @@ def plot_mixture(
             color=colours[k],
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
-    ax.set_aspect("equal", adjustable="box")
+    across, up = np.ptp(shown, axis=0)
+    if 1 / _MOST_ASPECT < across / max(up, 1e-300) < _MOST_ASPECT:  # else a strip
+        ax.set_aspect("equal", adjustable="box")
     ax.autoscale_view()
     _name_features(ax, features, names)
     ax.set_title(title)
@@ -457,4 +461,37 @@ def plot_model_choice(
     ax.set_title(f"Lowest: {values['covariance'].values[row]}, K = {number[column]}")
     ax.grid(alpha=0.25, lw=0.6)
     ax.legend(fontsize="small", title="covariance", title_fontsize="small")
+    return ax
+
+
+def plot_num_components(result: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Plots what chooses the number of components, each by how far it lies below its highest.
+
+    Args:
+        result: From `compare_num_components`.
+        ax: Where to draw; a new figure if None.
+
+    Returns:
+        The axes, a line a criterion; the ring of each is at the number that it chooses. The bound
+        without log K! is left out: it is not the evidence of a model.
+    """
+    ax = _axes(ax, _WIDE)
+    number = result["num_components"].values
+    shown = [n for n in result.data_vars if n not in ("log_likelihood", "bound")]
+    for i, name in enumerate(shown):
+        values = result[name].values - np.nanmax(result[name].values)
+        colour, marker = _sign(i)
+        text = {"bic_evidence": "-BIC / 2", "icl_evidence": "-ICL / 2"}.get(str(name))
+        text = text or str(name).replace("_over_labels", " + log K!").replace("_", " ")
+        best = int(np.nanargmax(values))
+        label = f"{text}: K = {number[best]}"
+        line = _STYLES[i % len(_STYLES)]
+        ax.plot(number, values, label=label, ls=line, color=colour, marker=marker)
+        ax.plot([number[best]], [0.0], "o", ms=14, mew=1.8, color=colour, fillstyle="none")
+    ax.set_yscale("symlog", linthresh=1.0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("components K")
+    ax.set_ylabel("below its highest, nats")
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.legend(fontsize="small")
     return ax

@@ -1,6 +1,7 @@
 """The type of a result: an `xarray.Dataset` whose labels hold as long as its numbers do."""
 
 import html
+import math
 import os
 import textwrap
 from dataclasses import replace
@@ -165,6 +166,36 @@ class Result(xr.Dataset):
             lines.append(f"In table(), several numbers each: {'; '.join(several)}.")
         return "\n".join(self._verdict() + lines + [f"Note: {note}" for note in self._notes()])
 
+    def numbers(self) -> dict[str, Any]:
+        """What the table shows as plain values, for JSON; what is not finite is None.
+
+        Returns:
+            `function`, `seed`, `verdict` and `notes`; and `quantities`: of each number the fields
+            of `Quantity` that are known, of one over further dimensions their `coords` and all
+            `values`, averaged over the data.
+        """
+        told = self.provenance
+        quantities = {name: self._plain(name) for name in labelled.labelled_names(self)}
+        about = {key: told.get(key) for key in ("function", "seed")}
+        return {
+            **about,
+            "verdict": self._verdict(),
+            "notes": self._notes(),
+            "quantities": _finite(quantities),
+        }
+
+    def _plain(self, name: str) -> dict[str, Any]:
+        others = [str(d) for d in self[name].dims if d != "datum"]
+        if not others:
+            try:
+                known = vars(self.quantity(name))
+            except ValueError as error:
+                return {"value": None, "why": str(error)}
+            return {key: value for key, value in known.items() if value is not None}
+        mean = xr.DataArray(self[name]).mean("datum") if "datum" in self[name].dims else self[name]
+        coords = {d: mean[d].values.tolist() for d in others if d in mean.coords}
+        return {"dims": others, "coords": coords, "values": mean.values.tolist()}
+
     def _verdict(self) -> list[str]:
         return [text[:1].upper() + text[1:] for text in self.provenance.get("verdict", [])]
 
@@ -207,6 +238,17 @@ class Result(xr.Dataset):
                 left as it was.
         """
         return save_dataset(self, path)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every nan and infinity."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def paired_difference(first: Result, second: Result, name: str) -> Quantity:

@@ -11,7 +11,7 @@ and weights are read from safetensors alone.
 
 from pyro_vae.inference.svi import CheckpointError
 from pyro_vae.runs.data import BINARIZATION_SEED, load_run_data, load_training_data, split_training
-from pyro_vae.runs.evaluate import evaluate_run, load_evaluation
+from pyro_vae.runs.evaluate import evaluate_run, load_evaluation, load_test_data
 from pyro_vae.runs.load import Run, clear_run, load_run
 from pyro_vae.runs.train import RunSettings, default_schedule, resume_run, start_run
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_evaluation",
     "load_run",
     "load_run_data",
+    "load_test_data",
     "load_training_data",
     "resume_run",
     "split_training",

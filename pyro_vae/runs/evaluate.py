@@ -4,6 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.evidence import log_evidence
@@ -12,7 +15,7 @@ from pyro_vae.results import Result, load_result
 from pyro_vae.runs.data import load_run_data
 from pyro_vae.runs.load import Run
 
-__all__ = ["evaluate_run", "load_evaluation"]
+__all__ = ["evaluate_run", "load_evaluation", "load_test_data"]
 
 
 def evaluate_run(
@@ -45,15 +48,7 @@ def evaluate_run(
         ValueError: If a number is out of its range.
     """
     seed = as_seed(seed)
-    test = load_run_data(run, root).test
-    check_count("num_data", num_data, optional=True)
-    if len(test) == 0:
-        raise CheckpointError(
-            f"the data set {run.data_name!r} has no test set: pass data to log_evidence(run.model, "
-            "run.guide, x) yourself"
-        )
-    like = next(run.module.parameters())
-    x = test[:num_data].to(like)
+    x = load_test_data(run, num_data, root)
     found = log_evidence(
         run.model, run.guide, x, num_particles=num_particles, seed=seed, progress=progress
     )
@@ -64,6 +59,31 @@ def evaluate_run(
     }
     found.save(run.path / "evaluation.nc")
     return found
+
+
+def load_test_data(
+    run: Run, num_data: int | None = None, root: str | os.PathLike[str] | None = None
+) -> Float[Tensor, "batch features"]:
+    """The test data of a run, in its precision.
+
+    Args:
+        run: The run.
+        num_data: Only the first so many; None for all.
+        root: Folder of the data files, as for `load_dataset`.
+
+    Raises:
+        CheckpointError: If the run does not say its data, or those found are others.
+        DatasetError: If the data are missing, or have no test set.
+        ValueError: If `num_data` is not positive.
+    """
+    test = load_run_data(run, root).test
+    check_count("num_data", num_data, optional=True)
+    if len(test) == 0:
+        raise CheckpointError(
+            f"the data set {run.data_name!r} has no test set: pass data to log_evidence(run.model, "
+            "run.guide, x) yourself"
+        )
+    return test[:num_data].to(next(run.module.parameters()))
 
 
 def load_evaluation(run: Run) -> Result | None:

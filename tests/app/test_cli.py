@@ -88,7 +88,11 @@ def test_help_is_quick_and_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "fit", "evaluate", "sample", "report", "doctor", "data list", "data check"]
+    "command",
+    [
+        *("demo", "fit", "evaluate", "sample", "report", "doctor", "data list", "data check"),
+        *("evidence", "gap", "quality", "estimators", "compare", "em"),
+    ],
 )
 def test_every_command_has_help_that_teaches(command: str) -> None:
     done = call(f"{command} --help")

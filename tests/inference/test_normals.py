@@ -1,4 +1,4 @@
-"""Normal distributions of each datum, and one update of batch and match, against their equations."""
+"""Normal distributions of each datum and an update of batch and match, against equations."""
 
 import math
 
