@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyro_vae.data import load_dataset
     from pyro_vae.diagnostics.calibration import calibrate
+    from pyro_vae.diagnostics.comparison import held_out, kfold, loo
     from pyro_vae.diagnostics.evidence import log_evidence
     from pyro_vae.diagnostics.gap import elbo_gap
     from pyro_vae.diagnostics.gradients import compare_estimators
@@ -51,11 +52,14 @@ __all__ = [
     "elbo_gap",
     "fit",
     "fit_em",
+    "held_out",
+    "kfold",
     "load_dataset",
     "load_result",
     "load_run",
     "log_evidence",
     "log_weights",
+    "loo",
     "posterior_quality",
     "predictive_check",
     "resolve",
@@ -77,11 +81,14 @@ _HOME = {
     "elbo_gap": "pyro_vae.diagnostics.gap",
     "fit": "pyro_vae.inference.svi",
     "fit_em": "pyro_vae.inference.em",
+    "held_out": "pyro_vae.diagnostics.comparison",
+    "kfold": "pyro_vae.diagnostics.comparison",
     "load_dataset": "pyro_vae.data",
     "load_result": "pyro_vae.results",
     "load_run": "pyro_vae.runs",
     "log_evidence": "pyro_vae.diagnostics.evidence",
     "log_weights": "pyro_vae.inference.log_weights",
+    "loo": "pyro_vae.diagnostics.comparison",
     "posterior_quality": "pyro_vae.diagnostics.posterior",
     "predictive_check": "pyro_vae.diagnostics.predictive_check",
     "resolve": "pyro_vae.diagnostics.resolve",

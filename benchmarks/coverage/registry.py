@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.coverage import (
+    comparison,
     evidence,
     global_latents,
     gradients,
@@ -23,6 +24,7 @@ GROUPS: dict[str, list[Study]] = {
     "samples": samples.STUDIES,
     "parameters": parameters.STUDIES,
     "global latents": global_latents.STUDIES,
+    "comparison": comparison.STUDIES,
 }
 
 _AN_ESTIMATE = "itself an estimate (of how far off something is), with an error of its own"

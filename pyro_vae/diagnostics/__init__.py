@@ -9,6 +9,7 @@ room                its question
 `posterior`         can this posterior be trusted? measures, thresholds, verdict
 `resolve`           which draws may be used, then? a ladder from the guide to HMC
 `calibration`       is the guide calibrated on data from its model?
+`comparison`        which model predicts best? each datum left out, folds, data held out
 `predictive_check`  does the model fit?
 ==================  ===============================================================================
 """

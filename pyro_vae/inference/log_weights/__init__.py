@@ -15,6 +15,8 @@ from pyro_vae.inference.log_weights.pareto import (
     khat_threshold,
     pareto_khat,
     pareto_tail,
+    smoothed_log_weights,
+    tail_inflation,
 )
 
 __all__ = [
@@ -29,5 +31,7 @@ __all__ = [
     "mean_error",
     "pareto_khat",
     "pareto_tail",
+    "smoothed_log_weights",
+    "tail_inflation",
     "weighted_columns",
 ]

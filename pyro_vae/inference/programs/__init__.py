@@ -56,6 +56,7 @@ from pyro_vae.inference.programs.scope import (
 from pyro_vae.inference.programs.simulate import (
     Simulation,
     inspected_guide,
+    redraw_local,
     simulate,
     without_data,
 )
@@ -158,6 +159,7 @@ __all__ = [
     "program_scope",
     "pyro_parameters",
     "ready_data",
+    "redraw_local",
     "remember_fitted",
     "rerun_traces",
     "run_programs",

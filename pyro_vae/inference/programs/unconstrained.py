@@ -179,8 +179,13 @@ class UnconstrainedModel:
 
     def traces(self, u: Float[Tensor, "chains batch dim"]) -> list[tuple[Trace, int]]:
         """Runs of the model at given latents, each with the number of chains in it."""
+        return [(trace, count) for trace, count, _ in self.runs(u)]
+
+    def runs(self, u: Float[Tensor, "chains batch dim"]) -> list[tuple[Trace, int, Tensor]]:
+        """The same, each with the log Jacobian of the transforms, `[chains, batch]`."""
         with torch.no_grad():
-            return [(self._trace(part)[0], len(part)) for part in self._parts(u)]
+            found = [(*self._trace(part), len(part)) for part in self._parts(u)]
+        return [(t, n, jacobian.expand(n, self.num_data)) for t, jacobian, n in found]
 
     # --- draws ------------------------------------------------------------------------------------
 
