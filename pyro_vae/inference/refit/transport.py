@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from scipy import special
@@ -129,7 +130,7 @@ _ROWS: dict[type, Callable[[Any, Tensor], Tensor]] = {
 def _gamma_quantile(noise: Any, concentration: Any) -> Any:
     below = special.gammaincinv(concentration, special.ndtr(noise))
     above = special.gammainccinv(concentration, special.ndtr(-noise))  # keeps the upper tail
-    return (noise < 0) * below + (noise >= 0) * above
+    return np.where(noise < 0, below, above)
 
 
 def _beta_quantile(noise: Any, a: Any, b: Any) -> Any:
@@ -138,7 +139,7 @@ def _beta_quantile(noise: Any, a: Any, b: Any) -> Any:
 
 def _student_quantile(noise: Any, df: Any) -> Any:
     size = special.stdtrit(df, special.ndtr(-abs(noise)))
-    return (noise < 0) * size - (noise >= 0) * size
+    return np.where(noise < 0, size, -size)
 
 
 def _quantile(inverse: Callable[..., Any], *inputs: Tensor) -> Tensor:
