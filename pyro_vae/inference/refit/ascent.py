@@ -80,7 +80,7 @@ def maximize_per_datum(
                 scale = (second[name] / (1 - 0.99**step)).sqrt() + 1e-8
                 rate = _along(plateau.rate, tensor, axes[name])
                 tensor += rate * first[name] / (1 - 0.9**step) / scale
-                share = _along(plateau.share(), tensor, axes[name])
+                share = _along(plateau.share(values.isfinite()), tensor, axes[name])
                 mean[name] += share * (tensor - mean[name])
             fell = plateau.see(values.detach())
             for name, tensor in now.items():  # a smaller step starts from the mean
@@ -116,9 +116,9 @@ class _Plateau:
     def active(self) -> Bool[Tensor, " batch"]:
         return self.stage < _STAGES
 
-    def share(self) -> Float[Tensor, " batch"]:
-        """How much of this iterate goes into the running mean."""
-        return torch.where(self.active, 1 / (self.averaged + 1), 0.0)
+    def share(self, finite: Bool[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """How much of this iterate goes into the running mean: nothing beyond a support's end."""
+        return torch.where(self.active & finite, 1 / (self.averaged + 1), 0.0)
 
     def see(self, values: Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Takes note of the values of a step; returns for which data the step size falls."""

@@ -1,17 +1,13 @@
 """What is freed of a guide: its distributions, and the parameters that they are given."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch import distributions as torch_dist
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vae.inference.programs import (
     Arguments,
@@ -21,105 +17,24 @@ from pyro_vae.inference.programs import (
     is_delta,
     weighted_sites,
 )
-
-
-def _parameters_of_leaves() -> dict[type, tuple[str, ...]]:
-    names = {
-        "Normal": ("loc", "scale"),
-        "MultivariateNormal": ("loc", "scale_tril"),
-        "LowRankMultivariateNormal": ("loc", "cov_factor", "cov_diag"),
-        "Laplace": ("loc", "scale"),
-        "StudentT": ("df", "loc", "scale"),
-        "Gamma": ("concentration", "rate"),
-        "Beta": ("concentration1", "concentration0"),
-        "Dirichlet": ("concentration",),
-    }
-    # Exact types: a subclass may have another constructor, or mean something else.
-    return {
-        getattr(home, name): parameters
-        for name, parameters in names.items()
-        for home in (torch_dist, dist)
-    }
-
-
-_LEAVES = _parameters_of_leaves()
-
-
-def _leaf(fn: Any) -> Any:
-    """The innermost distribution, whose parameters are freed."""
-    while type(fn) not in _LEAVES and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def _check_distribution(name: str, fn: Any) -> None:
-    """Refuses what cannot be rebuilt with other parameters."""
-    outer = fn
-    while type(fn) not in _LEAVES:
-        if isinstance(fn, torch_dist.TransformedDistribution):
-            if not all(t.bijective for t in fn.transforms):
-                raise _unknown(name, outer)
-        elif not isinstance(fn, torch_dist.Independent | MaskedDistribution | ExpandedDistribution):
-            raise _unknown(name, outer)
-        fn = fn.base_dist
-
-
-def _unknown(name: str, fn: Any) -> ProgramError:
-    kind = fn
-    while isinstance(kind, torch_dist.Independent | MaskedDistribution | ExpandedDistribution):
-        kind = kind.base_dist
-    known = ", ".join(dict.fromkeys(cls.__name__ for cls in _LEAVES))
-    return ProgramError(
-        f"the guide's site '{name}' has a {type(kind).__name__}, whose parameters cannot be freed "
-        f"for each datum; known are {known}, and bijective transforms, masks and Independent of "
-        "these"
-    )
-
-
-def _rebuild(fn: Any, change: Callable[[Any], Any]) -> Any:
-    """The same distribution around a changed leaf; transforms are shared and stay as they are."""
-    if type(fn) in _LEAVES:
-        return change(fn)
-    base = _rebuild(fn.base_dist, change)
-    if isinstance(fn, torch_dist.Independent):
-        return dist.Independent(base, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        return MaskedDistribution(base, fn._mask)
-    if isinstance(fn, ExpandedDistribution):
-        return ExpandedDistribution(base, fn.batch_shape)
-    return dist.TransformedDistribution(base, fn.transforms)
-
-
-def _from_noise(fn: Any, noise: Tensor) -> Tensor:
-    """The draw of a site that standard normal noise gives."""
-    if type(fn) in _LEAVES:
-        if hasattr(fn, "scale_tril"):
-            return fn.loc + (fn.scale_tril @ noise[..., None])[..., 0]
-        return fn.loc + fn.scale * noise
-    value = _from_noise(fn.base_dist, noise)
-    if isinstance(fn, torch_dist.TransformedDistribution):
-        for transform in fn.transforms:
-            value = transform(value)
-    return value
-
-
-def _has_normal_noise(fn: Any) -> bool:
-    normal = (torch_dist.Normal, torch_dist.MultivariateNormal)
-    return isinstance(_leaf(fn), (*normal, torch_dist.LowRankMultivariateNormal))
+from pyro_vae.inference.refit.parameters import check_rebuilt, constraint_of, in_plates, nodes
+from pyro_vae.inference.refit.transport import noise_shape
+from pyro_vae.inference.supports import family_of
 
 
 class _Reshaped(TorchDistribution):
     """Draws from one distribution, scores by another, relative to a third.
 
     `drawn` and `scored` have the same values; the second has no gradient to its parameters, so that
-    only the path through the draw is differentiated (Roeder et al. 2017).
+    only the path through the draw is differentiated (Roeder et al. 2017). A draw that has no path
+    is scored by `drawn` itself.
     """
 
     arg_constraints: dict = {}  # noqa: RUF012 - as torch declares it
-    has_rsample = True
 
     def __init__(self, drawn: Any, scored: Any, relative_to: Any = None) -> None:
         self.drawn, self.scored, self.relative_to = drawn, scored, relative_to
+        self.has_rsample = drawn.has_rsample
         super().__init__(drawn.batch_shape, drawn.event_shape, validate_args=False)
 
     @property
@@ -128,6 +43,9 @@ class _Reshaped(TorchDistribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         return self.drawn.rsample(sample_shape)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        return self.drawn.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_prob = self.scored.log_prob(value)
@@ -157,15 +75,17 @@ class _FreeSite:
         parameters: What is freed, by the name of the parameter.
         plates: Sizes of the plates' dims.
         event: Shape of the noise within a cell of the plates.
-        normal: Whether the site is drawn from standard normal noise.
-        kind: The name of its innermost distribution.
+        has_noise: Whether it can be drawn from standard normal noise.
+        kind: The name of its distribution.
+        moves_support: Whether what is freed moves the ends of the support.
     """
 
     parameters: dict[str, _Free]
     plates: torch.Size
     event: torch.Size
-    normal: bool
+    has_noise: bool
     kind: str
+    moves_support: bool
 
     def num_noise(self, num_data: int) -> int:
         return self.plates.numel() // num_data * self.event.numel()
@@ -222,7 +142,7 @@ def _lay_out(guide: Program, arguments: Arguments, structure: ProgramStructure) 
     found = {n: s for n, s in weighted_sites(trace).items() if not s["is_observed"]}
     drawn = {name: site for name, site in found.items() if not is_delta(site["fn"])}
     for name, site in drawn.items():
-        _check_distribution(name, site["fn"])
+        check_rebuilt(name, site["fn"])
     if not drawn:
         raise ProgramError("the guide draws nothing, so there is no family to refit")
     dim = cast(int, structure.batch_dim)
@@ -234,31 +154,41 @@ def _lay_out(guide: Program, arguments: Arguments, structure: ProgramStructure) 
 
 
 def _free_site(fn: Any, batch_dim: int) -> _FreeSite:
-    leaf, nesting = _leaf(fn), len(fn.batch_shape)
+    nesting, found = len(fn.batch_shape), nodes(fn)
     parameters = {}
-    for name in _LEAVES[type(leaf)]:
-        value = getattr(leaf, name)
-        unconstrained = transform_to(_constraint(leaf, name)).inv(value)
-        unit = _unit(leaf, name, value).expand(unconstrained.shape)
-        axis = batch_dim - (unconstrained.dim() - nesting)
-        parameters[name] = _Free(torch.zeros_like(unconstrained), unit, axis)
-    shape = leaf.batch_shape + leaf.event_shape
+    for node in found:
+        for name in node.names:
+            value = in_plates(node, name)
+            unconstrained = transform_to(constraint_of(node.fn, name)).inv(value)
+            unit = _unit(node.fn, name, value).expand(unconstrained.shape)
+            axis = batch_dim - (unconstrained.dim() - nesting)
+            parameters[node.path + name] = _Free(torch.zeros_like(unconstrained), unit, axis)
+    plates = torch.Size(fn.batch_shape)
+    shape = noise_shape(fn, plates)
     return _FreeSite(
-        parameters, fn.batch_shape, shape[nesting:], _has_normal_noise(fn), type(leaf).__name__
+        parameters,
+        plates,
+        torch.Size() if shape is None else shape[nesting:],
+        shape is not None,
+        family_of(fn),
+        any(_moves_support(node.fn) for node in found),
     )
 
 
-def _constraint(leaf: Any, name: str) -> Any:
-    return leaf.arg_constraints[name]
+def _moves_support(fn: Any) -> bool:
+    """Whether a support depends on parameters: the mean score of these is then not zero."""
+    return isinstance(type(fn).support, constraints._DependentProperty)
 
 
-def _unit(leaf: Any, name: str, value: Tensor) -> Tensor:
+def _unit(fn: Any, name: str, value: Tensor) -> Tensor:
     """The size of a step: a parameter with the latent's unit moves in the guide's scales."""
-    if name == "loc":
-        return leaf.scale if hasattr(leaf, "scale") else leaf.variance.sqrt()
-    if name == "scale_tril":
-        scale = leaf.variance.sqrt()[..., None].expand_as(value)
+    one = torch.ones_like(value)
+    if name in ("loc", "low"):
+        spread = fn.scale if hasattr(fn, "scale") else fn.variance.sqrt()
+        return torch.where(spread.isfinite(), spread, one)
+    if name == "scale_tril" and "loc" in fn.arg_constraints:
+        scale = fn.scale_tril.norm(dim=-1)[..., None].expand_as(value)
         return torch.where(torch.eye(value.shape[-1], dtype=torch.bool), 1.0, scale)
     if name == "cov_factor":
-        return leaf.variance.sqrt()[..., None].expand_as(value)
-    return torch.ones_like(value)
+        return fn.variance.sqrt()[..., None].expand_as(value)
+    return one

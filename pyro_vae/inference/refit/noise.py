@@ -102,8 +102,8 @@ def _spline(values: Mapping[str, Tensor]) -> Any:
 
 def _check_noise(layout: _Layout) -> None:
     for name, site in layout.sites.items():
-        if not site.normal:
+        if not site.has_noise:
             raise ProgramError(
-                f"the richer families reshape normal noise, which the guide's site '{name}' "
-                f"({site.kind}) is not drawn from; leave them out"
+                f"the richer families reshape normal noise, which nobody knows how to draw the "
+                f"guide's site '{name}' ({site.kind}) from; leave them out with richer=()"
             )

@@ -23,7 +23,6 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float, Int64
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -41,18 +40,15 @@ from pyro_vae.inference.programs import (
     particles_at_once,
     program_scope,
     split_count,
+    sum_traces,
     tool,
+    weighted_sites,
 )
 from pyro_vae.inference.refit.ascent import _DRAWS, _along, maximize_per_datum
-from pyro_vae.inference.refit.freed import (
-    _constraint,
-    _from_noise,
-    _lay_out,
-    _Layout,
-    _rebuild,
-    _Reshaped,
-)
+from pyro_vae.inference.refit.freed import _lay_out, _Layout, _Reshaped
 from pyro_vae.inference.refit.noise import _check_noise, _noise_distribution, _noise_start
+from pyro_vae.inference.refit.parameters import constraint_of, rebuild
+from pyro_vae.inference.refit.transport import from_noise
 from pyro_vae.progress import progress_bar
 
 __all__ = [
@@ -139,27 +135,33 @@ class _Replace(Messenger):
                 f"this guide was refitted to {self.layout.num_data} data and got {length}; pass "
                 "the same data, or refit it to these"
             )
-        moved = _rebuild(msg["fn"], lambda leaf: self._move(name, leaf, detach=False))
+        moved = rebuild(msg["fn"], lambda path, fn: self._move(name, path, fn, detach=False))
         if name in self.noise:
-            value = _from_noise(moved, self.noise[name])
+            value = from_noise(moved, self.noise[name])
             log_density = moved.log_prob(value)
             msg["fn"] = dist.Delta(value, log_density, event_dim=moved.event_dim)
         elif self.path_only:
-            scored = _rebuild(msg["fn"], lambda leaf: self._move(name, leaf, detach=True))
+            scored = moved
+            if moved.has_rsample and not self.layout.sites[name].moves_support:
+                scored = rebuild(
+                    msg["fn"], lambda path, fn: self._move(name, path, fn, detach=True)
+                )
             msg["fn"] = _Reshaped(moved, scored)
         else:
             msg["fn"] = moved
 
-    def _move(self, name: str, leaf: Any, *, detach: bool) -> Any:
-        parameters = {}
-        for parameter, free in self.layout.sites[name].parameters.items():
-            offset = self.values[f"{name}.{parameter}"]
+    def _move(self, site: str, path: str, fn: Any, *, detach: bool) -> dict[str, Tensor]:
+        """The parameters of one distribution within a site's."""
+        moved: dict[str, Tensor] = {}
+        for name in fn.arg_constraints:
+            free = self.layout.sites[site].parameters.get(path + name)
+            if free is None:
+                continue
+            offset = self.values[f"{site}.{path}{name}"]
             offset = free.unit * (offset.detach() if detach else offset)
-            onto = transform_to(_constraint(leaf, parameter))
-            parameters[parameter] = onto(onto.inv(getattr(leaf, parameter)) + offset)
-        home = type(leaf) if issubclass(type(leaf), TorchDistribution) else None
-        cls = home or getattr(dist, type(leaf).__name__)
-        return cls(**parameters, validate_args=False)
+            start = transform_to(constraint_of(fn, name)).inv(getattr(fn, name))
+            moved[name] = transform_to(constraint_of(fn, name, moved))(start + offset)
+        return moved
 
 
 # --- refitting ------------------------------------------------------------------------------------
@@ -181,19 +183,21 @@ def refit_guide(
     r"""Finds the guide's best parameters for each datum, from those that it computes for it.
 
     The ELBO of every datum is maximised in parallel, with the gradient of the path through the
-    latents alone, whose noise vanishes at the exact posterior. Which of the start, the last and the
-    mean iterate is kept is decided, for each datum, by fresh draws.
+    latents, or, of distributions that have none (discrete ones, VonMises, mixtures), by the score,
+    with the other draws as baseline; the noise of both vanishes at the exact posterior. Which of
+    the start, the last and the mean iterate is kept is decided, for each datum, by fresh draws.
 
     Args:
         model: The generative program.
-        guide: The program of the approximate posterior. Of its latent sites the parameters of
-            Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, StudentT, Gamma, Beta
-            and Dirichlet are freed, also within Independent, masks and bijective transforms; the
-            transforms' own parameters stay as the guide computes them.
+        guide: The program of the approximate posterior. Of its latent sites the parameters that
+            `arg_constraints` names are freed, of any distribution that can be built from them, and
+            also within Independent, masks, expansions, mixtures and bijective transforms; the
+            transforms' own parameters stay as the guide computes them, and so do integers.
         x: The data; a tuple for several arguments, a dict for keywords.
         family: `"same"`; `"full"`, a normal of full covariance in place of the standard normal
-            noise of all sites; or `"flow"`, affine couplings on top of it (a spline where a datum
-            has one latent).
+            noise from which all sites can be drawn (by their quantile functions, where it is no
+            normal); or `"flow"`, affine couplings on top of it (a spline where a datum has one
+            latent).
         max_steps: The most steps of each family.
         step_size: Of Adam's first steps, in the guide's own scales.
         seed: Seeds the draws; the caller's random state is left alone.
@@ -325,7 +329,7 @@ def _refit(
 ) -> RefittedGuide:
     def value(moved: dict[str, Tensor]) -> Float[Tensor, " batch"]:
         trial = replace(guide, values={**guide.values, **moved}, path_only=True)
-        return pair.with_guide(trial).log_weights(_DRAWS).mean(0)
+        return _elbo(pair.with_guide(trial))
 
     start = {name: guide.values[name] for name in axes}
     what = f"refitting ({guide.family})"
@@ -344,6 +348,27 @@ def _refit(
         converged=reached.converged.cpu(),
         log_weight=log_weight,
     )
+
+
+def _elbo(pair: Pair) -> Float[Tensor, " batch"]:
+    """The bound of each datum with its gradient: along the path, else by the score of a site.
+
+    The score of sites without a path is weighed by the log weights less the mean of the others
+    (leave-one-out), so that its noise vanishes at the exact posterior, as the path's does.
+    """
+    draws = pair.draws(_DRAWS)
+    guides = [(guide, count) for guide, _, count in draws]
+    log_p = sum_traces([(model, count) for _, model, count in draws], pair.structure)
+    weights = log_p - sum_traces(guides, pair.structure)
+    drawn = weighted_sites(guides[0][0])
+    unpathed = [name for name, site in drawn.items() if not site["fn"].has_rsample]
+    if not unpathed:
+        return weights.mean(0)
+    score = sum_traces(guides, pair.structure, lambda name, _: name in unpathed)
+    seen = weights.detach()
+    along = (seen - seen.mean(0)) / (_DRAWS - 1) + 1 / _DRAWS  # the second: no score in the weights
+    surrogate = (along * score).sum(0)
+    return weights.mean(0) + surrogate - surrogate.detach()
 
 
 def _choose(
