@@ -43,6 +43,7 @@ from pyro_vae.inference.em.loop import (
     EMSettings,
     Ending,
     Reached,
+    best_of_starts,
     drive,
     random_stream,
 )
@@ -63,14 +64,13 @@ from pyro_vae.inference.programs import (
     store_state,
     tensors_of,
 )
-from pyro_vae.inference.svi import Fit, deferred_interrupt
+from pyro_vae.inference.svi import Fit, Restarts, deferred_interrupt, restarts_table
 from pyro_vae.results import sha256_of
 
 __all__ = ["METHODS", "EMFit", "StatisticsModel", "StatisticsProblem", "fit_em"]
 
 _MEASURED_RESPONSIBILITIES = 200_000  # up to which nobody notices what measuring a KL costs
 _RECORDED_DATA = 2_000  # up to which mini-batch methods record every half step
-_MAX_SINGULAR = 20  # starts that may fail in all where on_singular="restart"
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,6 +151,7 @@ def fit_em(
             model, as "generalized" does for programs in any case. Or responsibilities to start
             from with an M step, shape (batch, components), not for "generalized".
         num_restarts: Starts; the one with the highest final log p(x) (or bound, if hard) is kept.
+            `EMFit.restarts` has a table of them, as `fit` has for its `restarts`.
         seed: Of starts, draws and orders. The caller's random state is left alone.
         sample_weights: How often each datum counts, shape (batch,).
         hold: Parameters left as they are, such as `("weights", "covariances")`.
@@ -259,7 +260,7 @@ def fit_em(
         else:
             x = ready_data(model, None, x)
             end = fit_generalized(model, x, settings)
-    config = {
+    config: dict[str, Any] = {
         "format": 1,
         "model": describe_programs(end.model, end.model),  # the guide is its own, or none
         "fit_em": {
@@ -270,7 +271,16 @@ def fit_em(
             "num_parameters": getattr(model, "num_parameters", None),  # the free ones
         },
     }
+    restarts = None
+    if num_restarts > 1 and len(end.facts.get("final_bounds", ())) > 1:
+        kept = end.facts["kept_start"]
+        about = {"seed": seed, "data_sha256": config["fit_em"]["data_sha256"]}
+        table = restarts_table(
+            end.facts["final_bounds"], kept=kept, measure=end.measure, config=config, **about
+        )
+        restarts = Restarts(table, kept)
     return EMFit(
+        restarts=restarts,
         model=FittedProgram(end.model, end.state),
         guide=FittedProgram(end.guide, end.state),
         history=end.reached.record.result(config, end.measure),
@@ -310,12 +320,19 @@ def _fit_on_statistics(
 ) -> Ending:
     """Any method but the generalised one, from any number of starts."""
     problem = _prepared(model, x, sample_weights, hold, settings)
-    best, failures, ends = _best_of_restarts(problem, settings)
+    with deferred_interrupt() as interrupted:
+        kept, runs, failures = best_of_starts(
+            lambda attempt: _run_once(problem, settings, attempt, interrupted),
+            settings,
+            lambda reached: reached,
+        )
+    best = runs[kept]
     problem.write(best.parameters)
     facts = {
         "num_data": problem.num_data,
         "converged": best.converged,
-        "final_bounds": ends,
+        "final_bounds": [run.objective / problem.total_weight for run in runs],
+        "kept_start": kept,
         "singular_starts": failures,
         "gap": "measured" if best.record.measures else "difference",
         "hold": list(hold),
@@ -357,41 +374,6 @@ def _state_of(model: StatisticsModel, x: Tensor) -> dict[str, Any]:
         model.model(row)
         model.guide(row)
         return store_state(lambda name: name not in before)
-
-
-def _best_of_restarts(
-    problem: StatisticsProblem, settings: EMSettings
-) -> tuple[Reached, int, list[float]]:
-    """Where the best start ended, how many were singular, and what each other reached."""
-    best: Reached | None = None
-    failures = attempt = 0
-    ends: list[float] = []
-    with deferred_interrupt() as interrupted:
-        while len(ends) < settings.num_restarts:
-            try:
-                reached = _run_once(problem, settings, attempt, interrupted)
-            except torch.linalg.LinAlgError as error:
-                failures += 1
-                if settings.on_singular == "raise":
-                    raise
-                if failures > _MAX_SINGULAR:
-                    raise type(error)(*_arguments_of(error, failures)) from error
-                attempt += 1
-                continue
-            attempt += 1
-            ends.append(reached.objective / problem.total_weight)
-            if best is None or reached.objective > best.objective:
-                best = reached
-            if reached.status == "interrupted":
-                break
-    assert best is not None
-    return best, failures, ends
-
-
-def _arguments_of(error: Any, failures: int) -> tuple[Any, ...]:
-    """The error's own arguments, its text saying that other starts did not help."""
-    text = f"{error} ({failures} starts ended like this.)"
-    return (error.component, text) if hasattr(error, "component") else (text,)
 
 
 def _run_once(

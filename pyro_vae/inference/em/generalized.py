@@ -8,7 +8,14 @@ import pyro
 import torch
 
 from pyro_vae.inference.em.history import HalfSteps
-from pyro_vae.inference.em.loop import EMSettings, Ending, Reached, drive, random_stream
+from pyro_vae.inference.em.loop import (
+    EMSettings,
+    Ending,
+    Reached,
+    best_of_starts,
+    drive,
+    random_stream,
+)
 from pyro_vae.inference.em.protocol import StatisticsModel
 from pyro_vae.inference.programs import (
     EnumeratedProgram,
@@ -32,35 +39,32 @@ __all__ = ["fit_generalized"]
 def fit_generalized(model: StatisticsModel | Program, x: Any, settings: EMSettings) -> Ending:
     """Generalised EM on any program; a mixture's is its `model`, from any number of starts."""
     if isinstance(model, StatisticsModel):
-        return _best_of_restarts(model, x, settings)
+        return _best_of_starts(model, x, settings)
     if not callable(model):
         raise ValueError(f"the model is called as model(x), but {type(model).__name__} cannot be")
     return _fit_once(model, no_guide, x, settings)
 
 
-def _best_of_restarts(model: StatisticsModel, x: Any, settings: EMSettings) -> Ending:
+def _best_of_starts(model: StatisticsModel, x: Any, settings: EMSettings) -> Ending:
     problem = model.prepare(x)
-    ends: list[float] = []
-    best: tuple[Ending, Any] | None = None
-    for attempt in range(settings.num_restarts):
+
+    def run(attempt: int) -> tuple[Ending, Any]:
         assert isinstance(settings.initialization, str)
         if settings.initialization != "given":
             generator = random_stream(settings.seed, attempt)
             problem.write(problem.initialize(settings.initialization, generator))
         ending = _fit_once(model.model, model.guide, x, settings)
-        ends.append(ending.reached.objective / problem.total_weight)
-        if best is None or ending.reached.objective > best[0].reached.objective:
-            best = ending, problem.read()
-        if ending.reached.status == "interrupted":
-            break
-    assert best is not None
-    ending, parameters = best
+        return ending, problem.read()
+
+    kept, runs, _ = best_of_starts(run, settings, lambda one: one[0].reached)
+    ends = [ending.reached.objective / problem.total_weight for ending, _ in runs]
+    ending, parameters = runs[kept]
     problem.write(parameters)
     return replace(
         ending,
         parameters={name: v.detach().clone() for name, v in model.fitted_values().items()},
         measure=problem.measure,
-        facts={"final_bounds": ends, **ending.facts},
+        facts={"final_bounds": ends, "kept_start": kept, **ending.facts},
     )
 
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,23 @@ from torch import Tensor
 from pyro_vae.checks import check_count
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.programs import Program
+from pyro_vae.inference.svi import best_row
 from pyro_vae.progress import progress_bar
 
-__all__ = ["METHODS", "RANDOM_METHODS", "EMSettings", "Ending", "Reached", "drive", "random_stream"]
+__all__ = [
+    "METHODS",
+    "RANDOM_METHODS",
+    "EMSettings",
+    "Ending",
+    "Reached",
+    "best_of_starts",
+    "drive",
+    "random_stream",
+]
+
+R = TypeVar("R")
+
+_MAX_SINGULAR = 20  # starts that may fail in all where on_singular="restart"
 
 METHODS = (
     *("exact", "generalized", "monte_carlo", "online", "incremental", "hard"),
@@ -171,6 +185,44 @@ class Ending:
     reached: Reached
     facts: dict[str, Any]
     posterior: Any = None
+
+
+def best_of_starts(
+    run: Callable[[int], R],
+    settings: EMSettings,
+    objective: Callable[[R], Reached],
+) -> tuple[int, list[R], int]:
+    """Runs every start, another one in place of each that a singular component ended.
+
+    Args:
+        run: Of the number of the attempt.
+        settings: Say how many starts there are, and what a singular component means.
+        objective: Where a run ended.
+
+    Returns:
+        The place of the best, all that ended, and how many were singular.
+    """
+    runs: list[R] = []
+    failures = 0
+    while len(runs) < settings.num_restarts:
+        try:
+            runs.append(run(len(runs) + failures))
+        except torch.linalg.LinAlgError as error:
+            failures += 1
+            if settings.on_singular == "raise":
+                raise
+            if failures > _MAX_SINGULAR:
+                raise type(error)(*_arguments_of(error, failures)) from error
+            continue
+        if objective(runs[-1]).status == "interrupted":
+            break
+    return best_row([objective(one).objective for one in runs]), runs, failures
+
+
+def _arguments_of(error: Any, failures: int) -> tuple[Any, ...]:
+    """The error's own arguments, its text saying that other starts did not help."""
+    text = f"{error} ({failures} starts ended like this.)"
+    return (error.component, text) if hasattr(error, "component") else (text,)
 
 
 def drive(

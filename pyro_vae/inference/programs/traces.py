@@ -401,6 +401,13 @@ def split_weights(
 def _check_splits(guide_trace: Trace, split: Split) -> None:
     """Refuses a guide whose latents are parts of one vector: it has no density per datum."""
     sites = weighted_sites(guide_trace)
+    for name, site in sites.items():
+        if name in split.local_sites and getattr(site["fn"], "draws_together", False):
+            raise ProgramError(
+                f"the guide is a mixture, one component of which draws global latents and '{name}' "
+                "of all data, so log q has no part for each datum; pass joint=True for one weight "
+                "per particle, or one of its components"
+            )
     auxiliary = [n for n, s in sites.items() if s["infer"].get("is_auxiliary")]
     vectors = [n for n in auxiliary if n not in split.local_sites]
     local = [n for n in sites if n in split.local_sites]

@@ -7,6 +7,7 @@ in a parameter store of its own, gives each module its own names, and raises in 
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vae.checks import check_count
 from pyro_vae.data import Seed, as_seed
 from pyro_vae.inference.programs import (
     Program,
@@ -31,6 +33,7 @@ from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
 from pyro_vae.inference.svi.history import Fit
 from pyro_vae.inference.svi.loop import TrainingRun
 from pyro_vae.inference.svi.mini_batches import TrainingData, move_data
+from pyro_vae.inference.svi.restarts import fit_restarts, refuse_mixture, settings_of_runs
 from pyro_vae.inference.svi.settings import DEFAULT_EPOCHS, FitSettings
 from pyro_vae.progress import say
 
@@ -49,6 +52,7 @@ def fit(
     epochs: int | Literal["converged"] | None = None,
     batch_size: int | None = None,
     seed: Seed = 0,
+    restarts: int = 1,
     validation: Any = None,
     evaluate_every: int = 1,
     patience: int | None = None,
@@ -124,6 +128,14 @@ def fit(
         batch_size: Data in a mini-batch. None means 128 where every latent belongs to a datum and
             the guide is amortised, else all data at once.
         seed: Seeds initial draws, shuffling and particles; the caller's random state is left alone.
+        restarts: Trainings, of which that with the highest bound is kept. The first begins as a
+            single one does. The others have seeds of their own, and start elsewhere: modules with
+            `reset_parameters` are reset (a layer of zeros stays one), and what would start where
+            the first began is moved by a uniform from -2 to 2 in the unconstrained space, as Stan
+            does (matrices of a module, and those with a constraint of their own, by that times
+            their root mean square). `Fit.restarts` says what each reached and how far they agree,
+            and has the mixture of their guides, a guide for every tool. In `checkpoint` each run
+            has a folder of its own, `run_0` and so on.
         validation: Held-out data as the model takes them: `transform` is not applied.
         evaluate_every: Epochs between rows of the history; to convergence on one batch, there is
             one whenever the rule looks.
@@ -203,6 +215,9 @@ def fit(
             "bound is never optimised",
             stacklevel=3,
         )
+    check_count("restarts", restarts)
+    settings_each = settings_of_runs(settings, restarts)
+    refuse_mixture(model, guide)
     start, model, guide = unwrap_programs(model, guide)
     if device is not None:
         for program in (model, guide):
@@ -210,23 +225,47 @@ def fit(
                 module.to(device)
         x, validation = move_data(x, device), move_data(validation, device)
     check_module_names(model, guide)
-    with program_scope(seed, training=True), torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
-        warnings.simplefilter("ignore", UnfittedWarning)  # here they are fitted
-        own_parameters(start)
-        run = TrainingRun(model, guide, TrainingData(x, transform, seed), validation, settings)
-        if settings.checkpoint is not None:
-            remove_leftovers(settings.checkpoint)
-            if resume and holds_run(settings.checkpoint):
-                run.load()
-            elif resume:
-                say(f"{settings.checkpoint} holds no run yet: starting anew")
-        run.train(progress)
-        found = run.result()
-        for program, names in run.bare_names():
-            values = {name: found.model.state["params"][name] for name in names}
-            remember_fitted(program, run.start, values)
+    train = partial(_train, (model, guide), start, (x, transform, validation), progress)
+    if restarts > 1:
+        run, found = fit_restarts(train, settings_each)
+    else:
+        run, found = train(settings)
+    for program, names in run.bare:
+        values = {name: found.model.state["params"][name] for name in names}
+        remember_fitted(program, run.start, values)
     done = found.convergence
     if done is not None and not done.converged and found.status == "finished":
         warnings.warn(f"fit: {done.summary()}", stacklevel=3)
     return found
+
+
+def _train(
+    pair: tuple[Program, Program],
+    start: dict[str, Any],
+    data: tuple[Any, Any, Any],
+    progress: bool,
+    settings: FitSettings,
+    begin: Callable[[TrainingRun], None] | None = None,
+) -> tuple[TrainingRun, Fit]:
+    """One training, from the parameters that programs have or `begin` gives them."""
+    x, transform, validation = data
+    with (
+        program_scope(settings.seed, training=True),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Encountered (NaN|.?inf): loss")  # raised as our own
+        warnings.simplefilter("ignore", UnfittedWarning)  # here they are fitted
+        own_parameters(start)
+        run = TrainingRun(*pair, TrainingData(x, transform, settings.seed), validation, settings)
+        if begin is not None:
+            begin(run)
+        if settings.checkpoint is not None:
+            remove_leftovers(settings.checkpoint)
+            if settings.resume and holds_run(settings.checkpoint):
+                run.load()
+            elif settings.resume:
+                say(f"{settings.checkpoint} holds no run yet: starting anew")
+        run.train(progress)
+        run.bare = run.bare_names()
+        return run, run.result()

@@ -205,6 +205,8 @@ class Fit(Interruptible):
         status: "finished", "stopped early" or "interrupted".
         convergence: Of a training that ends by itself (``epochs="converged"``): whether it
             converged, its phases, and what more training would buy; None where epochs were named.
+        restarts: Of several runs: what each reached, how far they agree, the mixture of their
+            guides; None of a single one.
     """
 
     model: FittedProgram
@@ -214,6 +216,7 @@ class Fit(Interruptible):
     parameters: dict[str, Tensor]
     status: Literal["finished", "stopped early", "interrupted"]
     convergence: Convergence | None = None
+    restarts: Any = None
 
     def summary(self) -> str:
         """One sentence: how long it trained and which bound it reached."""

@@ -95,6 +95,7 @@ class TrainingRun:
         self.order: Tensor | None = None
         self.saved_config: dict[str, Any] | None = None
         self.best_values: dict[str, Tensor] = {}
+        self.bare: list[tuple[Program, list[str]]] = []
         self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
         self.prepared = prepare(
             self.model,
