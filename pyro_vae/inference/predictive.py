@@ -232,6 +232,9 @@ def hold_enumerated(
         arguments: From `as_arguments`.
         structure: From `inspect_programs`.
         count: Draws that `given` holds side by side.
+
+    Raises:
+        ProgramError: If such a latent is in a plate without a size, which cannot tell data apart.
     """
     if not structure.enumerated:
         return
@@ -240,6 +243,13 @@ def hold_enumerated(
     discrete = infer_discrete(held, first_available_dim=-2 - structure.max_plate_nesting)
     run = poutine.trace(discrete).get_trace(*args, **kwargs)
     for name in structure.enumerated:
+        for plate in run.nodes[name]["cond_indep_stack"]:
+            if plate.vectorized and plate.size == -1:
+                raise ProgramError(
+                    f"the plate '{plate.name}' around the enumerated site '{name}' has no size, so "
+                    "states cannot be drawn for each of its data; write "
+                    f"pyro.plate('{plate.name}', len(x))"
+                )
         _hold(given, name, run.nodes[name]["value"])
 
 

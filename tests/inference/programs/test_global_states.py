@@ -22,6 +22,7 @@ from pyro_vae import (
     draw_posterior,
     elbo_gap,
     fit,
+    fit_em,
     log_evidence,
     log_weights,
     posterior_quality,
@@ -348,6 +349,70 @@ def test_fit_takes_a_mini_batch_of_the_tutorials_mixture() -> None:
     assert float(bound[-1]) == pytest.approx(exact, abs=0.15)
     with pytest.raises(ProgramError, match="one weight on all data"):
         fit(tutorial, guide, x, loss=ImportanceWeighted(2), batch_size=16, progress=False)
+
+
+def clusters(x: Tensor) -> None:
+    w = pyro.sample("w", dist.Beta(A, B))
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(w))  # not marked: EM sums all that can be listed
+        pyro.sample("x", dist.Normal(locs[c.long()], 0.8), obs=x)
+
+
+def test_em_holds_global_latents_at_their_most_probable_point() -> None:
+    options: dict[str, Any] = {"method": "generalized", "tolerance": 1e-13, "progress": False}
+    fitted = fit_em(clusters, X, num_gradient_steps=20, **options)
+    w, locs = (fitted.parameters[f"AutoDelta.{n}"].clone().requires_grad_() for n in ("w", "locs"))
+    by_hand = (
+        all_assignments(X, torch.stack([1 - w, w]).log(), locs, 0.8)
+        + dist.Beta(A, B).log_prob(w)
+        + normal(locs, torch.tensor([-1.0, 1.0]), 1.0).sum()
+    )
+    by_hand.backward()
+    assert abs(float(w.grad)) < 1e-5
+    assert float(locs.grad.abs().max()) < 1e-5
+    history = fitted.history
+    assert float(history.log_joint_total[-1]) == pytest.approx(by_hand.item(), rel=1e-12)
+    assert float(history.log_joint[-1]) == pytest.approx(by_hand.item() / len(X), rel=1e-12)
+    assert float(history.objective_total.diff("step").min()) > -1e-12
+    assert float(history.log_joint[-1] - history.log_joint[0]) > 1e-3
+    assert history.objective.attrs["bound"] == "objective"
+    assert not {"bound", "log_evidence"} & set(history)  # nothing here bounds log p(x)
+    assert "with w, locs at a point log p(x, theta)" in fitted.summary()
+    at = poutine.trace(fitted.guide).get_trace(X).nodes["w"]["value"]
+    assert at.item() == w.item()
+    with pytest.raises(ProgramError, match="Delta"):
+        log_weights(clusters, fitted.guide, X)
+
+
+def test_em_sums_the_paths_of_a_chain_beside_a_point() -> None:
+    fitted = fit_em(markov, SEQUENCES, method="generalized", max_iterations=3, progress=False)
+    stay, locs = fitted.parameters["AutoDelta.stay"], fitted.parameters["AutoDelta.locs"]
+    expected = all_paths(SEQUENCES, stay, locs).sum() + dist.Beta(3.0, 2.0).log_prob(stay)
+    expected = expected + normal(locs, torch.zeros(2), 1.0).sum()
+    assert float(fitted.history.log_joint_total[-1]) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_em_refuses_latents_of_the_data_and_variational_bayes_of_programs() -> None:
+    def with_local(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Beta(A, B))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(w))
+            z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def nothing_to_sum(x: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    with pytest.raises(ProgramError, match="'z' cannot be enumerated"):
+        fit_em(with_local, X, method="generalized")
+    with pytest.raises(ProgramError, match=r"theta are global.*AutoDelta\(model\)"):
+        fit_em(nothing_to_sum, X, method="generalized")
+    with pytest.raises(ValueError, match=r"AutoNormal\(poutine.block"):
+        fit_em(clusters, X, method="variational_bayes")
 
 
 # --- what shares states, or reads them wrongly ----------------------------------------------------
