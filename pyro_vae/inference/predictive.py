@@ -20,6 +20,7 @@ from pyro_vae.inference.programs import (
     Program,
     ProgramError,
     ProgramStructure,
+    Site,
     as_arguments,
     as_run,
     bytes_of_run,
@@ -33,6 +34,7 @@ from pyro_vae.inference.programs import (
     warn_of_unfitted,
     without_data,
 )
+from pyro_vae.inference.supports import family_of
 from pyro_vae.results import ArvizGroups, ShortRepr
 
 __all__ = ["PredictiveDraws", "PriorDraws", "draw_predictive", "draw_prior", "hold_enumerated"]
@@ -232,15 +234,38 @@ def hold_enumerated(
         arguments: From `as_arguments`.
         structure: From `inspect_programs`.
         count: Draws that `given` holds side by side.
+
+    Raises:
+        ProgramError: If such a latent is in a plate without a size, which cannot tell data apart,
+            or its states are vectors.
     """
     if not structure.enumerated:
         return
     args, kwargs = arguments
     held = poutine.replay(_in_plate(model, structure, count), trace=given)
+    alone = poutine.trace(held).get_trace(*args, **kwargs)
+    for name in structure.enumerated:
+        _check_drawable(name, alone.nodes[name])
     discrete = infer_discrete(held, first_available_dim=-2 - structure.max_plate_nesting)
     run = poutine.trace(discrete).get_trace(*args, **kwargs)
     for name in structure.enumerated:
         _hold(given, name, run.nodes[name]["value"])
+
+
+def _check_drawable(name: str, site: Site) -> None:
+    """Refuses a latent that Pyro does not draw from its posterior, or not for each datum."""
+    if site["fn"].event_shape:
+        raise ProgramError(
+            f"the states of the enumerated site '{name}' ({family_of(site['fn'])}) are vectors, "
+            "which cannot be drawn from their posterior; write it as a Categorical"
+        )
+    for plate in site["cond_indep_stack"]:
+        if plate.vectorized and plate.size == -1:
+            raise ProgramError(
+                f"the plate '{plate.name}' around the enumerated site '{name}' has no size, so "
+                "states cannot be drawn for each of its data; write "
+                f"pyro.plate('{plate.name}', len(x))"
+            )
 
 
 def _empty_guide(*_args: Any, **_kwargs: Any) -> None:

@@ -97,9 +97,14 @@ class EMFit(Fit):
             text += f" after {int(last.iteration)} iterations, {float(last.seconds):.1f} s"
             if settings["method"] not in RANDOM_METHODS:
                 text += ", converged" if self.converged else ", not converged"
-            known = "log_evidence" in self.history
-            text += f"; log p(x) {float(last.log_evidence):.6g}, " if known else "; "
-            text += f"bound {float(last.bound):.6g}"
+            if "objective" in self.history:
+                held = ", ".join(settings["at_a_point"])
+                text += f"; with {held} at a point log p(x, theta) {float(last.log_joint):.6g}, "
+                text += f"objective {float(last.objective):.6g}"
+            else:
+                known = "log_evidence" in self.history
+                text += f"; log p(x) {float(last.log_evidence):.6g}, " if known else "; "
+                text += f"bound {float(last.bound):.6g}"
             text += " nats per datum"
         if (free := settings["num_parameters"]) is not None:
             return f"{text}; {free:,} free parameters"
@@ -135,7 +140,8 @@ def fit_em(
 
     Args:
         model: A mixture of this package (or any `StatisticsModel`); for "generalized" also any
-            program called as `model(x)` whose latents can all be enumerated.
+            program called as `model(x)` whose latents can all be enumerated, or are global: these
+            are then held at a point, their most probable values (MAP).
         x: The data, shape (batch, features); for programs, their arguments as `fit` takes them.
         method: "exact" (EM), "generalized" or "generalised" (gradient M steps), "monte_carlo"
             (draws from the posterior), "stochastic_approximation" (SAEM: draws as well, whose
@@ -208,6 +214,12 @@ def fit_em(
 
     Note: EM finds a local maximum; `num_restarts` looks at several. For the KL after exact M steps
         with more than 200,000 responsibilities, log p(x) - bound stands in (`config` says so).
+
+    Note: with global latents theta at a point (they are in no plate with data, and `fit.guide` is
+        the `AutoDelta` that holds them) the history has `log_joint`, log p(x, theta), in place of
+        `log_evidence` and `objective` in place of `bound`: neither bounds log p(x). Densities of
+        points depend on how theta is written; of its posterior a guide tells: `fit(model, guide, x,
+        loss=TraceEnum_ELBO())`.
 
     Note: of variational Bayes the history has no `log_evidence` and no `gap`, `kl` is that of
         components and parameters together, `posterior` the result, and the model has its means.
@@ -308,6 +320,12 @@ def _check_method(
             f"method={settings.method!r} needs a model with sufficient statistics, such as a "
             "GaussianMixture (the mixture itself, not its .model); for any other program pass "
             "method='generalized'"
+            + (
+                " (global latents at a point), or fit(model, guide, x, loss=TraceEnum_ELBO()) with "
+                "a guide of the global latents, as AutoNormal(poutine.block(model, expose=[...]))"
+                if settings.bayesian
+                else ""
+            )
         )
 
 

@@ -76,7 +76,8 @@ def _fit_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> E
         store = pyro.get_param_store()
         program = EnumeratedProgram(model, x)
         begun = {n: v.detach().clone() for n, v in store.named_parameters()}
-        record = HalfSteps(float(program.length))
+        record = HalfSteps(float(program.length), of_point=bool(program.points))
+        guide = program.guide if program.points else guide
         algorithm = _generalized(program, record, settings)
         with deferred_interrupt() as interrupted:
             reached = drive(algorithm, settings, record.total_weight, interrupted)
@@ -86,6 +87,7 @@ def _fit_once(model: Program, guide: Program, x: Any, settings: EMSettings) -> E
         values = {n: v.detach().clone() for n, v in store.items() if n not in program.foreign}
     remember_fitted(model, begun, state["params"])
     facts = {"num_data": program.length, "converged": reached.converged, "gap": "difference"}
+    facts |= {"at_a_point": program.points} if program.points else {}
     return Ending(model, guide, state, values, measure_of(program.elbo.trace), reached, facts)
 
 

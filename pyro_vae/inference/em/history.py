@@ -24,6 +24,8 @@ class HalfSteps:
         measures: Whether the KL is summed by itself, not taken as log p(x) - bound.
         every_half_step: Whether mini-batch methods record every half step.
         knows_evidence: Whether log p(x) is known, and so the gap; not where parameters are latent.
+        of_point: Whether global latents are held at a point, theta: what is recorded is then of
+            log p(x, theta), an objective that bounds no log p(x).
         rows: What was recorded.
         passes: Passes over the data so far.
         spent: Seconds until the clock was started last.
@@ -34,6 +36,7 @@ class HalfSteps:
     measures: bool = True
     every_half_step: bool = True
     knows_evidence: bool = True
+    of_point: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
     spent: float = 0.0
@@ -91,6 +94,8 @@ class HalfSteps:
         totals = {"log_evidence": log_likelihood, "bound": elbo, "gap": divergence}
         if not self.knows_evidence:
             totals = {"bound": elbo}
+        if self.of_point:
+            totals = {"log_joint": log_likelihood, "objective": elbo, "gap": divergence}
         row = {**stamp, "loss": -elbo / self.total_weight}
         for name, value in totals.items():
             row |= {name: value / self.total_weight, f"{name}_total": value}
@@ -130,8 +135,13 @@ def _label_of(name: str, measure: str) -> dict[str, Any]:
     bound, text = {
         "log_evidence": ("exact", "log p(x) under the parameters"),
         "bound": ("lower", "ELBO of q under the parameters"),
-        "gap": ("exact", "KL(q || p(z | x)), how far the bound lies below log p(x)"),
-        "loss": ("objective", "minus the bound; lower is better"),
+        "gap": ("exact", "KL(q || p(z | x)): log p(x) - bound, or log_joint - objective"),
+        "log_joint": ("objective", "log p(x, theta) at the point where theta is held"),
+        "objective": (
+            "objective",
+            "E log p(x, z, theta) and the entropy of q(z): no bound on log p(x)",
+        ),
+        "loss": ("objective", "minus what both half steps raise; lower is better"),
         "reconstruction": ("objective", "E log p(x | z), the first part of the ELBO"),
         "kl": ("objective", "E log q(z) - log p(z), subtracted in the ELBO"),
     }[base]

@@ -1,4 +1,4 @@
-"""Programs all of whose latents are summed out: what generalised EM alternates on."""
+"""Programs whose latents are summed out, or held at a point: what generalised EM alternates on."""
 
 import math
 import warnings
@@ -7,9 +7,12 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta
 from pyro.ops import packed
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -45,7 +48,9 @@ class _Factors(TraceEnum_ELBO):
     leaves: dict[str, Tensor] | None = None
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found vars in model but not guide")  # at a point
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         if self.leaves is not None:
             for name, site in _factor_sites(model_trace):
                 own, given = site["packed"], site["packed"]["unscaled_log_prob"]
@@ -65,35 +70,72 @@ def _factor_sites(trace: Any) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-class EnumeratedProgram:
-    """A program all of whose latents are summed out, with its parameters.
+class _AtPoint(Messenger):
+    """Puts global latents at a point; their log prior counts."""
 
-    It registers its parameters in the parameter store at hand, where they have to stay.
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["infer"]["enumerate"] = "parallel"  # no guide is to draw it
+
+
+def _at_point(model: Program, point: AutoDelta) -> Program:
+    """The model with the latents of a point guide at its point."""
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        with poutine.block(hide_types=["sample"]):
+            values = point(*args, **kwargs)
+        with _AtPoint(values):
+            return model(*args, **kwargs)
+
+    held.__wrapped__ = model  # type: ignore[attr-defined]
+    return held
+
+
+class EnumeratedProgram:
+    """A program whose latents are summed out, or held at a point, with its parameters.
+
+    It registers its parameters in the parameter store at hand, where they have to stay. Latents
+    that cannot be enumerated are held at a point of `AutoDelta` where they are global, that is in
+    no plate with data: log p(x) is then log p(x, theta) everywhere below.
 
     Args:
         model: The program; sites need no mark for enumeration.
         x: Its arguments, as `fit` takes them.
 
     Attributes:
+        points: Names of the latents that are held at a point.
+        guide: The point, or a guide without sites.
         length: Number of data.
         parameters: The unconstrained tensors that an optimizer moves.
         foreign: Names in the parameter store that are not this program's.
         elbo: The loss that sums the latents out; `elbo.trace` is the last trace.
 
     Raises:
-        ProgramError: If a latent cannot be enumerated, there is none, the data are subsampled, a
-            parameter was never registered, or a factor's density at some latents is not that of a
-            run with these latents alone.
+        ProgramError: If a latent of the data cannot be enumerated, there is none to sum out, the
+            data are subsampled, a parameter was never registered, or a factor's density at some
+            latents is not that of a run with these latents alone.
     """
 
     def __init__(self, model: Program, x: Any) -> None:
         self.program, self.arguments = model, as_arguments(x)
         self.model = config_enumerate(model, "parallel")
+        self.guide: Program = no_guide
         store = pyro.get_param_store()
         foreign = set(store.keys())
         with torch.no_grad(), keep_random_state():
             _, trace = trace_programs(self.model, no_guide, self.arguments)
-        self._check(trace)
+            self.points = _global_points(trace)
+            self._check(trace)
+            if self.points:
+                self.guide = AutoDelta(poutine.block(model, expose=self.points))
+                self.guide(*self.arguments[0], **self.arguments[1])
+                self.model = config_enumerate(_at_point(model, self.guide), "parallel")
+                _, trace = trace_programs(self.model, no_guide, self.arguments)
         counts = count_data(trace)
         self.length = counts[0][0] if counts else 1
         check_module_names(model, no_guide)
@@ -106,7 +148,17 @@ class EnumeratedProgram:
         self._check_states()
 
     def _check(self, trace: Any) -> None:
-        latents = {n: s for n, s in weighted_sites(trace).items() if not s["is_observed"]}
+        latents = {
+            name: site
+            for name, site in weighted_sites(trace).items()
+            if not site["is_observed"] and name not in self.points
+        }
+        if self.points and not latents:
+            raise ProgramError(
+                f"the latents {', '.join(self.points)} are global and nothing is left to take an "
+                "expectation over; for their most probable values call fit(model, "
+                "AutoDelta(model), x)"
+            )
         if not latents:
             raise ProgramError(
                 "the program has no latent site, so there is nothing to take an expectation over; "
@@ -170,6 +222,19 @@ class EnumeratedProgram:
             log_prob = site["packed"]["unscaled_log_prob"].masked_fill(weight == 0, 0.0)
             total = total + (weight * log_prob).sum()  # 0 log 0 = 0
         return total
+
+
+def _global_points(trace: Trace) -> list[str]:
+    """The latents that cannot be enumerated and are in no plate with data."""
+    sites = weighted_sites(trace)
+    with_data = {f.name for s in sites.values() if s["is_observed"] for f in s["cond_indep_stack"]}
+    return [
+        name
+        for name, site in sites.items()
+        if not site["is_observed"]
+        and not is_enumerable(site["fn"])
+        and not with_data & {f.name for f in site["cond_indep_stack"]}
+    ]
 
 
 def check_states(enumerated: Trace, draw: Callable[[], Trace], num_data: int) -> None:

@@ -300,7 +300,7 @@ def _look(
             check_enumerable(weighted_sites(traces[1]), structure)
             running = enumerating(model, structure)
             seen = _trace_states(running, guide, arguments)
-            structure = _check_sums(seen[1], structure)
+            structure = _check_sums(model, arguments, seen, structure)
         structure = _run_again(running, guide, arguments, structure, seen, num_particles > 1)
         if structure.enumerated:
             _check_states(model, arguments, seen, structure)
@@ -365,9 +365,16 @@ def _trace_states(model: Program, guide: Program, arguments: Arguments) -> tuple
         ) from error
 
 
-def _check_sums(trace: Trace, structure: ProgramStructure) -> ProgramStructure:
+def _check_sums(
+    model: Program, arguments: Arguments, traces: tuple[Trace, Trace], structure: ProgramStructure
+) -> ProgramStructure:
     """Refuses states that cannot be summed out; data that share a state have no parts."""
-    sum_sites(trace, structure, 1)
+    trace = traces[1]
+    try:
+        sum_sites(trace, structure, 1)
+    except RuntimeError:  # shapes of a site that reads states by wrong dims
+        _check_states(model, arguments, traces, structure)
+        raise
     if structure.split is None:
         return structure
     sites = weighted_sites(trace)

@@ -196,6 +196,11 @@ def check_enumerable(model_sites: dict[str, dict], structure: ProgramStructure) 
                 f"({type(model_sites[name]['fn']).__name__}) lists no states (a vector of several "
                 "discrete values does not); sample it in the guide, or write each as its own site"
             )
+        if model_sites[name]["infer"].get("num_samples"):
+            raise ProgramError(
+                f"the model's site '{name}' is marked for enumeration by num_samples draws, which "
+                "are no sum over its states; take num_samples out"
+            )
 
 
 def is_enumerable(fn: Any) -> bool:

@@ -91,7 +91,7 @@ def label_sites(trace: Trace, structure: ProgramStructure, num_particles: int) -
             continue
         value = site_values(trace, name, structure)[0]
         sizes = [_size(plates[name], dim, structure) for dim in places[name]]
-        values[name] = value.detach().expand(*sizes, *value.shape[len(sizes) :])
+        values[name] = value.detach().expand((*sizes, *value.shape[len(sizes) :]))
     masks = {}
     for name in sites if not structure.enumerated else ():
         mask = _mask(trace, name, structure, num_particles)
