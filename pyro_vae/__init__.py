@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.posterior import posterior_quality
     from pyro_vae.diagnostics.predictive_check import predictive_check
     from pyro_vae.diagnostics.resolve import resolve
+    from pyro_vae.diagnostics.split_check import split_check
     from pyro_vae.inference.draws import draw_posterior
     from pyro_vae.inference.em import fit_em
     from pyro_vae.inference.log_weights import log_weights
@@ -64,6 +65,7 @@ __all__ = [
     "predictive_check",
     "resolve",
     "sample_posterior",
+    "split_check",
     "to_arviz",
 ]
 
@@ -93,6 +95,7 @@ _HOME = {
     "predictive_check": "pyro_vae.diagnostics.predictive_check",
     "resolve": "pyro_vae.diagnostics.resolve",
     "sample_posterior": "pyro_vae.inference.mcmc",
+    "split_check": "pyro_vae.diagnostics.split_check",
     "to_arviz": "pyro_vae.results",
 }
 

@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
-from benchmarks.coverage.kinds import Checked, Row, Study, interval, joined, watched
+from benchmarks.coverage.kinds import Checked, Row, Study, interval, joined, p_value, watched
 from benchmarks.coverage.planted import Array, Hierarchy, tensor
 from pyro_vae.diagnostics.comparison import held_out, kfold, loo
+from pyro_vae.diagnostics.split_check import split_check
 from pyro_vae.results import Result
 
 __all__ = ["STUDIES"]
@@ -25,7 +27,9 @@ def _density(pair: Hierarchy, x: Array, new: Array) -> Array:
 
 def _left_out(pair: Hierarchy, seed: int) -> tuple[Result, Array]:
     x = pair.data(_DATA, seed)
-    found = loo(pair.model, pair.guide, x, num_draws=400, num_inner=8, seed=seed, progress=False)
+    found = loo(
+        pair.model, pair.guide, x, num_draws=400, num_inner=8, pit=True, seed=seed, progress=False
+    )  # fmt: skip
     each = x.numpy()
     truth = [_density(pair, np.delete(each, n), each[n]) for n in range(_DATA)]
     return found, np.array(truth)
@@ -76,26 +80,54 @@ def _study(
                 found.elpd, found.data_standard_error, _DATA * each, flagged
             ),
         }
+        if "pit_p_value" in found:
+            row["pit_p_value"] = p_value(found.pit_p_value)
         parts.append(row)
     return joined(parts)
 
 
+def _split_check(count: int, seed: int) -> dict[str, Checked]:
+    """p-values of the part that was not fitted, under the right model."""
+    pair, found = Hierarchy(scale=1.0, shift=0.0), []
+    for i in range(count):
+        x = pair.data(24, seed + i)
+        result = split_check(
+            pair.model, pair.guide, x, refit=lambda _: (pair.model, pair.guide), num_draws=59,
+            statistics={"mean": torch.mean, "sd": torch.std}, seed=seed + i,
+        )  # fmt: skip
+        found.append(watched(result).p_value.sel(kind="split").values)
+    return {"p_value": p_value(np.concatenate(found))}
+
+
 STUDIES = [
     Study(
-        f"data {name}",
-        function,
-        partial(_study, make, size),
-        (
-            Row("elpd_se", most=0.08, breaks="k-hat", guard="`khat`, `reliable`"),
-            Row("log_predictive_se", most=0.08, breaks="k-hat", guard="`khat`, `reliable`"),
-            Row("data_standard_error", most=0.12, breaks="few data, or a model that fits badly"),
-        ),
-        quick=25,
-        longest=300,
-    )
-    for name, function, make, size in (
-        ("left out, each", "loo", _left_out, _DATA),
-        ("left out in folds", "kfold", _in_folds, _DATA),
-        ("held out", "held_out", _new_data, 2 * _DATA),
-    )
+        "data checked by a fit of others",
+        "split_check",
+        _split_check,
+        (Row("p_value", most=0.07, breaks="a guide too narrow", guard="a note on every result"),),
+        quick=12,
+        longest=400,
+    ),
+    *(
+        Study(
+            f"data {name}",
+            function,
+            partial(_study, make, size),
+            (
+                Row("elpd_se", most=0.08, breaks="k-hat", guard="`khat`, `reliable`"),
+                Row("log_predictive_se", most=0.08, breaks="k-hat", guard="`khat`, `reliable`"),
+                Row(
+                    "data_standard_error", most=0.12, breaks="few data, or a model that fits badly"
+                ),
+                *((Row("pit_p_value", most=0.055),) if function == "loo" else ()),
+            ),
+            quick=12 if function == "kfold" else 25,  # three fits each
+            longest=300,
+        )
+        for name, function, make, size in (
+            ("left out, each", "loo", _left_out, _DATA),
+            ("left out in folds", "kfold", _in_folds, _DATA),
+            ("held out", "held_out", _new_data, 2 * _DATA),
+        )
+    ),
 ]

@@ -11,5 +11,6 @@ room                its question
 `calibration`       is the guide calibrated on data from its model?
 `comparison`        which model predicts best? each datum left out, folds, data held out
 `predictive_check`  does the model fit?
+`split_check`       does it fit data that it has not seen?
 ==================  ===============================================================================
 """

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from pyro_vae.checks import check_count, check_max_memory
 from pyro_vae.data import Seed, as_seed
-from pyro_vae.diagnostics.replicates import Replicates, log_likelihood, observed_data, replicate
+from pyro_vae.diagnostics.replicates import (
+    Replicates,
+    log_likelihood,
+    observed_data,
+    other_data,
+    replicate,
+    replicate_held_out,
+)
 from pyro_vae.inference.programs import (
     Pair,
     Program,
@@ -35,6 +42,7 @@ Kind = Literal["posterior", "prior", "both"]
 _LEVEL = 0.01  # at which a statistic is flagged
 _LEAST_DRAWS = 20
 _SHOWN = 8  # statistics that a note names
+_SAID = {"posterior": "posterior", "prior": "prior", "held_out": "held-out"}
 
 
 def _sd_of_datum_means(x: Float[Tensor, "batch ..."]) -> Tensor:
@@ -75,6 +83,7 @@ def predictive_check(
     num_draws: int = 200,
     kind: Kind = "posterior",
     joint: bool | None = None,
+    test: Any = None,
     seed: Seed = 0,
     max_memory: float = 0.5,
 ) -> Result:
@@ -82,7 +91,9 @@ def predictive_check(
 
     Replicates have the size of x. Those of the posterior predictive draw each datum's latents from
     the guide (latents that are summed out from their posterior given these), then the data anew;
-    those of the prior predictive draw the latents from the prior.
+    those of the prior predictive draw the latents from the prior. With `test`, data that the guide
+    has not seen are compared: global latents come from the guide, those of the new data from their
+    prior.
 
     .. math:: p = \min\{1, 2 \min(p_{\ge}, p_{\le})\}, \qquad
               p_{\ge} = \frac{1 + \#\{T(x^{\mathrm{rep}}) \ge T(x)\}}{1 + \text{num\_draws}}
@@ -98,6 +109,8 @@ def predictive_check(
             a statistic is flagged.
         kind: `"posterior"`, `"prior"` or `"both"`.
         joint: True for all data as one; None for that where latents are global.
+        test: Data held out, which then take the place of `x`, to which the guide was fitted; the
+            kind is called `"held_out"`. `split_check` cuts them off, and fits.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Roughly the memory that the replicates drawn at once may take, in GiB.
 
@@ -117,8 +130,9 @@ def predictive_check(
         ====================  =====================  ===========  ================================
 
         `likelihood_p_value` is small for a datum that the model does not reproduce. It is left out
-        where latents are summed out. That of the prior predictive has no level: latents that owe
-        nothing to the datum make it small wherever data tell much of them, in the right model too.
+        where latents are summed out, or data held out. That of the prior predictive has no level:
+        latents that owe nothing to the datum make it small wherever data tell much of them, in the
+        right model too.
         The verdict names the statistics that are not reproduced, and counts rare data of the
         posterior predictive alone.
 
@@ -127,6 +141,9 @@ def predictive_check(
             simulated from.
         ValueError: If an argument is out of its range, or a statistic of the data is nan or no
             number; names it.
+
+    Note: with `test` p-values are uniform under the right model where the guide is its posterior
+        (parameters that were fitted count as known, which makes them small too often).
 
     Note: posterior predictive p-values of the true posterior are conservative: the same data made
         it, so under the right model they crowd about 1/2 and a small one means more than it says.
@@ -153,8 +170,12 @@ def predictive_check(
     """
     seed = as_seed(seed)
     _check(num_draws, kind, max_memory)
-    kinds = ["posterior", "prior"] if kind == "both" else [kind]
-    if guide is None and "posterior" in kinds:
+    kinds = ["posterior", "prior"] if kind == "both" else [str(kind)]
+    if test is not None:
+        if kind != "posterior":
+            raise ValueError(f"test is for posterior predictive checks: leave out kind={kind!r}")
+        kinds = ["held_out"]
+    if guide is None and kinds != ["prior"]:
         raise ValueError("the posterior predictive draws from the guide; pass one, or kind='prior'")
     shown = inspected_guide(model, guide)
     with torch.no_grad(), program_scope(seed):
@@ -164,7 +185,8 @@ def predictive_check(
             raise SubsampleError(
                 "the programs subsample or rescale their data, so replicates are not of their size"
             )
-        observed = observed_data(pair, prior="prior" in kinds)
+        new = pair if test is None else other_data(pair, test)
+        observed = observed_data(new, prior=kinds != ["posterior"])
         chosen = _statistics(statistics, observed)
         values = np.array([_value(name, chosen[name], observed) for name in chosen])
         _check_observed(dict(zip(chosen, values.tolist(), strict=True)))
@@ -172,9 +194,13 @@ def predictive_check(
         found = {}
         for which in kinds:
             pyro.set_rng_seed(seed)  # so that one kind does not depend on the other
-            draws = replicate(which, pair, num_draws, most)
-            found[which] = _compare(draws, chosen, structure)
-    return _result(found, values, list(chosen), structure, x, num_draws, pair.joint, seed)
+            if test is None:
+                draws = replicate(which, pair, num_draws, most)
+            else:
+                draws = replicate_held_out(pair, new, num_draws, most)
+            found[which] = _compare(draws, chosen, new.structure)
+    data = x if test is None else (*tensors_of(x), *tensors_of(test))
+    return _result(found, values, list(chosen), structure, data, num_draws, pair.joint, seed)
 
 
 def _check(num_draws: int, kind: str, max_memory: float) -> None:
@@ -237,6 +263,8 @@ def _compare(
         for k in range(part.num_draws):
             one = {name: value[k] for name, value in data.items()}
             values.append([_value(name, function, one) for name, function in statistics.items()])
+        if part.given is None:
+            continue
         new = log_likelihood(part.drawn, part.num_draws, structure)
         old = log_likelihood(part.given, part.num_draws, structure)
         if new is not None and old is not None:
@@ -342,11 +370,11 @@ def _words(
                 for i in bad[:_SHOWN]
             )
             more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            notes.append(f"the {kind} predictive does not reproduce {listed}{more}.")
+            notes.append(f"the {_SAID[kind]} predictive does not reproduce {listed}{more}.")
         elif 2 / (1 + num_draws) <= _LEVEL:
             notes.append(
-                f"the {kind} predictive reproduces all {len(names)} statistics at level {_LEVEL:g} "
-                "each."
+                f"the {_SAID[kind]} predictive reproduces all {len(names)} statistics at level "
+                f"{_LEVEL:g} each."
             )
         broken = int(np.isnan(values[which]).any(0).sum())
         if broken:
@@ -369,6 +397,11 @@ def _words(
 
 
 def _caveats(kinds: list[str], structure: ProgramStructure) -> list[str]:
+    if kinds == ["held_out"]:
+        return [
+            "p-values of data held out are uniform under the right model if the guide is the "
+            "posterior given the others; parameters without a posterior count as known."
+        ]
     if "posterior" not in kinds:
         return []
     notes = [

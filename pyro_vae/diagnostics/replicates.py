@@ -1,7 +1,7 @@
 """Data replicated by a model, of the size of the given: prior and posterior predictive draws."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from pyro_vae.inference.programs import (
     Site,
     fixed_draws,
     in_particle_plate,
+    inspected_guide,
     simulate,
     site_log_probs,
     site_values,
@@ -25,7 +26,14 @@ from pyro_vae.inference.programs import (
     without_data,
 )
 
-__all__ = ["Replicates", "log_likelihood", "observed_data", "replicate"]
+__all__ = [
+    "Replicates",
+    "log_likelihood",
+    "observed_data",
+    "other_data",
+    "replicate",
+    "replicate_held_out",
+]
 
 
 class Replicates(NamedTuple):
@@ -33,12 +41,12 @@ class Replicates(NamedTuple):
 
     Attributes:
         drawn: The model with new data.
-        given: The model with the given data.
+        given: The model with the given data; None where latents owe nothing to them.
         num_draws: How many draws both hold.
     """
 
     drawn: Trace
-    given: Trace
+    given: Trace | None
     num_draws: int
 
 
@@ -88,6 +96,36 @@ def _from_prior(pair: Pair, wanted: int) -> Iterator[Replicates]:
         for name in pair.structure.observed:
             latents.remove_node(name)
         yield Replicates(drawn, _run(pair.model, latents, pair, count), count)
+
+
+def other_data(pair: Pair, test: Any) -> Pair:
+    """The model with data that the guide has not seen, and the prior in the guide's place."""
+    joint = None if pair.structure.split is not None else pair.joint
+    return Pair.inspect(pair.model, inspected_guide(pair.model, None), test, joint=joint)
+
+
+def replicate_held_out(pair: Pair, other: Pair, num_draws: int, most: int) -> Iterator[Replicates]:
+    """Draws of other data: global latents come from the guide, those of the data from their prior.
+
+    Args:
+        pair: The model with its guide and the data that it was fitted to.
+        other: From `other_data`.
+        num_draws: How many in all.
+        most: How many at once.
+    """
+    split = pair.structure.split
+    for wanted in split_count(num_draws, most):
+        with pyro.validation_enabled(False):
+            if split is None:
+                for part in _from_prior(other, wanted):
+                    yield part._replace(given=None)
+                continue
+            for guide_trace, model_trace, count in pair.draws(wanted):
+                latents = fixed_draws(guide_trace, model_trace)
+                for name in [n for n in latents.nodes if n not in split.global_latents]:
+                    latents.remove_node(name)
+                drawn = _run(without_data(other.model), latents, other, count)
+                yield Replicates(drawn, None, count)
 
 
 def _run(program: Program, latents: Trace, pair: Pair, count: int) -> Trace:

@@ -14,7 +14,7 @@ from pyro_vae.plots.images import (
     plot_reconstructions,
     plot_samples,
 )
-from pyro_vae.plots.khat import plot_khat, plot_khat_by_class, plot_khat_plane
+from pyro_vae.plots.khat import plot_khat, plot_khat_by_class, plot_khat_plane, plot_loo_pit
 from pyro_vae.plots.latents import (
     plot_attribute_effects,
     plot_compression,
@@ -72,6 +72,7 @@ __all__ = [
     "plot_khat_plane",
     "plot_latent",
     "plot_learning_curves",
+    "plot_loo_pit",
     "plot_manifold",
     "plot_mixture",
     "plot_model_choice",

@@ -1,4 +1,4 @@
-"""Figures of k-hat: over the data, by class, on the plane of two latents."""
+"""Figures of k-hat: over the data, by class, on the plane of two latents; of data left out."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from pyro_vae.inference.log_weights import khat_threshold
 from pyro_vae.plots.style import _BLUE, _ORANGE, _SQUARE, _WIDE, _axes, _legend_below, _title
 from pyro_vae.results import Result
 
-__all__ = ["plot_khat", "plot_khat_by_class", "plot_khat_plane"]
+__all__ = ["plot_khat", "plot_khat_by_class", "plot_khat_plane", "plot_loo_pit"]
 
 
 def plot_khat(result: Result, ax: Axes | None = None, *, data: str = "") -> Axes:
     """Plots how k-hat is spread over the data, with the threshold.
 
     Args:
-        result: From `posterior_quality`, per datum.
+        result: From `posterior_quality`, per datum, or from `loo`.
         ax: Where to draw; a new figure if None.
         data: The name of the data, for the title.
 
@@ -151,6 +151,38 @@ def plot_khat_plane(result: Result, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"mean of q, {names[1]}")
     ax.set_title("k-hat on the latent plane")
     ax.set_aspect("equal", adjustable="datalim")
+    _legend_below(ax)
+    return ax
+
+
+def plot_loo_pit(result: Result, ax: Axes | None = None) -> Axes:
+    """Plots the ECDF of LOO-PITs less that of uniform ones, with its simultaneous 95 % band.
+
+    Above the band first and below it then: data are more often far out than predicted. The other
+    way round: predictions are too wide. Above all along: they are too high.
+
+    Args:
+        result: From `loo` with ``pit=True``.
+        ax: Where to draw; a new figure if None.
+
+    Raises:
+        ValueError: If the result has no PITs.
+    """
+    if "pit_ecdf" not in result:
+        raise ValueError("this result has no PITs: pass one of loo(..., pit=True)")
+    ax = _axes(ax, _WIDE)
+    count = result.sizes["rank"]
+    uniform = (np.arange(count) + 1) / count
+    lower, upper = (result[f"ecdf_{end}"].values - uniform for end in ("lower", "upper"))
+    ax.fill_between(
+        uniform, lower, upper, step="mid", color="0.5", alpha=0.2, lw=0, label="95 % band"
+    )
+    ax.plot(uniform, result["pit_ecdf"].values - uniform, color=_BLUE, lw=1.6, label="data")
+    ax.axhline(0, color="black", lw=0.6)
+    ax.set_xlabel("share of the predictive distribution below the datum")
+    ax.set_ylabel("ECDF - uniform")
+    about = f"{result.sizes['datum']} data, test of uniformity p = {float(result.pit_p_value):.2g}"
+    ax.set_title(_title("Each datum in its prediction from the others", "", about))
     _legend_below(ax)
     return ax
 

@@ -32,7 +32,7 @@ from pyro_vae.inference.programs import (
 from pyro_vae.progress import progress_bar
 from pyro_vae.results import Result
 
-__all__ = ["NewData", "check_draws", "held_out", "kfold", "predicted"]
+__all__ = ["NewData", "check_draws", "held_out", "kfold", "num_data_of", "predicted"]
 
 _LEAST_DRAWS = 100
 
@@ -229,7 +229,7 @@ def kfold(
     refit = fit_again(model, guide) if refit is None else refit
     with program_scope(seed):
         with torch.no_grad():
-            num_data = _num_data(inspect_globals(model, guide, x))
+            num_data = num_data_of(model, guide, x)
         of_datum = _folds(folds, num_folds, num_data)
         columns = torch.empty(3, num_data, dtype=torch.float64)
         variance, measure = 0.0, ""
@@ -255,14 +255,19 @@ def kfold(
     )  # fmt: skip
 
 
-def _num_data(pair: Pair) -> int:
-    split = pair.structure.split
-    if split is not None:
-        return split.size
+def num_data_of(model: Program, guide: Program, x: Any) -> int:
+    """How many data the plates of a pair say there are, inside a scope of programs.
+
+    Raises:
+        ProgramError: If no plate is around all that is observed.
+    """
+    pair = inspect_globals(model, guide, x)
+    if pair.structure.split is not None:
+        return pair.structure.split.size
     counts = count_data(pair.first_run()[1])
     if not counts:
         raise ProgramError(
-            "no plate is around all observed sites, so it is unknown what a datum is"
+            "no plate is around all observed sites, so no plate says what a datum is"
         )
     return counts[0][1]
 

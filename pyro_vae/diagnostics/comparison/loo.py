@@ -11,6 +11,7 @@ from pyro_vae.data import Seed, as_seed
 from pyro_vae.diagnostics.comparison.held_out import check_draws, predicted
 from pyro_vae.diagnostics.comparison.labels import density_result, error_over_data
 from pyro_vae.diagnostics.comparison.moved import Mover
+from pyro_vae.diagnostics.comparison.pit import check_one_number, pit_columns, pit_of
 from pyro_vae.diagnostics.comparison.pointwise import GlobalDraws, GlobalModel, inspect_globals
 from pyro_vae.diagnostics.comparison.refits import Refit, refitted, some_of
 from pyro_vae.diagnostics.comparison.smoothed import Smoothed, smoothed_density
@@ -40,6 +41,7 @@ def loo(
     refit: Refit | None = None,
     max_refits: int = 20,
     subsample: int | None = None,
+    pit: bool = False,
     seed: Seed = 0,
     max_memory: float = 0.5,
     progress: bool = True,
@@ -73,6 +75,8 @@ def loo(
         subsample: How many data to leave out, one at a time, chosen at random; None for all.
             The sum over all is then estimated by the difference to WAIC's estimate of each datum,
             which needs no weights of its own.
+        pit: Whether to find where each datum lies in its predictive distribution; data must be
+            single numbers.
         seed: Seeds the draws; the caller's random state is left alone.
         max_memory: Of the draws made at once, in GiB, roughly.
         progress: Whether to show a bar over the data that are moved or fitted anew.
@@ -93,15 +97,24 @@ def loo(
         `khat`                   datum  none, none   Pareto k-hat of the weights
         `reliable`               datum               whether k-hat is below its threshold
         `moved`, `refitted`      datum               what was done where it was not
+        `pit`                    datum  none, none   share of the predictive distribution given the
+                                                     others that is below the datum; nan if refitted
+        `pit_ecdf`               rank   none, none   ECDF of `pit`, in hundredths
+        `ecdf_lower`, `_upper`   rank   none, none   simultaneous 95 % band for uniform ones
+        `pit_p_value`            none   none, none   test of uniformity by that band
         =======================  =====  ===========  ===============================================
 
-        `elpd_data` of it is what `arviz.compare` takes; `plot_khat` draws k-hat.
+        The last four if `pit`; `plot_loo_pit` draws them. `elpd_data` of a result is what
+        `arviz.compare` takes; `plot_khat` draws k-hat.
 
     Raises:
         ProgramError: If no latent is global (given parameters, data are independent, and leaving
             one out changes nothing), or the pair has no log weights (see `log_weights`).
         ValueError: If an argument is out of its range.
         TypeError: If `refit` returns no pair.
+
+    Note: the band is of independent PITs. Those of data left out are less scattered than that, the
+        more so the more parameters there are, so that the right model leaves it the more rarely.
 
     Note: for few data, or a model that fits badly, `data_standard_error` is too small (Sivula,
         Magnusson & Vehtari 2020). Two models over the same data are compared by the difference of
@@ -124,7 +137,8 @@ def loo(
             rows = _rows(pair, subsample)
             globals_ = GlobalModel(pair, num_inner, max_memory)
             draws = globals_.draw(num_draws, rows)
-            left = _LeftOut(globals_, draws, rows, moment_matching=moment_matching)
+            observed = check_one_number(globals_) if pit else None
+            left = _LeftOut(globals_, draws, rows, observed, moment_matching=moment_matching)
             left.move(progress=progress)
         if refit is not None:
             settings = (num_draws, num_inner, max_memory)
@@ -171,10 +185,11 @@ class _LeftOut:
         model: GlobalModel,
         draws: GlobalDraws,
         rows: Tensor | None,
+        observed: Tensor | None,
         *,
         moment_matching: bool,
     ) -> None:
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.observed = model, rows, observed
         self.limit = khat_threshold(len(draws.log_ratio))
         self.moves = moment_matching and draws.u is not None
         self.khat_joint = float(pareto_khat(draws.log_weights[:, None]))
@@ -186,6 +201,10 @@ class _LeftOut:
         self.columns = torch.stack([self.found.log_density, self.found.se, self.found.khat])
         self.moved = torch.zeros(self.columns.shape[1], dtype=torch.bool)
         self.refitted = self.moved.clone()
+        self.pit: Tensor | None = None
+        if observed is not None:
+            which = torch.arange(model.split.size) if rows is None else rows
+            self.pit = pit_of(model, draws, self.found.log_weights, observed, which)
 
     @property
     def bad(self) -> list[int]:
@@ -210,6 +229,7 @@ class _LeftOut:
                 if khat < float(self.columns[2, place].nan_to_num(nan=math.inf)):
                     self._put(place, whole.value - part.value, math.hypot(whole.se, part.se), khat)
                     self.moved[place] = True
+                    self._move_pit(place, datum, found)
                 bar.update(1)
 
     def fit_again(
@@ -232,10 +252,18 @@ class _LeftOut:
                     found = predicted(*pair, others, one, settings)
                 self._put(place, *(float(column) for column in found[:3]))
                 self.moved[place], self.refitted[place] = False, True
+                if self.pit is not None:
+                    self.pit[place] = math.nan
                 bar.update(1)
 
     def _put(self, place: int, *values: float) -> None:
         self.columns[:, place] = torch.tensor(values).to(self.columns)
+
+    def _move_pit(self, place: int, datum: int, draws: GlobalDraws) -> None:
+        if self.pit is not None and self.observed is not None:
+            weights = _without_each(draws).log_weights
+            one = torch.tensor([datum])
+            self.pit[place] = pit_of(self.model, draws, weights, self.observed, one)[0]
 
     def _error(self, weight: float) -> float:
         """Monte-Carlo error of the weighted sum: most data share their draws."""
@@ -288,6 +316,7 @@ class _LeftOut:
                 "p_loo": ((), self.fit_of_all() - total.value, parameters),
                 "moved": ("datum", self.moved, {}),
                 "refitted": ("datum", self.refitted, {}),
+                **({} if self.pit is None else pit_columns(self.pit)),
             },
             total=torch.tensor(total.value), spread=total.over_data, rows=self.rows, notes=notes,
         )  # fmt: skip

@@ -29,7 +29,6 @@ from pyro_vae.inference.programs import (
     SubsampleError,
     UnconstrainedModel,
     as_arguments,
-    enumerating,
     inspected_guide,
     particles_at_once,
     redraw_local,
@@ -164,14 +163,15 @@ class GlobalModel:
         for part in u.split(self.most):
             with torch.no_grad(), pyro.validation_enabled(False):
                 runs = self._free.runs(part.to(self._free.like))
-                draws = self._globals_of([(trace, trace, count) for trace, count, _ in runs])
+                kept = self._globals_of([(trace, trace, count) for trace, count, _ in runs])
+                draws = [(b, t, n) for (b, _, n), (t, *_) in zip(kept, runs, strict=True)]
                 jacobian = torch.cat([jacobian for *_, jacobian in runs])[:, 0]
                 prior = sum_traces([(t, n) for _, t, n in draws], self.structure, self._is_global)
                 each = self._pointwise(draws, self.pair, self.pair.guide)
             total = each.sum(1)
             log_prior = (prior[:, 0] + jacobian).double()
             chosen = each if rows is None else each[:, rows]
-            parts.append((draws, log_prior, total, chosen))
+            parts.append((kept, log_prior, total, chosen))
         traces, *numbers = zip(*parts, strict=True)
         whole = [trace for part in traces for trace in part]
         return GlobalDraws(whole, u, *(torch.cat(column) for column in numbers))
@@ -225,13 +225,13 @@ class GlobalModel:
     def _globals_of(self, draws: Traces) -> Traces:
         """The draws of the global latents alone: those of all data are too many to keep."""
         kept = []
-        for guide_trace, model_trace, count in draws:
+        for guide_trace, _, count in draws:
             bare = Trace()
             for name, site in weighted_sites(guide_trace).items():
                 if name not in self.split.local_sites and not site["is_observed"]:
                     fields = {k: v for k, v in site.items() if k not in _COMPUTED}
                     bare.add_node(name, **fields)
-            kept.append((bare, model_trace, count))
+            kept.append((bare, bare, count))
         return kept
 
     def _pointwise(
@@ -239,8 +239,7 @@ class GlobalModel:
     ) -> Float[Tensor, "draws datum"]:
         count, arguments = sum(n for *_, n in draws), as_arguments(pair.x)
         if redraw or self.num_inner > 1:
-            model = enumerating(pair.model, self.structure)
-            programs = (model, proposal, arguments, self.structure)
+            programs = (pair.model, proposal, arguments, self.structure)
             draws = redraw_local(*programs, draws, self.num_inner)
         inside = replace(
             self.structure, batch_dim=self.split.dim, batch_size=self.split.size, split=None

@@ -12,13 +12,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 from torch import Tensor
 
 from pyro_vae import loo
 from pyro_vae.diagnostics.comparison import elpd_data, held_out, kfold
 from pyro_vae.inference.programs import ProgramError
-from pyro_vae.plots import plot_khat
+from pyro_vae.plots import plot_khat, plot_loo_pit
 
 ERRORS = 4.5  # standard errors: a comparison fails at a rate of 7e-6
 NOISE = 0.7
@@ -156,6 +159,62 @@ def test_a_part_of_the_data_estimates_the_whole() -> None:
         loo(regression, guide_of(), DATA, subsample=32)
 
 
+def exact_pit(y: np.ndarray) -> np.ndarray:
+    shares = []
+    for n in range(31):
+        k = np.arange(31) != n
+        mean, covariance = posterior(DESIGN[k], y[k])
+        sd = math.sqrt(NOISE**2 + DESIGN[n] @ covariance @ DESIGN[n])
+        shares.append(stats.norm.cdf(y[n], DESIGN[n] @ mean, sd))
+    return np.array(shares)
+
+
+def test_where_data_lie_in_their_predictions_is_that_of_the_closed_form() -> None:
+    """At most 0.5 / sqrt(2000) of an error each, where all draws weigh the same."""
+    found = loo(regression, guide_of(), DATA, pit=True, seed=0, progress=False)
+    assert abs(found.pit.values - exact_pit(Y)).max() < 1.5 * ERRORS * 0.5 / 2000**0.5
+    assert float(found.pit_p_value) > 1e-3
+    inside = (found.ecdf_lower <= found.pit_ecdf) & (found.pit_ecdf <= found.ecdf_upper)
+    assert inside.all()
+    shares = np.minimum(np.floor(found.pit.values * 100), 99)
+    assert found.pit_ecdf.values == pytest.approx(
+        [(shares <= rank).mean() for rank in range(100)], abs=1e-12
+    )
+    assert plot_loo_pit(found).get_ylabel() == "ECDF - uniform"
+    with pytest.raises(ValueError, match="no PITs"):
+        plot_loo_pit(loo(regression, guide_of(), DATA, num_draws=100))
+
+
+def test_a_scale_far_too_small_is_seen_by_the_pits() -> None:
+    y = Y + 2.0 * RNG.normal(size=31)
+    found = loo(regression, guide_of(), (DATA[0], torch.tensor(y)), pit=True, progress=False)
+    assert float(found.pit_p_value) < 1e-3
+    assert abs(found.pit.values - exact_pit(y))[found.moved.values].max(initial=0.0) < 0.15
+    refitted = loo(
+        regression, guide_of(0.5, 1.5), DATA, pit=True, moment_matching=False, num_draws=500,
+        refit=lambda _: (regression, guide_of()), max_refits=2, progress=False,
+    )  # fmt: skip
+    assert (np.isnan(refitted.pit.values) == refitted.refitted.values).all()
+
+
+def test_counts_are_placed_at_random_among_ties() -> None:
+    def model(x: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(200.0), 100.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("rate", dist.Gamma(200.0 + x.sum(), 100.0 + len(x)))
+
+    x = torch.tensor(RNG.poisson(2.0, 200)).double()
+    found = loo(model, guide, x, pit=True, num_draws=500, seed=0, progress=False)
+    low, high = (stats.poisson.cdf(x.numpy() - k, 2.0) for k in (1, 0))
+    assert ((low - 0.1 < found.pit.values) & (found.pit.values < high + 0.1)).all()
+    ties = found.pit.values[x.numpy() == 2]
+    assert ties.max() - ties.min() > 0.15
+    assert float(found.pit_p_value) > 1e-3
+
+
 def test_folds_and_held_out_data_are_those_of_the_closed_form() -> None:
     folds = np.arange(31) % 4
     found = kfold(
@@ -233,6 +292,37 @@ def test_moving_is_right_with_drawn_latents_too() -> None:
     found = loo(hierarchy, narrow, X, seed=0, progress=False)
     assert found.reliable.all()
     check(found, truth)
+
+
+def test_discrete_latents_of_each_datum_are_summed_out() -> None:
+    """Pyro's mixture with one free location, beside quadrature over it."""
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(1.0), 2.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(torch.where(k == 0, -1.0, mu), 0.8), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(torch.tensor(1.4), 0.6))
+
+    grid = np.linspace(-9.0, 11.0, 4001)[:, None]
+    prior = stats.norm.pdf(grid[:, 0], 1.0, 2.0)
+
+    def density(x: np.ndarray) -> np.ndarray:
+        return 0.3 * stats.norm.pdf(x, -1.0, 0.8) + 0.7 * stats.norm.pdf(x, grid, 0.8)
+
+    x = X.numpy()
+    of_others = [prior * density(np.delete(x, n)).prod(1) for n in range(7)]
+    mean = [w @ density(x[n : n + 1])[:, 0] / w.sum() for n, w in enumerate(of_others)]
+    check(loo(model, guide, X, seed=0, progress=False), np.log(mean))
+    of_all = prior * density(x).prod(1)
+    held = held_out(model, guide, X, X[:3] + 0.4, seed=0)
+    check(held, np.log(of_all @ density(x[:3] + 0.4) / of_all.sum()))
+    auto = AutoNormal(poutine.block(model, hide=["k"]), init_scale=0.5)
+    auto(X)
+    check(loo(model, auto, X, seed=0, progress=False), np.log(mean))
 
 
 # --- without global latents -----------------------------------------------------------------------
@@ -367,9 +457,19 @@ def test_what_it_cannot_do_is_refused() -> None:
         kfold(regression, guide_of(), DATA, refit=lambda _: 3, progress=False)
     layer = torch.nn.Identity()
 
+    def wide(x: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(b[..., None].expand(*b.shape, 2), 1.0).to_event(1), obs=x)
+
+    def guide_wide(x: Tensor) -> None:
+        pyro.sample("b", dist.Normal(torch.tensor(0.0), 0.3))
+
     def reaches(x: Tensor) -> None:
         local(layer(x))
 
+    with pytest.raises(ProgramError, match="no single number"):
+        loo(wide, guide_wide, torch.zeros(5, 2), pit=True)
     with pytest.raises(ProgramError, match="reaches a module, which a new fit would train"):
         kfold(reaches, alone, X)
     with pytest.raises(ProgramError, match="joint log weights need the full data"):
