@@ -15,15 +15,18 @@ from pyro_vae.inference.svi.checkpoint import (
 )
 from pyro_vae.inference.svi.fit import fit
 from pyro_vae.inference.svi.history import Convergence, Fit, Phase, history_result
+from pyro_vae.inference.svi.methods import METHODS, FittingMethod
 from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, without_validation
 
 __all__ = [
     "FORMAT",
+    "METHODS",
     "CheckpointError",
     "Convergence",
     "Fit",
+    "FittingMethod",
     "Interruptible",
     "LoadedProgram",
     "Phase",

@@ -205,6 +205,7 @@ class Fit(Interruptible):
         status: "finished", "stopped early" or "interrupted".
         convergence: Of a training that ends by itself (``epochs="converged"``): whether it
             converged, its phases, and what more training would buy; None where epochs were named.
+        posterior: What a method other than SVI says of the latents; see `fit`. None of SVI.
     """
 
     model: FittedProgram
@@ -214,6 +215,7 @@ class Fit(Interruptible):
     parameters: dict[str, Tensor]
     status: Literal["finished", "stopped early", "interrupted"]
     convergence: Convergence | None = None
+    posterior: Result | None = None
 
     def summary(self) -> str:
         """One sentence: how long it trained and which bound it reached."""
