@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.log_weights import pareto_khat
+from pyro_vae.inference.optimisation import find_paths
 from pyro_vae.inference.refit import Normal, match_scores
 from pyro_vae.inference.svi.evaluation import TrainedPair
 from pyro_vae.inference.svi.methods.deterministic import balanced_noise
 from pyro_vae.inference.svi.methods.gaussian import GuideNormal
+from pyro_vae.inference.svi.methods.pathfinder import usable_normals
 from pyro_vae.inference.svi.methods.rule import MethodRule, constrained, posterior_result
 from pyro_vae.inference.tempered import Tempered, in_double
 from pyro_vae.results import Result
@@ -28,7 +30,8 @@ class BatchAndMatchRule(MethodRule):
     r"""Updates of `refit.batch_and_match` until the normal stands still.
 
     It does so when the symmetrised KL between it and the one ten updates ago,
-    :math:`(\operatorname{KL}(a \| b) + \operatorname{KL}(b \| a)) / 2`, is below the threshold.
+    :math:`(\operatorname{KL}(a \| b) + \operatorname{KL}(b \| a)) / 2`, is below the threshold. It
+    begins at the guide's normal, or at that of the path from it to a mode if its ELBO is higher.
 
     Args:
         pair: What is fitted.
@@ -48,10 +51,25 @@ class BatchAndMatchRule(MethodRule):
         self.normal.check_writable()
         self.target = in_double(Tempered(self.normal.latent_model))
         with torch.no_grad(), pair.measuring(seed):
-            loc, root = self.normal.read()
-        chol = root if root.dim() == 2 else root.diag()
-        self.now = Normal(loc[None].double(), chol[None].double())
-        self.before = self.now
+            self.now = self.before = self._start()
+
+    def _start(self) -> Normal:
+        """The guide's normal, or that on the way from it to a mode, by their ELBOs.
+
+        Full matches lose their way where scores are those of a tail.
+        """
+        loc, root = (part.double() for part in self.normal.read())
+        guide = Normal(loc[None], (root if root.dim() == 2 else root.diag())[None])
+        model = self.normal.latent_model
+        _, path = usable_normals(find_paths(Tempered(model), loc.to(model.like)[None, None]))
+        starts = [guide, path] if len(path.loc) else [guide]
+        return max(starts, key=lambda normal: float(self._log_weights(normal).mean()))
+
+    def _log_weights(self, normal: Normal) -> Tensor:
+        """Of balanced draws, `[draws, 1]`."""
+        u = normal.from_noise(balanced_noise(_DRAWS, self.normal.dim, self.seed)[:, None])
+        found = self.target(u).log_density - normal.log_prob(u)
+        return torch.nan_to_num(found, nan=-math.inf)
 
     def advance(self, *_args: Any, **_kwargs: Any) -> float:
         """One update, written into the guide."""
@@ -88,7 +106,7 @@ class BatchAndMatchRule(MethodRule):
         with torch.no_grad(), self.pair.measuring(self.seed):
             noise = balanced_noise(_DRAWS, self.normal.dim, self.seed)
             u = self.now.from_noise(noise[:, None])
-            khat = pareto_khat(self.target(u).log_density - self.now.log_prob(u))[0]
+            khat = pareto_khat(self._log_weights(self.now))[0]
             draws, names = constrained(self.normal.latent_model, u[:, 0])
         columns = {
             "mean": (("latent",), draws.mean(0), "mean of draws of q"),

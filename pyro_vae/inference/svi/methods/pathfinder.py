@@ -25,7 +25,7 @@ from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.tempered import Tempered
 from pyro_vae.results import Result
 
-__all__ = ["PathfinderRule"]
+__all__ = ["PathfinderRule", "usable_normals"]
 
 
 class PathfinderRule(MethodRule):
@@ -61,7 +61,7 @@ class PathfinderRule(MethodRule):
         with torch.no_grad(), self.pair.measuring(self.seed):
             target = Tempered(self.normal.latent_model)
             paths = find_paths(target, self._starts(target))
-            usable, normals = _usable(paths)
+            usable, normals = usable_normals(paths)
             if not bool(usable.any()):
                 raise TrainingError(
                     "no path of Pathfinder has a normal distribution with a finite ELBO; raise "
@@ -138,7 +138,7 @@ class PathfinderRule(MethodRule):
         )
 
 
-def _usable(paths: PathNormals) -> tuple[Tensor, Normal]:
+def usable_normals(paths: PathNormals) -> tuple[Tensor, Normal]:
     """Which paths have a normal distribution, and those, a path a row, in double precision."""
     covariance = paths.covariance.dense()[:, 0].double()
     chol, failed = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)

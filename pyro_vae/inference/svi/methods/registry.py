@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro_vae.checks import check_count
 from pyro_vae.inference.estimators import PathwiseELBO
 from pyro_vae.inference.programs import Program, ProgramError
+from pyro_vae.inference.supports import init_to_middle
 from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule, Rule
 from pyro_vae.inference.svi.evaluation import TrainedPair, default_loss
 from pyro_vae.inference.svi.methods.batch_and_match import BatchAndMatchRule
@@ -175,7 +176,7 @@ def guide_for(method: str, model: Program, guide: Program | None) -> Program:
     if method in METHODS and not METHODS[method].makes_guide:
         makers = " or ".join(f"{row.name!r}" for row in _ROWS if row.makes_guide)
         raise ValueError(f"method={method!r} needs a guide; pass one, or method={makers}")
-    return AutoMultivariateNormal(model)
+    return AutoMultivariateNormal(model, init_loc_fn=init_to_middle)
 
 
 def loss_for(asked: Any, model: Program, guide: Program, prepared: Any) -> ELBO | None:
