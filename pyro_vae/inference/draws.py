@@ -36,6 +36,7 @@ __all__ = [
     "flat_latents",
     "labelled_draws",
     "latent_names",
+    "systematic_index",
 ]
 
 
@@ -116,7 +117,7 @@ class PosteriorDraws:
         seed = as_seed(seed)
         count = len(self.log_joint) if num_draws is None else num_draws
         check_count("num_draws", count)
-        index = _systematic(self.log_weights.detach().double(), count, seed)
+        index = systematic_index(self.log_weights.detach().double(), count, seed)
 
         def taken(values: Tensor) -> Tensor:
             if self.structure.batch_dim is None:
@@ -272,7 +273,7 @@ def _read(
     return PosteriorDraws(latents, log_joint, log_guide, likelihood, structure, seed, sites)
 
 
-def _systematic(
+def systematic_index(
     log_weights: Float[Tensor, "draws batch"], count: int, seed: int
 ) -> Int[Tensor, "count batch"]:
     """Which draws of each datum to take."""

@@ -11,11 +11,12 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import CholeskyTransform
+from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
-__all__ = ["family_of", "support_of", "transform_of"]
+__all__ = ["family_of", "init_to_middle", "support_of", "transform_of"]
 
 _WRAPPERS = (dist.ExpandedDistribution, dist.MaskedDistribution)
 _TURN = constraints.interval(-math.pi, math.pi)  # torch calls the support of angles the real line
@@ -38,6 +39,21 @@ def transform_of(fn: Any) -> Transform:
         AttributeError: If the distribution states no support.
     """
     return _onto(support_of(fn))
+
+
+def init_to_middle(site: Any) -> Tensor:
+    """Where an automatic guide of Pyro's may begin: `AutoNormal(model, init_loc_fn=...)`.
+
+    The median of the prior, and zero in unconstrained space for priors that have no draws
+    (`ImproperUniform`), at which Pyro's own starts fail.
+    """
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if not isinstance(fn, dist.ImproperUniform):
+        return init_to_median(site)
+    transform = transform_of(site["fn"])
+    return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
 
 
 def support_of(fn: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.inference.programs import UnconstrainedModel
 
-__all__ = ["Point", "Tempered"]
+__all__ = ["Point", "Tempered", "in_double"]
 
 
 class Point(NamedTuple):
@@ -99,6 +99,17 @@ class Tempered:
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True):
                     return None
         return graph
+
+
+def in_double(target: Tempered) -> Callable[..., Point]:
+    """The target with its values in double precision, whatever the model's is."""
+    like = target.latent_model.like
+
+    def evaluate(u: Tensor, beta: Any = 1.0) -> Point:
+        temperature = beta.to(like) if isinstance(beta, Tensor) else beta
+        return Point(u, *(value.double() for value in target(u.to(like), temperature)[1:]))
+
+    return evaluate
 
 
 def _or_minus_infinity(log_density: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ registry: a row is a name, its paper, and a function from a `LadderState` to an 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,7 +28,7 @@ from pyro_vae.inference.refit import (
     match_moments,
     weighted_normal,
 )
-from pyro_vae.inference.tempered import Point, Tempered
+from pyro_vae.inference.tempered import Point, Tempered, in_double
 
 __all__ = ["RUNGS", "Attempt", "LadderState", "Rung"]
 
@@ -81,7 +80,7 @@ class LadderState:
 
     def send_scouts(self) -> None:
         """Tempers a few draws of the prior."""
-        target = _double(Tempered(self.latent_model))
+        target = in_double(Tempered(self.latent_model))
         self.scouts, _ = _sequential(target, self.latent_model, _NUM_SCOUTS, islands=1)
 
     def misses(self, u: Float[Tensor, "count batch dim"]) -> Bool[Tensor, " batch"]:
@@ -153,7 +152,7 @@ def _matched_normal(state: LadderState) -> Attempt:
     begin = weighted_normal(state.draws.u, state.draws.log_weights)
     plain = weighted_normal(state.draws.u, torch.zeros_like(state.draws.log_weights))
     begin = _where_finite(begin, plain)
-    target = _double(Tempered(state.latent_model))
+    target = in_double(Tempered(state.latent_model))
     state.normal = batch_and_match(target, begin)
     u = state.normal.draw(state.num_draws)
     state.draws = WeightedDraws(u, state.log_joint(u).double(), state.normal.log_prob(u))
@@ -162,7 +161,7 @@ def _matched_normal(state: LadderState) -> Attempt:
 
 def _tempered(state: LadderState, times: int = 1) -> Attempt:
     """Sequential Monte Carlo from the prior, in islands; its draws start the chains."""
-    target = _double(Tempered(state.latent_model))
+    target = in_double(Tempered(state.latent_model))
     count = times * (state.num_draws // _ISLANDS) * _ISLANDS
     u, log_z = _sequential(target, state.latent_model, count, islands=_ISLANDS)
     log_evidence = log_z.logsumexp(0) - math.log(_ISLANDS)
@@ -190,7 +189,7 @@ def _chains(state: LadderState) -> Attempt:
     starts = u[:_NUM_CHAINS]
     for _ in range(3):  # chains that have not mixed go on, with a covariance of their own
         around = weighted_normal(u, torch.zeros_like(u[..., 0]))
-        target = _Whitened(_double(Tempered(state.latent_model)), around)
+        target = _Whitened(in_double(Tempered(state.latent_model)), around)
         kept = _run_chains(target, around.to_noise(starts), num_warmup=150, num_samples=length)
         rhat, ess = _mixing(kept, state.latent_model.active)
         passed = (rhat <= state.thresholds.rhat) & (ess >= state.thresholds.reference_ess)
@@ -281,17 +280,6 @@ def _where_finite(first: Normal, second: Normal) -> Normal:
 
 
 # --- chains ---------------------------------------------------------------------------------------
-
-
-def _double(target: Tempered) -> Callable[..., Point]:
-    """The target with its values in double precision, whatever the model's is."""
-    like = target.latent_model.like
-
-    def evaluate(u: Tensor, beta: Any = 1.0) -> Point:
-        temperature = beta.to(like) if isinstance(beta, Tensor) else beta
-        return Point(u, *(value.double() for value in target(u.to(like), temperature)[1:]))
-
-    return evaluate
 
 
 class _Whitened:

@@ -22,10 +22,9 @@ from pyro_vae.inference.mcmc.adaptation import (
 from pyro_vae.inference.mcmc.convergence import bulk_ess, split_rhat
 from pyro_vae.inference.mcmc.hmc import Scale, Transition, hmc_step, jittered, random_length
 from pyro_vae.inference.mcmc.sample import PosteriorSample
-from pyro_vae.inference.optimisation import PathNormals, find_paths
+from pyro_vae.inference.optimisation import PathNormals, find_paths, starting_points
 from pyro_vae.inference.programs import (
     Program,
-    ProgramError,
     UnconstrainedModel,
     label_sites,
     program_scope,
@@ -38,7 +37,6 @@ from pyro_vae.results import sha256_of
 
 __all__ = ["Adapted", "Chains", "run_chains", "sample_posterior", "warm_up"]
 
-_STARTS = 20  # draws tried for a chain that starts where the density is zero
 _MOST_AT_FIRST = 12  # leapfrog steps on average, until the scale is known from draws
 _NO_MASS = 10.0  # nats, and one for each latent, below the best path's ELBO
 _METRICS = ("auto", "dense", "diagonal")
@@ -154,7 +152,8 @@ def run_chains(
     with torch.no_grad(), program_scope(seed):
         steps = settings.num_warmup + settings.num_samples
         target = Tempered(latent_model, capture=steps * (settings.num_leapfrog or 10) > 300)
-        point = _starting_points(latent_model, target, settings.num_chains)
+        start = "guide" if latent_model.has_guide else "prior"
+        point = starting_points(target, settings.num_chains, start)
         shown = progress_bar(steps, "step", show=progress, what="HMC")
         with shown:
             found = warm_up(target, point, settings, shown.update)
@@ -183,31 +182,12 @@ def run_chains(
             **asdict(settings),
             "num_leapfrog": found.num_leapfrog,
             "metric": "diagonal" if found.scale.dim() == 2 else "dense",
-            "start": "guide" if latent_model.has_guide else "prior",
+            "start": start,
             "joint": latent_model.structure.batch_dim is None,
             "seed": seed,
         },
         data_sha256=sha256_of(*latent_model.data),
         sites=sites,
-    )
-
-
-def _starting_points(latent_model: UnconstrainedModel, target: Tempered, num_chains: int) -> Point:
-    """Draws of guide or prior at which the density is positive."""
-    start = "guide" if latent_model.has_guide else "prior"
-    u = latent_model.draw(num_chains, start)
-    for _ in range(_STARTS):
-        point = target(u)
-        bad = (point.joint == -math.inf) | ~point.joint.isfinite()
-        if not bool(bad.any()):
-            return point
-        u = torch.where(bad[..., None], latent_model.draw(num_chains, start), u)
-    data = sorted(set(torch.nonzero(bad)[:, 1].tolist()))
-    listed = ", ".join(map(str, data[:5])) + (", ..." if len(data) > 5 else "")
-    raise ProgramError(
-        f"the log joint of datum {listed} is not finite at any of {_STARTS} draws of the {start}, "
-        "so no chain can start there; leave the data out, or pass a guide that draws where the "
-        "density is positive"
     )
 
 

@@ -8,13 +8,16 @@ for Markov chains, or an approximation of its own. All chains and data climb tog
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_vae.inference.optimisation.lbfgs import Ascent, InverseHessian, climb
-from pyro_vae.inference.tempered import Tempered
+from pyro_vae.inference.programs import ProgramError
+from pyro_vae.inference.tempered import Point, Tempered
 
-__all__ = ["PathNormals", "find_paths"]
+__all__ = ["PathNormals", "find_paths", "starting_points"]
+
+_STARTS = 20  # draws tried for a path that starts where the density is zero
 
 
 class PathNormals(NamedTuple):
@@ -25,12 +28,14 @@ class PathNormals(NamedTuple):
         covariance: Its covariance, in factors.
         elbo: Of it in nats, `[chains, batch]`; -inf where no iterate had one.
         mode: Where the path ended, `[chains, batch, dim]`.
+        moving: Whether it was on its way still, `[chains, batch]`.
     """
 
     loc: Float[Tensor, "chains batch dim"]
     covariance: InverseHessian
     elbo: Float[Tensor, "chains batch"]
     mode: Float[Tensor, "chains batch dim"]
+    moving: Bool[Tensor, "chains batch"]
 
     def draw(
         self, count: int
@@ -39,6 +44,34 @@ class PathNormals(NamedTuple):
         noise = torch.randn(count, *self.loc.shape).to(self.loc)
         centred, log_q = self.covariance.normal(noise)
         return self.loc + centred, log_q
+
+
+def starting_points(target: Tempered, num_chains: int, start: str) -> Point:
+    """Draws at which the density is positive.
+
+    Args:
+        target: The log joint.
+        num_chains: So many for each datum.
+        start: `"prior"` or `"guide"`: what draws them.
+
+    Raises:
+        ProgramError: If the density is zero at every draw that was tried; says of which data.
+    """
+    latent_model = target.latent_model
+    u = latent_model.draw(num_chains, start)
+    for _ in range(_STARTS):
+        point = target(u)
+        bad = (point.joint == -torch.inf) | ~point.joint.isfinite()
+        if not bool(bad.any()):
+            return point
+        u = torch.where(bad[..., None], latent_model.draw(num_chains, start), u)
+    data = sorted(set(torch.nonzero(bad)[:, 1].tolist()))
+    listed = ", ".join(map(str, data[:5])) + (", ..." if len(data) > 5 else "")
+    raise ProgramError(
+        f"the log joint of datum {listed} is not finite at any of {_STARTS} draws of the {start}, "
+        "so no chain can start there; leave the data out, or pass a guide that draws where the "
+        "density is positive"
+    )
 
 
 def find_paths(
@@ -83,6 +116,7 @@ def find_paths(
             ),
             _where(better, found.elbo, best.elbo),
             found.mode,
+            found.moving,
         )
     assert best is not None
     return best
@@ -90,7 +124,7 @@ def find_paths(
 
 def _normals(target: Tempered, now: Ascent, num_draws: int) -> PathNormals:
     loc = now.u + now.inverse_hessian.times(now.gradient)
-    normals = PathNormals(loc, now.inverse_hessian, now.log_density, now.u)
+    normals = PathNormals(loc, now.inverse_hessian, now.log_density, now.u, now.moving)
     drawn, log_q = normals.draw(num_draws)
     usable = drawn.isfinite().all(-1)
     drawn = torch.where(usable[..., None], drawn, now.u)

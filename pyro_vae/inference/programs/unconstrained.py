@@ -170,7 +170,10 @@ class UnconstrainedModel:
             raise ProgramError(f"{reason}; {', or '.join([*ways, remedy])}")
 
     def constrain(self, u: Float[Tensor, "chains batch dim"]) -> dict[str, Tensor]:
-        """The latents by site, `[chains, batch, inner plates, event]`; without batch if joint."""
+        """The latents by site, `[chains, batch, inner plates, event]`; without batch if joint.
+
+        Gradients flow to `u`.
+        """
         runs = [trace for trace, _ in self.traces(u)]
         return {
             name: torch.cat([site_values(run, name, self.structure) for run in runs])
@@ -183,8 +186,7 @@ class UnconstrainedModel:
 
     def runs(self, u: Float[Tensor, "chains batch dim"]) -> list[tuple[Trace, int, Tensor]]:
         """The same, each with the log Jacobian of the transforms, `[chains, batch]`."""
-        with torch.no_grad():
-            found = [(*self._trace(part), len(part)) for part in self._parts(u)]
+        found = [(*self._trace(part), len(part)) for part in self._parts(u)]
         return [(t, n, jacobian.expand(n, self.num_data)) for t, jacobian, n in found]
 
     # --- draws ------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ class UnconstrainedModel:
         """Runs the model at given latents; returns its trace and the log Jacobian."""
         args, kwargs = self._arguments
         chains = len(u)
-        at = _AtUnconstrained(self._unflatten(u))
+        at = _AtUnconstrained(self.by_site(u))
         program = self._in_plate(self._model, chains)
         with pyro.validation_enabled(False):
             trace = poutine.trace(poutine.replay(at(program), trace=self._fixed)).get_trace(
@@ -258,7 +260,7 @@ class UnconstrainedModel:
 
     def _auxiliary_values(self, u: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """What Pyro's autoguides draw for the latents: each by itself, or all in one vector."""
-        by_site = self._unflatten(u)
+        by_site = self.by_site(u)
         plain = {name: name.removesuffix("_unconstrained") for name in names}
         if set(plain.values()) <= set(by_site):
             return {name: by_site[site] for name, site in plain.items()}
@@ -282,7 +284,7 @@ class UnconstrainedModel:
 
     # --- shapes -----------------------------------------------------------------------------------
 
-    def _unflatten(self, u: Tensor) -> dict[str, Tensor]:
+    def by_site(self, u: Float[Tensor, "chains batch dim"]) -> dict[str, Tensor]:
         """Unconstrained values by site, as a run of the model has them."""
         return {
             layout.name: self._inner(u[..., layout.start : layout.stop], layout)

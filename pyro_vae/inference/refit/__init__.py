@@ -5,6 +5,7 @@ from pyro_vae.inference.refit.normals import (
     WeightedDraws,
     batch_and_match,
     match_moments,
+    match_scores,
     weighted_normal,
 )
 from pyro_vae.inference.refit.refit_guide import (
@@ -24,6 +25,7 @@ __all__ = [
     "batch_and_match",
     "inspect_refittable",
     "match_moments",
+    "match_scores",
     "paired_log_weights",
     "refit_guide",
     "refits",

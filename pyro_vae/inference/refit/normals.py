@@ -15,7 +15,14 @@ from torch import Tensor
 from pyro_vae.inference.log_weights import pareto_khat
 from pyro_vae.inference.tempered import Point
 
-__all__ = ["Normal", "WeightedDraws", "batch_and_match", "match_moments", "weighted_normal"]
+__all__ = [
+    "Normal",
+    "WeightedDraws",
+    "batch_and_match",
+    "match_moments",
+    "match_scores",
+    "weighted_normal",
+]
 
 _FULL = 1e8  # a step so large that what was before does not count
 
@@ -96,22 +103,39 @@ def batch_and_match(
         Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei & Saul (2024), Batch and match:
         black-box variational inference with a score-based divergence.
     """
-    dim = start.loc.shape[-1]
-    count = max(16, 2 * dim)
-    now = start
-    first = num_iterations // 3
+    now, first = start, num_iterations // 3
     for iteration in range(num_iterations):
-        u = now.draw(count)
-        scores = target(u).gradient.to(u)
-        # Full matches find the place, whatever the scales; shrinking ones then average their noise.
-        step = _FULL if iteration < first else count * dim / (iteration - first + 1)
-        moved = _match(now, u, scores, step)
-        good = moved.loc.isfinite().all(-1) & moved.chol.isfinite().all(-1).all(-1)
-        now = Normal(
-            torch.where(good[:, None], moved.loc, now.loc),
-            torch.where(good[:, None, None], moved.chol, now.chol),
-        )
+        now, _ = match_scores(target, now, max(iteration - first + 1, 0))
     return now
+
+
+def match_scores(
+    target: Callable[[Tensor], Point], now: Normal, shrinking: int, num_draws: int | None = None
+) -> tuple[Normal, Float[Tensor, "count batch"]]:
+    r"""One update of `batch_and_match`.
+
+    Args:
+        target: Gives log density and gradient at `[count, batch, dim]`.
+        now: What is updated.
+        shrinking: 0 for a full match, which finds the place, whatever the scales; from 1 on the
+            number t of an update with the step :math:`\lambda = B D / t`, which averages noise.
+        num_draws: B; twice as many as there are latents, at least 16, if None.
+
+    Returns:
+        The updated distributions, and log weights of the draws under what they were drawn from.
+    """
+    dim = now.loc.shape[-1]
+    count = num_draws or max(16, 2 * dim)
+    u = now.draw(count)
+    point = target(u)
+    step = count * dim / shrinking if shrinking else _FULL
+    moved = _match(now, u, point.gradient.to(u), step)
+    good = moved.loc.isfinite().all(-1) & moved.chol.isfinite().all(-1).all(-1)
+    found = Normal(
+        torch.where(good[:, None], moved.loc, now.loc),
+        torch.where(good[:, None, None], moved.chol, now.chol),
+    )
+    return found, point.log_density.to(u) - now.log_prob(u)
 
 
 def _match(now: Normal, u: Tensor, scores: Tensor, step: float) -> Normal:

@@ -15,6 +15,7 @@ from pyro_vae.inference.svi.checkpoint import (
 )
 from pyro_vae.inference.svi.fit import fit
 from pyro_vae.inference.svi.history import Convergence, Fit, Phase, best_row, history_result
+from pyro_vae.inference.svi.methods import METHODS, FittingMethod
 from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError
 from pyro_vae.inference.svi.restarts import MixtureGuide, Restarts, compare_runs, restarts_table
@@ -22,9 +23,11 @@ from pyro_vae.inference.svi.step import Interruptible, deferred_interrupt, witho
 
 __all__ = [
     "FORMAT",
+    "METHODS",
     "CheckpointError",
     "Convergence",
     "Fit",
+    "FittingMethod",
     "Interruptible",
     "LoadedProgram",
     "MixtureGuide",

@@ -75,6 +75,9 @@ _MUST_AGREE = (  # what a resumed run may not change, as config.json has it
     "num_data",
     "data_sha256",
     "dtype",
+    "method",
+    "num_draws",
+    "num_paths",
 )
 
 

@@ -155,7 +155,7 @@ class TrainedPair:
         self.optim.set_newton(rate, matrix)
 
     @contextmanager
-    def _measuring(self, seed: int) -> Iterator[None]:
+    def measuring(self, seed: int) -> Iterator[None]:
         """Draws that the seed fixes; parameters far off give numbers that are not finite."""
         evaluation = evaluation_mode(self.model, self.guide, *self.prepared.modules)
         everything = self.prepared.on(None)
@@ -165,7 +165,7 @@ class TrainedPair:
 
     def draws(self, seed: int) -> Float[Tensor, " draws"]:
         """The bound by single draws that the seed fixes, in nats of all data."""
-        with torch.no_grad(), self._measuring(seed):
+        with torch.no_grad(), self.measuring(seed):
             if self.structure is None:
                 pair = (self.loss, self.model, self.guide, self.arguments)
                 return -torch.tensor([_loss(*pair) for _ in range(4)], dtype=torch.float64)
@@ -177,7 +177,7 @@ class TrainedPair:
         """Of minus the bound, by draws that the seed fixes; `single`: by as many as a step has."""
         loss = self.loss if single else self._differentiable()
         args, kwargs = self.arguments
-        with torch.enable_grad(), self._measuring(seed):
+        with torch.enable_grad(), self.measuring(seed):
             value = loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
             found = torch.autograd.grad(value, self.parameters, allow_unused=True)
         parts = [

@@ -32,6 +32,7 @@ from pyro_vae.inference.programs import (
 from pyro_vae.inference.svi.checkpoint import holds_run, remove_leftovers
 from pyro_vae.inference.svi.history import Fit
 from pyro_vae.inference.svi.loop import TrainingRun
+from pyro_vae.inference.svi.methods import check_method, guide_for
 from pyro_vae.inference.svi.mini_batches import TrainingData, move_data
 from pyro_vae.inference.svi.restarts import fit_restarts, refuse_mixture, settings_of_runs
 from pyro_vae.inference.svi.settings import DEFAULT_EPOCHS, FitSettings
@@ -43,9 +44,12 @@ __all__ = ["fit"]
 @tool
 def fit(
     model: Program,
-    guide: Program,
+    guide: Program | None,
     x: Any,
     *,
+    method: str = "svi",
+    num_draws: int | None = None,
+    num_paths: int | None = None,
     loss: ELBO | None = None,
     optimizer: PyroOptim | Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
     learning_rate: float | Callable[[int], float] | None = None,
@@ -85,6 +89,23 @@ def fit(
     ``converged=False`` and a warning. The rule sees the optimum that is near: not another mode, nor
     what the guide's family cannot express.
 
+    Three other methods make steps of their own on all data at once, and need no learning rate; what
+    they say of the latents is `Fit.posterior`. For models with global latents, mostly:
+
+    - ``method="deterministic"``: `num_draws` fixed draws and Newton's method, to rounding, so that
+      neither start nor noise is left in the result but that of the draws, whose Monte-Carlo error
+      is stated. Beside q's standard deviations stand those by linear response, which know of
+      correlations that a mean-field guide leaves out. Takes guides that are normal distributions
+      in unconstrained space.
+    - ``method="pathfinder"``: normals on `num_paths` ways to the modes, whose draws are weighted
+      and resampled. The guide becomes the normal of the weighted draws.
+    - ``method="batch_and_match"``: a normal that has the scores of the posterior.
+
+    The last two write a normal distribution into the parameters of an AutoMultivariateNormal,
+    AutoDiagonalNormal or AutoNormal (which keep their sds), and make the first if `guide` is None.
+    `fit` of what they return goes on by SVI, and `sample_posterior(..., guide=)` starts there. The
+    table of methods, with what each asks for and refuses, is `pyro_vae.inference.svi.METHODS`.
+
     In mini-batches, ``epochs="converged"`` watches the validation bound (the training bound without
     validation data): when its mean over five evaluations is no longer above that over the five
     before by two standard errors, the rate is halved, until a halving buys nothing that counts
@@ -110,9 +131,13 @@ def fit(
 
     Args:
         model: The generative program, called as `model(x)`.
-        guide: The program of the approximate posterior.
+        guide: The program of the approximate posterior; None for a method that makes one.
         x: The data; a tuple for several arguments, a dict for keywords. Mini-batches are cut along
             the axis that the model's batch plate goes with: the first, or the one after time.
+        method: "svi", or see above.
+        num_draws: Of a method other than SVI: the fixed draws (30); the draws of all paths (1000);
+            those of an update (twice the number of latents, at least 16).
+        num_paths: Of Pathfinder (8); with one, its normal is not weighted.
         loss: Any Pyro ELBO, Pyro's own or ours. If None, `Trace_ELBO()`, but for one batch that is
             trained to convergence: see above.
         optimizer: A function from parameters to a torch optimizer
@@ -205,7 +230,11 @@ def fit(
         resume=resume,
         threads=threads,
         config=config or {},
+        method=method,
+        num_draws=num_draws,
+        num_paths=num_paths,
     )
+    check_method(settings)
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound; pass validation=held_out_data")
     stated = DEFAULT_EPOCHS if epochs is None else epochs
@@ -218,7 +247,7 @@ def fit(
     check_count("restarts", restarts)
     settings_each = settings_of_runs(settings, restarts)
     refuse_mixture(model, guide)
-    start, model, guide = unwrap_programs(model, guide)
+    start, model, guide = unwrap_programs(model, guide_for(method, model, guide))
     if device is not None:
         for program in (model, guide):
             for module in modules_of(program):

@@ -207,6 +207,7 @@ class Fit(Interruptible):
             converged, its phases, and what more training would buy; None where epochs were named.
         restarts: Of several runs: what each reached, how far they agree, the mixture of their
             guides; None of a single one.
+        posterior: What a method other than SVI says of the latents; see `fit`. None of SVI.
     """
 
     model: FittedProgram
@@ -217,6 +218,7 @@ class Fit(Interruptible):
     status: Literal["finished", "stopped early", "interrupted"]
     convergence: Convergence | None = None
     restarts: Any = None
+    posterior: Result | None = None
 
     def summary(self) -> str:
         """One sentence: how long it trained and which bound it reached."""

@@ -25,6 +25,7 @@ from pyro_vae.inference.programs import (
     store_state,
     trace_programs,
 )
+from pyro_vae.inference.svi import methods
 from pyro_vae.inference.svi.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -34,8 +35,8 @@ from pyro_vae.inference.svi.checkpoint import (
     part_of,
     write_run,
 )
-from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule, Rule
-from pyro_vae.inference.svi.evaluation import TrainedPair, bound_of, default_loss
+from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule
+from pyro_vae.inference.svi.evaluation import bound_of
 from pyro_vae.inference.svi.history import Fit, best_row, history_result
 from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
@@ -107,7 +108,7 @@ class TrainingRun:
         )
         self.converges = self._converges()
         if asked.loss is None and self.converges and self.one_batch:
-            self.loss = default_loss(self.model, self.guide, self.prepared) or self.loss
+            self.loss = methods.loss_for(asked, self.model, self.guide, self.prepared) or self.loss
         self.loss.max_plate_nesting = self.prepared.max_plate_nesting
         self.optim = make_optimizer(asked.optimizer, asked.learning_rate or DEFAULT_RATE)
         self.optim.add(self._parameters().values())
@@ -121,7 +122,9 @@ class TrainingRun:
         self._forget_gradients()  # SVI would add to what a caller left there
         losses = self.loss.loss, refuse_infinite(self.loss.loss_and_grads)
         self.svi = SVI(self.model, self.guide, self.optim, *losses)
-        self.rule = self._rule() if self.converges else None
+        self.rule = methods.rule_for(self) if self.converges else None
+        rule = self.rule
+        self.advance = rule.advance if isinstance(rule, methods.MethodRule) else self.svi.step
         if self.validation is not None:  # what does not fit should not be found out after an epoch
             self._bound(check_held_out(self.prepared, self.validation))
         self.data_sha256 = self.data.sha256()  # once: data may be large
@@ -141,18 +144,10 @@ class TrainingRun:
     def epochs(self) -> int:
         """The most epochs."""
         if self.converges:
-            return _MOST_STEPS if self.one_batch else _MOST_EPOCHS
+            row = methods.METHODS[self.settings.method]
+            return min(row.most_steps, _MOST_STEPS) if self.one_batch else _MOST_EPOCHS
         asked = self.settings.epochs
         return asked if isinstance(asked, int) else DEFAULT_EPOCHS
-
-    def _rule(self) -> Rule:
-        asked, steps = self.settings, math.ceil(self.data.length / self.prepared.batch_size)
-        own = self.optim.rate if asked.optimizer is not None else asked.learning_rate
-        assert not callable(own)
-        if not self.one_batch:
-            return BlockRule(self.optim, own or DEFAULT_RATE, self.epochs, steps)
-        pair = TrainedPair(self.model, self.guide, self.prepared, self.loss, self.optim)
-        return PhaseRule(pair, own, self.epochs, newton=asked.optimizer is None, seed=asked.seed)
 
     def _multiplications(self) -> int:
         """Of a step, roughly: enough to tell small ones from large ones, on any machine alike."""
@@ -182,7 +177,7 @@ class TrainingRun:
         )
         state.status = "interrupted"
         with bar, deferred_interrupt(saves=asked.checkpoint is not None) as interrupted:
-            if isinstance(self.rule, PhaseRule):
+            if isinstance(self.rule, PhaseRule | methods.MethodRule):
                 self.rule.begin()
             if self.saved_config is None:
                 self._save(self._training_tensors())
@@ -257,7 +252,7 @@ class TrainingRun:
                     return False
         state.epoch, state.position, self.order = state.epoch + 1, 0, None
         due = state.epoch % self.settings.evaluate_every == 0 or state.epoch == self.epochs
-        if self.rule.step() if isinstance(self.rule, PhaseRule) else due:
+        if self.rule.step() if isinstance(self.rule, PhaseRule | methods.MethodRule) else due:
             self._evaluate()
             if isinstance(self.rule, BlockRule):
                 row = state.history[-1]
@@ -272,7 +267,7 @@ class TrainingRun:
 
     def _step(self, args: Any, kwargs: Any) -> Any:
         try:
-            return self.svi.step(*args, **kwargs)
+            return self.advance(*args, **kwargs)
         except TrainingError:
             if self.rule is None or not self.rule.retreat():
                 raise
@@ -378,6 +373,7 @@ class TrainingRun:
                 "num_threads": torch.get_num_threads(),
                 "float32_precision": float32_precision(),
                 "dtype": str(next(iter(self._parameters().values())).dtype).removeprefix("torch."),
+                **methods.method_config(asked),
             },
         }
 
@@ -498,4 +494,5 @@ class TrainingRun:
             parameters={n: v.detach().clone() for n, v in self._stored().items()},
             status=self.state.status,
             convergence=self.rule.report() if self.rule is not None else None,
+            posterior=methods.posterior_of(self.rule, config, self.data_sha256),
         )

@@ -53,6 +53,9 @@ class FitSettings:
     resume: bool
     threads: int | None
     config: Mapping[str, Any]
+    method: str = "svi"
+    num_draws: int | None = None
+    num_paths: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "checkpoint_every"):
