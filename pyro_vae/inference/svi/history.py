@@ -21,6 +21,10 @@ _COLUMNS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "bound": ("nats", "lower", "ELBO of the training data"),
         "reconstruction": ("nats", "objective", "E log p(x | z), the first part of the ELBO"),
         "kl": ("nats", "objective", "E log q(z | x) - log p(z), subtracted in the ELBO"),
+        "entropy_residual": (
+            *("nats", "none"),
+            "bound less the sum of entropies that it equals where parameters are stationary",
+        ),
         "seconds": ("seconds", "none", "training time so far"),
         "data_passes": ("none", "none", "passes over the data"),
     }
