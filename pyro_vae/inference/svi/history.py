@@ -241,6 +241,8 @@ class Fit(Interruptible):
             text += f" (back to epoch {int(row.epoch)})"
         if self.convergence is not None:
             text += f"; {self.convergence.summary()}"
+        if self.restarts is not None:
+            text += f"; the best of {self.restarts.table.sizes['run']} runs"
         return f"{text}; {count:,} parameters"
 
     def _reached(self) -> int:
