@@ -38,6 +38,7 @@ EXCEPTIONS: dict[str, str] = {
     "covariance_error": "a distance, read beside its limit; it claims no error",
     "squared_error": "a mean, beside which relative_error_se stands",
     "seconds_se": "a clock has no planted truth",
+    "entropy_residual_se": "sd / sqrt(data) of a mean, the formula of data_standard_error",
     "error_bound_se": "sd / sqrt(data) of a mean, the formula of data_standard_error",
     "simulated_elbo_se": "that of elbo, of simulated data",
     "gain_se": "of a phase of fit: mean_error over draws that both sides share",

@@ -244,6 +244,11 @@ class LinearGaussian(nn.Module):
         }
 
     @property
+    def bound_ends_at_entropies(self) -> bool:
+        """Whether noise and loadings are free to scale, so that `fit` reports a residual."""
+        return all(p.requires_grad for p in self.generative.parameters())
+
+    @property
     def weight(self) -> Float[Tensor, "features latent"]:
         """The loadings W."""
         return self.generative.affine.weight

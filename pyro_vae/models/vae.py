@@ -213,6 +213,18 @@ class VAE(_VariationalAutoencoder):
             "network": self.network.config,
         }
 
+    @property
+    def bound_ends_at_entropies(self) -> bool:
+        """Whether the noise's scale and the latents' are free, so that `fit` reports a residual."""
+        likelihood = self.likelihood.config
+        return (
+            self.prior.config["name"] == "normal"
+            and self.posterior.config["name"] in ("diagonal", "full")
+            and self.network.config["name"] == "mlp"
+            and (likelihood["name"], likelihood.get("scale")) == ("gaussian", "shared")
+            and all(p.requires_grad for p in self.parameters())
+        )
+
     def model(self, x: Float[Tensor, "batch features"]) -> None:
         """The generative program: sites "z" and, observed, "x", in the plate "data".
 

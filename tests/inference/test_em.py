@@ -129,6 +129,7 @@ def test_the_history_is_a_labelled_result(tmp_path):
     assert set(history.data_vars) == {
         *("loss", "bound", "bound_total", "log_evidence", "log_evidence_total"),
         *("gap", "gap_total", "reconstruction", "kl", "seconds", "data_passes"),
+        "entropy_residual",
     }
     assert history.log_evidence.attrs["bound"] == "exact"
     assert history.bound.attrs["bound"] == "lower"

@@ -206,6 +206,11 @@ def fit_em(
         starts with the E step at the starting parameters and ends with an E step, which speaks of
         the fitted ones.
 
+        `entropy_residual` (after E steps; of mixtures whose weights and densities are free) is the
+        bound less H(q) - H(p(z)) - E H(p(x | z)), per datum. At a stationary point the two are
+        equal (Damm et al. 2023), so that it tells of convergence without a reference. Of densities
+        with a carrier h(x) that is not constant, such as counts, H leaves E log h(x) out.
+
     Raises:
         ValueError: If data or arguments cannot be used; a `ProgramError` if a program cannot.
         torch.linalg.LinAlgError: `SingularComponentError` if a component of a mixture is singular
@@ -233,7 +238,8 @@ def fit_em(
         (2000), A variational Bayesian framework for graphical models. Hoffman, Blei, Wang & Paisley
         (2013), Stochastic variational inference, JMLR 14, 1303-1347. Delyon, Lavielle & Moulines
         (1999), Convergence of a stochastic approximation version of the EM algorithm, Annals of
-        Statistics 27, 94-128. Varadhan & Roland (2008),
+        Statistics 27, 94-128. Damm et al. (2023), The ELBO of variational autoencoders converges to
+        a sum of entropies. Varadhan & Roland (2008),
         Simple and globally convergent methods for accelerating the convergence of any EM
         algorithm, Scandinavian Journal of Statistics 35, 335-353.
     """

@@ -72,6 +72,7 @@ class HalfSteps:
         elbo: float,
         divergence: float,
         kl: float | None = None,
+        residual: float = math.nan,
     ) -> None:
         """Adds a row.
 
@@ -82,6 +83,7 @@ class HalfSteps:
             elbo: The bound.
             divergence: KL(q || p(z | x)).
             kl: KL(q(z) || p(z)), where it is known.
+            residual: The bound less the sum of entropies that it ends at, where there is one.
 
         Raises:
             TrainingError: If log p(x) or the bound is not finite.
@@ -101,7 +103,7 @@ class HalfSteps:
             row |= {name: value / self.total_weight, f"{name}_total": value}
         if kl is not None:
             row |= {"reconstruction": (elbo + kl) / self.total_weight, "kl": kl / self.total_weight}
-        self.rows.append(row)
+        self.rows.append(row | {"entropy_residual": residual / self.total_weight})
 
     def result(self, config: Mapping[str, Any], measure: str) -> Result:
         """The rows as a labelled result with dimension `step`."""
@@ -109,7 +111,8 @@ class HalfSteps:
         for name in self.rows[0] if self.rows else ():
             if name not in ("phase", "iteration"):
                 values = [row[name] for row in self.rows]
-                variables[name] = ("step", values, _label_of(name, measure))
+                if name != "entropy_residual" or not np.isnan(values).all():
+                    variables[name] = ("step", values, _label_of(name, measure))
         coords: dict[str, Any] = {"step": np.arange(len(self.rows))}
         for name in ("phase", "iteration"):
             coords[name] = ("step", np.array([row[name] for row in self.rows]))
@@ -131,6 +134,9 @@ def _label_of(name: str, measure: str) -> dict[str, Any]:
     if name in plain:
         unit, text = plain[name]
         return label(unit=unit, reduction="none", bound="none", description=text)
+    if name == "entropy_residual":
+        text = "bound less the sum of entropies that it equals where parameters are stationary"
+        return label(bound="none", measure=measure, description=text)
     base = name.removesuffix("_total")
     bound, text = {
         "log_evidence": ("exact", "log p(x) under the parameters"),

@@ -46,7 +46,8 @@ def _exact(
         joint = problem.expected_log_joint(expected.statistics, parameters)
         prior = problem.expected_log_prior(expected.statistics, parameters)
         entropy = expected.entropy
-        record.add(stamp, evidence, joint + entropy, 0.0, kl=-entropy - prior)
+        residual = _residual(problem, expected.statistics, parameters)
+        record.add(stamp, evidence, joint + entropy, 0.0, kl=-entropy - prior, residual=residual)
         yield Reached(parameters, evidence, record)
         if iteration == settings.max_iterations:
             return
@@ -116,8 +117,18 @@ def _measure(
     stamp = record.stamp(phase, iteration)
     with record.paused():
         evidence, elbo, gap = problem.measure_bound(parameters, q)
-        record.add(stamp, evidence, elbo, gap)
+        residual = math.nan  # of an M step it is zero, whatever q is
+        if phase == "E" and hasattr(problem, "entropy_residual"):
+            statistics = problem.statistics(q, about=problem.origin(parameters))
+            residual = _residual(problem, statistics, parameters)
+        record.add(stamp, evidence, elbo, gap, residual=residual)
     return elbo
+
+
+def _residual(problem: StatisticsProblem, statistics: Any, parameters: Any) -> float:
+    """How far the bound is from a sum of entropies, a total; nan where no theorem says that."""
+    measure = getattr(problem, "entropy_residual", None)
+    return math.nan if measure is None else measure(statistics, parameters)
 
 
 def _with_point_masses(
@@ -231,7 +242,9 @@ def _closing_row(
     with record.paused():
         expected = problem.e_step(parameters, about=problem.origin(parameters))
         joint = problem.expected_log_joint(expected.statistics, parameters)
-        record.add(stamp, expected.log_likelihood, joint + expected.entropy, 0.0)
+        residual = _residual(problem, expected.statistics, parameters)
+        bound = joint + expected.entropy
+        record.add(stamp, expected.log_likelihood, bound, 0.0, residual=residual)
     yield Reached(parameters, objective, record)
     if iteration < settings.max_iterations:
         record.rows.pop()

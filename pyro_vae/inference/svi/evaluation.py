@@ -22,18 +22,21 @@ from pyro_vae.inference.programs import (
     ProgramError,
     ProgramStructure,
     as_arguments,
+    common_owner,
     evaluation_mode,
     ieee_precision,
     inspect_programs,
     keep_random_state,
     run_programs,
+    sum_dims,
     trace_programs,
+    weighted_sites,
 )
 from pyro_vae.inference.svi.optimizer import FusedOptim
 from pyro_vae.inference.svi.preparation import Preparation
 from pyro_vae.inference.svi.step import without_validation
 
-__all__ = ["TrainedPair", "bound_of", "default_loss"]
+__all__ = ["TrainedPair", "bound_of", "default_loss", "entropy_residual"]
 
 _PARTICLES = 8  # of the default loss
 _ENTRIES = 2**20  # particles times data that a check may hold in memory
@@ -88,6 +91,50 @@ def bound_of(
         if len(log_weights) > 1:
             found["bound_se"] = float(log_weights.std() / math.sqrt(len(log_weights)))
         return found
+
+
+def entropy_residual(
+    model: Program, guide: Program, x: Any, prepared: Preparation, seed: int
+) -> dict[str, float]:
+    r"""The bound per datum less the sum of entropies that it equals at a stationary point.
+
+    .. math:: F - \bigl(H(q) - H(p(z)) - E_q H(p(x \mid z))\bigr)
+              = \tfrac12 \sum_h \bigl(1 - E_q z_h^2\bigr)
+              + \tfrac12 \sum_d \bigl(1 - E_q (x_d - f_d(z))^2 / \sigma_d^2\bigr)
+
+    in the mean over data, for a standard normal prior and normal data of learnt variance. The
+    second sum is :math:`-\tfrac12\, \partial F / \partial \log \sigma` and the first the
+    derivative by the log of a factor on q's means and standard deviations that the decoder's first
+    layer divides by, which changes nothing else: both are zero where parameters are stationary.
+    Which model has such parameters is its own to say (`bound_ends_at_entropies`).
+
+    Returns:
+        `entropy_residual` and its standard error over data; nothing for other models. The first sum
+        is exact, the second by one draw a datum.
+
+    References:
+        Damm, Forster, Velychko, Dai, Fischer & Lücke (2023), The ELBO of variational autoencoders
+        converges to a sum of entropies, AISTATS.
+    """
+    owner, structure = common_owner(model, guide), prepared.structure
+    free = getattr(owner, "bound_ends_at_entropies", False)
+    if not free or structure is None or prepared.joint or prepared.length_of(x) < 2:
+        return {}
+    evaluation = evaluation_mode(model, guide, *prepared.modules)
+    with torch.no_grad(), keep_random_state(), evaluation, ieee_precision():
+        pyro.set_rng_seed(seed)
+        guide_trace, model_trace = trace_programs(model, guide, as_arguments(x))
+        total = torch.zeros(())
+        for name, site in weighted_sites(model_trace).items():
+            mean, variance = site["value"], 0.0
+            if not site["is_observed"]:
+                posterior = guide_trace.nodes[name]["fn"]
+                mean, variance = posterior.mean, posterior.variance
+            apart = ((mean - site["fn"].mean).square() + variance) / site["fn"].variance
+            half = (1 - apart).sum(-1) / 2
+            total = total + sum_dims(half, structure, 1)[0]
+    error = float(total.std() / math.sqrt(len(total)))
+    return {"entropy_residual": float(total.mean()), "entropy_residual_se": error}
 
 
 def _loss(loss: ELBO, model: Program, guide: Program, arguments: Any) -> float:

@@ -120,6 +120,14 @@ def fit(
     labelled an objective, and the parts and `bound_se` are absent. Where data share latents or have
     parameters of their own, `bound` is that of all training data.
 
+    `entropy_residual` is the bound less H(q) - H(p(z)) - E H(p(x | z)), which the two equal at a
+    stationary point (Damm et al. 2023): near zero where training has converged, without a
+    reference. `LinearGaussian` has it, and a `VAE` of normal data with one learnt scale, a standard
+    normal prior, a diagonal or full posterior and the network "mlp". A VAE's encoder makes scales
+    by a softplus, which no parameter multiplies by a factor: so there it ends at zero as far as the
+    encoder gives every datum its best scale. Other modules say that they have such parameters by an
+    attribute `bound_ends_at_entropies = True` beside methods `model` and `guide`.
+
     Mini-batches of such programs count what lies in the plate of the data N/B times, and a global
     latent once (Hoffman et al. 2013, Stochastic variational inference), however the plate is
     written: `plate("data", len(x))`, with a stated size, with `subsample=` or `subsample_size=`. A
@@ -202,7 +210,8 @@ def fit(
         Welandawe, Andersen, Vehtari & Huggins (2022), Robust, automated, and accurate black-box
         variational inference, arXiv:2203.15945, for the phases; the bound stands in for their
         symmetrised KL, so that parameters of the model count as well. Roeder, Wu & Duvenaud (2017),
-        Sticking the landing.
+        Sticking the landing. Damm et al. (2023), The ELBO of variational autoencoders converges to
+        a sum of entropies.
 
     Raises:
         ProgramError: If a parameter that the programs use was never registered, model and guide do

@@ -21,6 +21,10 @@ _COLUMNS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "bound": ("nats", "lower", "ELBO of the training data"),
         "reconstruction": ("nats", "objective", "E log p(x | z), the first part of the ELBO"),
         "kl": ("nats", "objective", "E log q(z | x) - log p(z), subtracted in the ELBO"),
+        "entropy_residual": (
+            *("nats", "none"),
+            "bound less the sum of entropies that it equals where parameters are stationary",
+        ),
         "seconds": ("seconds", "none", "training time so far"),
         "data_passes": ("none", "none", "passes over the data"),
     }
@@ -239,6 +243,8 @@ class Fit(Interruptible):
             text += f" (back to epoch {int(row.epoch)})"
         if self.convergence is not None:
             text += f"; {self.convergence.summary()}"
+        if self.restarts is not None:
+            text += f"; the best of {self.restarts.table.sizes['run']} runs"
         return f"{text}; {count:,} parameters"
 
     def _reached(self) -> int:

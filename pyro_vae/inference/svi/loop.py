@@ -36,7 +36,7 @@ from pyro_vae.inference.svi.checkpoint import (
     write_run,
 )
 from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule
-from pyro_vae.inference.svi.evaluation import bound_of
+from pyro_vae.inference.svi.evaluation import bound_of, entropy_residual
 from pyro_vae.inference.svi.history import Fit, best_row, history_result
 from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
@@ -309,7 +309,9 @@ class TrainingRun:
         }
         state.loss_sum, state.loss_data = 0.0, 0
         rows = min(self.data.length, _EVALUATION_DATA) if found.takes_some else self.data.length
-        row |= self._bound(self.data.first(rows, stream=3))
+        seen = self.data.first(rows, stream=3)
+        row |= self._bound(seen)
+        row |= entropy_residual(self.model, self.guide, seen, found, self.settings.seed)
         row["measure"] = found.structure.measure if found.structure is not None else "mixed"
         if self.validation is not None:
             held_out = self._bound(self.validation)

@@ -614,6 +614,15 @@ class _MeanProblem(MixtureProblem):
         return float((sums * natural).sum() + counts @ constant) + self._base_total
 
     @property
+    def _scales_freely(self) -> bool:
+        return "locs" not in self.hold
+
+    def _family_residual(self, statistics: Statistics, parameters: MixtureParameters) -> float:
+        sums, counts = self._unpack(statistics)
+        natural, _ = self._canonical(parameters)
+        return float(((sums - counts[:, None] * parameters.locs) * natural).sum())
+
+    @property
     def _base_total(self) -> float:
         if not hasattr(self, "_base"):
             parts = (

@@ -565,6 +565,18 @@ class _GaussianProblem(MixtureProblem):
         each = parameters.log_weights + log_det + constant
         return float(counts @ each - 0.5 * squares)
 
+    @property
+    def _scales_freely(self) -> bool:
+        return not self.mixture.reg_covar and "covariances" not in self.hold
+
+    def _family_residual(self, statistics: Statistics, parameters: MixtureParameters) -> float:
+        """(N D - sum of squares) / 2: the precisions alone scale, about any means."""
+        roots = parameters.roots
+        assert roots is not None
+        counts, scatter = self._scatter(statistics, parameters.locs)
+        precisions = roots.mT @ roots if self._dense else roots.square()
+        return 0.5 * float(counts.sum() * self._dim - (precisions * scatter).sum())
+
     def unconstrained(self, parameters: MixtureParameters) -> Tensor:
         roots = parameters.roots
         assert roots is not None

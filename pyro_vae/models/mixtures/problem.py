@@ -260,6 +260,48 @@ class MixtureProblem(ABC):
         """Log-carrier h(x), or the log-volume of the coordinates, added to every log joint."""
         return 0.0
 
+    def entropy_residual(self, statistics: Statistics, parameters: MixtureParameters) -> float:
+        r"""How far the bound is from the sum of entropies that it equals at a stationary point.
+
+        .. math:: E_q \log p(x, z) + N H(\pi) + \sum_k n_k H_k
+                  = \sum_k (n_k - N \pi_k) \log \pi_k
+                  + \sum_k \langle \eta_k, t_k - n_k \nabla A(\eta_k) \rangle
+
+        for sums :math:`n_k` and :math:`t_k` of responsibilities and sufficient statistics, and
+        :math:`H_k` the entropy of component k (without its log-carrier h(x), on which no parameter
+        has a say). Weights are stationary where :math:`n_k = N \pi_k`, and the log density
+        :math:`\langle \eta, T(x) \rangle - A(\eta)` of a family that can scale its :math:`\eta`
+        where :math:`\langle \eta, t_k - n_k \nabla A \rangle = 0`: so both terms vanish.
+
+        Args:
+            statistics: Expected sufficient statistics under q, of all data.
+            parameters: Of the model.
+
+        Returns:
+            A total in nats; nan where what is held or added to covariances keeps parameters from
+            being stationary.
+
+        References:
+            Damm, Forster, Velychko, Dai, Fischer & Lücke (2023), The ELBO of variational
+            autoencoders converges to a sum of entropies, AISTATS.
+        """
+        if "weights" in self.hold or not self._scales_freely:
+            return math.nan
+        counts = self.counts(statistics)
+        log_weights = parameters.log_weights
+        beside = counts - self.total_weight * log_weights.exp()
+        prior = torch.where(beside == 0, 0.0, beside * log_weights).sum()
+        return float(prior) + self._family_residual(statistics, parameters)
+
+    @property
+    @abstractmethod
+    def _scales_freely(self) -> bool:
+        """Whether the natural parameters of every component can be scaled by a factor."""
+
+    @abstractmethod
+    def _family_residual(self, statistics: Statistics, parameters: MixtureParameters) -> float:
+        """The sum over components of <eta, t - n grad A(eta)>, a total in nats."""
+
     def expected_log_prior(self, statistics: Statistics, parameters: MixtureParameters) -> float:
         """E_q log p(z), a total in nats."""
         return float(self.counts(statistics) @ parameters.log_weights)
