@@ -107,6 +107,11 @@ def _side_by_side(
             "statistic": split["statistic"].values,
             "draw": split["draw"].values,
         },
-        notes=[note for part in both for note in part["notes"]],
-        verdict=[sentence for part in both for sentence in part["verdict"]],
+        notes=_once(both, "notes"),
+        verdict=_once(both, "verdict"),
     )
+
+
+def _once(parts: tuple[Mapping[str, Any], ...], what: str) -> list[str]:
+    """The sentences of both checks, those in common once."""
+    return list(dict.fromkeys(sentence for part in parts for sentence in part[what]))

@@ -117,8 +117,8 @@ def loo(
         more so the more parameters there are, so that the right model leaves it the more rarely.
 
     Note: for few data, or a model that fits badly, `data_standard_error` is too small (Sivula,
-        Magnusson & Vehtari 2020). Two models over the same data are compared by the difference of
-        their `log_predictive`, datum by datum, whose error is the smaller one.
+        Magnusson & Vehtari 2020). Two models over the same data are compared datum by datum, with
+        the smaller error: `pyro_vae.results.paired_difference(one, other, "log_predictive")`.
 
     References:
         Vehtari, Gelman & Gabry (2017), Practical Bayesian model evaluation using leave-one-out

@@ -71,7 +71,16 @@ def fit_again(model: Program, guide: Program) -> Refit:
         # Fitted anew each time: a part of the data is to know nothing of another.
         again: dict[int, Any] = {}
         own_model, own_guide = (_copied(program, again) for program in programs)
-        return fit(own_model, own_guide, x, progress=False)
+        try:
+            return fit(own_model, own_guide, x, progress=False)
+        except ProgramError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ProgramError(
+                f"the programs cannot be fitted to a part of the data ({error}), as those with "
+                "parameters for each datum; pass refit=, a function from data to a fit of programs "
+                "of its own, such as lambda part: fit(model, AutoNormal(model), part)"
+            ) from error
 
     return refit
 
