@@ -79,7 +79,9 @@ def log_weights(
     they are global latents, with weights of their own (`SplitLogWeights`). That plate may have
     any name and dim, a stated size or none, and may be subsampled (the factor N/B is left out: it
     belongs outside any reduction; `all_data` undoes the subsampling). Inner plates, masks,
-    auxiliary sites of autoguides and `pyro.deterministic` are understood. Programs that cannot run
+    auxiliary sites of autoguides and `pyro.deterministic` are understood; discrete latents that the
+    model marks (`infer={"enumerate": "parallel"}`) and the guide leaves out are summed out, in
+    inner plates and chains (`pyro.markov`) too. Programs that cannot run
     their particles in one tensor program are found out and run one particle at a time. Gradients
     flow.
 

@@ -15,6 +15,7 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -451,10 +452,13 @@ def sum_sites(
 
 
 def _of_states(site: Site) -> Tensor:
-    """A site's log-probability; of states its mask is left out, where they sum to 1 unread."""
-    if site["mask"] is None or "_enumerate_dim" not in site["infer"]:
+    """A site's log-probability; of states its masks are left out, where they sum to 1 unread."""
+    fn = site["fn"]
+    if "_enumerate_dim" not in site["infer"]:
         return site_log_prob(site)
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    while isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
 def sum_dims(

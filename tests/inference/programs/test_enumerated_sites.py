@@ -1,6 +1,7 @@
 """Discrete latents that the model marks for enumeration and the guide leaves out."""
 
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -226,6 +227,17 @@ def of_lengths(x):
                 pyro.sample(f"x{t}", dist.Normal(c.double(), 1.0), obs=x[:, t])
 
 
+@config_enumerate
+def with_masked_sites(x):
+    """The same with masks of the distributions, where Pyro counts the states of what is over."""
+    lengths = 1 + torch.arange(len(x)) % D
+    with pyro.plate("data", len(x)):
+        c = torch.tensor(0)
+        for t in pyro.markov(range(D)):
+            c = pyro.sample(f"c{t}", dist.Categorical(MOVES[c]).mask(t < lengths))
+            pyro.sample(f"x{t}", dist.Normal(c.double(), 1.0).mask(t < lengths), obs=x[:, t])
+
+
 def densities(x, states):
     """Of standard normals about one state, or about a state for each of the last dim."""
     return torch.distributions.Normal(torch.as_tensor(states).double(), 1.0).log_prob(x)
@@ -263,6 +275,7 @@ def of_each_entry(x):
         (chain, lambda x, n: paths(x, D)),
         (two_chains, lambda x, n: pairs_of_paths(x)),
         (of_lengths, lambda x, n: paths(x, 1 + n % D)),
+        (with_masked_sites, lambda x, n: paths(x, 1 + n % D)),
     ],
 )
 def test_states_in_plates_and_chains_equal_a_sum_over_all_of_them(model, by_hand, x):
@@ -272,6 +285,8 @@ def test_states_in_plates_and_chains_equal_a_sum_over_all_of_them(model, by_hand
     together = log_weights(model, empty_guide, x, joint=True)
     torch.testing.assert_close(together, expected.sum().reshape(1, 1), rtol=1e-12, atol=1e-12)
     theirs = TraceEnum_ELBO(max_plate_nesting=2).loss(model, empty_guide, x)
+    if model is with_masked_sites:
+        theirs += sum(D - 1 - n % D for n in range(N)) * math.log(2)
     assert float(expected.sum()) == pytest.approx(-theirs, rel=1e-10)
 
 
