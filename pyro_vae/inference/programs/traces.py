@@ -269,14 +269,24 @@ def in_particle_plate(program: Program, num_particles: int, dim: int) -> Program
 
 
 def weighted_sites(trace: Trace) -> dict[str, dict[str, Any]]:
-    """The sites that carry density: no subsampling, no `pyro.deterministic`."""
+    """The sites that carry density: no subsampling, no `pyro.deterministic`, no reparameterised."""
     return {
         name: site
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")
+        and not (site["is_observed"] and _is_function_of_others(site["fn"]))
     }
+
+
+def _is_function_of_others(fn: Any) -> bool:
+    """What Pyro's reparameterisers leave of a site: the value that its new site gives it."""
+    return (
+        isinstance(fn, MaskedDistribution)
+        and fn._mask is False
+        and isinstance(fn.base_dist, pyro.distributions.Delta)
+    )
 
 
 def site_log_prob(site: Site) -> Tensor:

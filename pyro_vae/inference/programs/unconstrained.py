@@ -450,8 +450,8 @@ def _why_no_density(guide_trace: Trace, structure: ProgramStructure) -> tuple[st
     if not structure.replayable:
         return (
             "the guide's density cannot be evaluated at latents that it did not draw (a flow "
-            "without an inverse)",
-            "use an invertible flow",
+            "without an inverse, or a guide messenger)",
+            "use an invertible flow, or a guide with a site for each latent (AutoNormal)",
         )
     return None
 

@@ -10,7 +10,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
 from pyro_vae import (
@@ -187,3 +189,26 @@ def test_tools_infer_joint_from_the_plates(name: str) -> None:
             assert inferred[variable].equals(stated[variable])
     with pytest.raises(ProgramError, match="outside the batch plate"):
         TOOLS[name](joint=False)
+
+
+def test_what_a_reparameteriser_leaves_of_a_site_is_no_data():
+    """The location is a function of its new site, outside the plate of the data."""
+    x, noise = torch.tensor([-1.0, 0.3, 1.2]), 2.0
+
+    def centred(x):
+        z = pyro.sample("z", dist.Normal(0.5, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+    model = poutine.reparam(centred, config={"z": LocScaleReparam(0.0)})
+    precision = 1 + len(x) * 9 / noise**2
+    mean = 3 * (x - 0.5).sum() / noise**2 / precision
+
+    def guide(x):
+        pyro.sample("z_decentered", dist.Normal(mean, precision**-0.5))
+
+    covariance = noise**2 * torch.eye(3) + 9 * torch.ones(3, 3)
+    exact = dist.MultivariateNormal(torch.full((3,), 0.5), covariance).log_prob(x)
+    found = log_weights(model, guide, x, 5, seed=0)
+    assert found.global_latents == ("z_decentered",)
+    torch.testing.assert_close(found.joint, exact.expand(5, 1))
