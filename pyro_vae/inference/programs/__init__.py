@@ -62,6 +62,7 @@ from pyro_vae.inference.programs.simulate import (
 )
 from pyro_vae.inference.programs.sites import (
     LabelledSites,
+    agree,
     as_run,
     count_data,
     is_factor,
@@ -76,7 +77,6 @@ from pyro_vae.inference.programs.tool import (
     warn_of_unfitted,
 )
 from pyro_vae.inference.programs.traces import (
-    agree,
     bytes_of_run,
     draw_traces,
     enumerating,

@@ -23,8 +23,8 @@ from pyro_vae.inference.programs.refusals import (
     is_enumerable,
 )
 from pyro_vae.inference.programs.scope import keep_random_state
-from pyro_vae.inference.programs.sites import count_data
-from pyro_vae.inference.programs.traces import agree, trace_programs, weighted_sites
+from pyro_vae.inference.programs.sites import agree, count_data
+from pyro_vae.inference.programs.traces import trace_programs, weighted_sites
 
 __all__ = ["EnumeratedProgram", "check_states", "gradient_m_step", "measure_of", "no_guide"]
 

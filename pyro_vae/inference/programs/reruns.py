@@ -22,9 +22,8 @@ from pyro_vae.inference.programs.arguments import (
 )
 from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.scope import keep_random_state
-from pyro_vae.inference.programs.sites import find_batch
+from pyro_vae.inference.programs.sites import agree, find_batch
 from pyro_vae.inference.programs.traces import (
-    agree,
     fixed_draws,
     in_particle_plate,
     map_draw,

@@ -25,6 +25,7 @@ from pyro_vae.results import ShortRepr
 
 __all__ = [
     "LabelledSites",
+    "agree",
     "as_run",
     "count_data",
     "find_batch",
@@ -309,3 +310,11 @@ def _check_subsamples(guide_trace: Trace, model_trace: Trace, plate: Any, guide_
             f"the model subsamples plate '{plate.name}' and the guide plate '{guide_plate.name}', "
             "so they see different data; use one name in both"
         )
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two runs gave the same densities, up to half the digits."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=tolerance, atol=10 * tolerance, equal_nan=True
+    )

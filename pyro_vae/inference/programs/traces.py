@@ -35,7 +35,6 @@ from pyro_vae.inference.state_sums import StateSumError, sum_states
 from pyro_vae.inference.supports import family_of, support_of
 
 __all__ = [
-    "agree",
     "bytes_of_run",
     "draw_traces",
     "enumerating",
@@ -496,11 +495,3 @@ def subsamples(*traces: Trace) -> Trace:
             if site["type"] == "sample" and site_is_subsample(site) and name not in kept:
                 kept.add_node(name, **{k: v for k, v in site.items() if k != "name"})
     return kept
-
-
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two runs gave the same densities, up to half the digits."""
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=tolerance, atol=10 * tolerance, equal_nan=True
-    )
