@@ -50,8 +50,14 @@ class BatchAndMatchRule(MethodRule):
         self.normal = GuideNormal(pair)
         self.normal.check_writable()
         self.target = in_double(Tempered(self.normal.latent_model))
-        with torch.no_grad(), pair.measuring(seed):
-            self.now = self.before = self._start()
+        unset = torch.zeros(1, self.normal.dim).double()
+        self.now = self.before = Normal(unset, torch.diag_embed(unset + 1))
+
+    def begin(self) -> None:
+        """Before the first step: where the guide is now."""
+        if not self.state.steps:
+            with torch.no_grad(), self.pair.measuring(self.seed):
+                self.now = self.before = self._start()
 
     def _start(self) -> Normal:
         """The guide's normal, or that on the way from it to a mode, by their ELBOs.
@@ -86,6 +92,11 @@ class BatchAndMatchRule(MethodRule):
             if done >= _FEWEST and state.gain <= self.threshold:
                 self.finish(converged=True)
         return -float(log_weights.mean())
+
+    def step(self) -> bool:
+        """Takes note of an update; True of every tenth, which is compared."""
+        super().step()
+        return self.state.ended or self.state.steps % _APART == 0
 
     # -- files and results
 
