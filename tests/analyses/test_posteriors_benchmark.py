@@ -49,15 +49,14 @@ HERE = f"{__file__}:planted"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="PYRO_VAE_DATA has no posteriordb")
-def test_five_real_posteriors_are_met_by_batch_and_match():
-    rows = measure(SHORT, ["batch and match"], progress=False)
+def test_five_real_posteriors_are_met_by_pathfinder():
+    rows = measure(SHORT, ["Pathfinder"], progress=False)
     assert not [row.said for row in rows if row.failed]
     weighted = [row for row in rows if "weighted" in row.way]
     assert [row.posterior for row in weighted] == list(SHORT)
     assert all(row.quality(Limits()) == "good" for row in weighted)
-    # Nothing is bad, and the verdict says so of nearly all.
     assert rates(rows, Limits())["bad"] == (0, 0)
-    assert sum(bool(row.trusted) for row in rows) >= 8
+    assert sum(bool(row.trusted) for row in weighted) >= 3
 
 
 def test_a_posterior_of_one_s_own_by_the_cheap_ways():

@@ -279,7 +279,7 @@ def test_priors_without_draws_have_a_place_to_start():
     def model(x):
         mean = pyro.sample("mean", dist.ImproperUniform(constraints.real, (), (1,)))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mean, 2.0), obs=x)
+            pyro.sample("x", dist.Normal(mean[..., 0], 2.0), obs=x)
 
     found = fit(model, None, x, method="batch_and_match")
     torch.testing.assert_close(column(found, "mean"), x.mean()[None])
