@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-long test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks gauntlet coverage mutants lock dist clean
+.PHONY: help venv test test-long test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks benchmark_posteriors gauntlet coverage mutants lock dist clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -126,6 +126,9 @@ benchmark_em: $(STAMP) ## Time EM beside scikit-learn's on a small grid (ARGS="-
 
 benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write docs/posterior_checks.md
 	$(BIN)/python -m benchmarks.posterior_checks $(ARGS)
+
+benchmark_posteriors: $(STAMP) ## Every way to a posterior on real ones, and write docs/posteriors.md (ARGS="--only garch")
+	$(BIN)/python -m benchmarks.posteriors --out docs/posteriors.md $(ARGS)
 
 gauntlet: $(STAMP) ## Compare a thousand random programs with their truth (ARGS="--programs 100" for fewer)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.random_programs $(ARGS)

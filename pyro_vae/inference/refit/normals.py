@@ -60,15 +60,24 @@ class Normal(NamedTuple):
 
 
 def weighted_normal(
-    u: Float[Tensor, "count batch dim"], log_weights: Float[Tensor, "count batch"]
+    u: Float[Tensor, "count batch dim"],
+    log_weights: Float[Tensor, "count batch"],
+    *,
+    shrink: bool = True,
 ) -> Normal:
-    """Mean and covariance of weighted draws; of few effective draws, drawn towards the diagonal."""
+    """Mean and covariance of weighted draws; of few effective draws, drawn towards the diagonal.
+
+    Args:
+        u: The draws.
+        log_weights: Theirs.
+        shrink: False for the covariance as it is, whose correlations may be all but one.
+    """
     share = (log_weights - log_weights.logsumexp(0)).exp()
     loc = torch.einsum("cn,cni->ni", share, u)
     rest = u - loc
     covariance = torch.einsum("cn,cni,cnj->nij", share, rest, rest)
     ess = 1 / share.square().sum(0)
-    keep = (ess / (ess + u.shape[-1]))[:, None, None]
+    keep = (ess / (ess + u.shape[-1] * shrink))[:, None, None]
     diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
     return Normal(loc, _cholesky(keep * covariance + (1 - keep) * diagonal))
 

@@ -272,6 +272,20 @@ def test_what_they_find_starts_svi_and_chains():
     assert ((found - mean) / sd).abs().max() < 1.0
 
 
+def test_priors_without_draws_have_a_place_to_start():
+    """A flat mean of normal data."""
+    x = 3.0 + 2.0 * torch.randn(30)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.ImproperUniform(constraints.real, (), (1,)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean[..., 0], 2.0), obs=x)
+
+    found = fit(model, None, x, method="batch_and_match")
+    torch.testing.assert_close(column(found, "mean"), x.mean()[None])
+    torch.testing.assert_close(column(found, "sd"), torch.tensor([2.0 / math.sqrt(30)]))
+
+
 def test_other_guides_are_refused():
     model, guide = log_normal_pair(dist.LogNormal)
     with pytest.raises(ProgramError, match="must be one of AutoMultivariateNormal, AutoDiagonal"):

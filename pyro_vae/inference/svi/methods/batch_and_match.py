@@ -23,7 +23,7 @@ __all__ = ["BatchAndMatchRule"]
 _FULL_MATCHES = 15  # before steps shrink
 _APART = 10  # updates between two normals that are compared
 _FEWEST = 40
-_DRAWS = 1000  # for means and sds in constrained space
+_DRAWS, _ONE_BY_ONE = 1000, 100  # for means and sds in constrained space
 
 
 class BatchAndMatchRule(MethodRule):
@@ -50,8 +50,16 @@ class BatchAndMatchRule(MethodRule):
         self.normal = GuideNormal(pair)
         self.normal.check_writable()
         self.target = in_double(Tempered(self.normal.latent_model))
-        with torch.no_grad(), pair.measuring(seed):
-            self.now = self.before = self._start()
+        together = self.normal.latent_model.structure.vectorizable
+        self.count = max(_DRAWS if together else _ONE_BY_ONE, 2 * self.normal.dim)
+        unset = torch.zeros(1, self.normal.dim).double()
+        self.now = self.before = Normal(unset, torch.diag_embed(unset + 1))
+
+    def begin(self) -> None:
+        """Before the first step: where the guide is now."""
+        if not self.state.steps:
+            with torch.no_grad(), self.pair.measuring(self.seed):
+                self.now = self.before = self._start()
 
     def _start(self) -> Normal:
         """The guide's normal, or that on the way from it to a mode, by their ELBOs.
@@ -67,7 +75,7 @@ class BatchAndMatchRule(MethodRule):
 
     def _log_weights(self, normal: Normal) -> Tensor:
         """Of balanced draws, `[draws, 1]`."""
-        u = normal.from_noise(balanced_noise(_DRAWS, self.normal.dim, self.seed)[:, None])
+        u = normal.from_noise(balanced_noise(self.count, self.normal.dim, self.seed)[:, None])
         found = self.target(u).log_density - normal.log_prob(u)
         return torch.nan_to_num(found, nan=-math.inf)
 
@@ -87,6 +95,11 @@ class BatchAndMatchRule(MethodRule):
                 self.finish(converged=True)
         return -float(log_weights.mean())
 
+    def step(self) -> bool:
+        """Takes note of an update; True of every tenth, which is compared."""
+        super().step()
+        return self.state.ended or self.state.steps % _APART == 0
+
     # -- files and results
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,7 +117,7 @@ class BatchAndMatchRule(MethodRule):
     def posterior(self, config: Mapping[str, Any], data_sha256: str | None) -> Result:
         """Mean and sd of the fitted normal, and the k-hat of its draws' weights."""
         with torch.no_grad(), self.pair.measuring(self.seed):
-            noise = balanced_noise(_DRAWS, self.normal.dim, self.seed)
+            noise = balanced_noise(self.count, self.normal.dim, self.seed)
             u = self.now.from_noise(noise[:, None])
             khat = pareto_khat(self._log_weights(self.now))[0]
             draws, names = constrained(self.normal.latent_model, u[:, 0])
@@ -116,7 +129,7 @@ class BatchAndMatchRule(MethodRule):
         return posterior_result(
             columns,
             names,
-            num_draws=_DRAWS,
+            num_draws=self.count,
             seed=self.seed,
             config=config,
             data_sha256=data_sha256,

@@ -77,7 +77,7 @@ class PathfinderRule(MethodRule):
             best = int(elbos.argmax())
             fitted = Normal(normals.loc[best, None], normals.chol[best, None])
             if len(normals.loc) > 1 and float(tail.khat) < khat_threshold(len(u)):
-                around = weighted_normal(u[:, None], smoothed)
+                around = weighted_normal(u[:, None], smoothed, shrink=False)
                 fitted = around if bool(around.chol.isfinite().all()) else fitted
             self.normal.write(fitted.loc[0], fitted.chol[0])
             self.found = {
