@@ -16,7 +16,6 @@ Each call runs in a forked process of its own, so none can hurt the next. What h
 import argparse
 import inspect
 import itertools
-import linecache
 import math
 import os
 import pickle
@@ -39,6 +38,7 @@ import pyro
 import torch
 
 import pyro_vae
+from pyro_vae.checks import raised_in_words
 from pyro_vae.inference.svi import fit as fit_programs
 
 __all__ = ["BAD", "RECIPES", "Outcome", "call_once", "calls", "main"]
@@ -212,17 +212,14 @@ def call_once(name: str, parameter: str | None, bad: str | None) -> Outcome:
 
 
 def _of_error(error: Exception) -> tuple[str, str]:
-    """A sentence is raised by a `raise` of the package; all else is foreign."""
+    """What the package or the user's own program raised is a sentence; all else is foreign."""
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     assert last is not None
     place = last.tb_frame.f_code.co_filename
-    line = linecache.getline(place, last.tb_lineno).strip()
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"
-    if place.startswith(_HERE) and (line.startswith("raise") or isinstance(error, OSError)):
-        return "sentence", text
-    if place == __file__:  # the user's own program spoke
+    if raised_in_words(error) or place == __file__:
         return "sentence", text
     return "foreign", f"{text} [{place.removeprefix(_HERE)}:{last.tb_lineno}]"
 
@@ -234,9 +231,10 @@ def _globals(given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(model, torch.nn.Module)
         else []
     )
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 -- the stream that others draw from
     return {
         "torch's random stream": torch.get_rng_state().tolist(),
-        "NumPy's random stream": np.random.get_state()[1].tolist(),  # type: ignore[union-attr]  # noqa: NPY002
+        "NumPy's random stream": numpy_state[1].tolist(),
         "random's stream": random.getstate(),
         "the parameter store": sorted(pyro.get_param_store().keys()),
         "the default type": str(torch.get_default_dtype()),

@@ -4,7 +4,7 @@ from pyro_vae.data.arrays import as_data, as_tensor, read_table, takes_arrays
 from pyro_vae.data.catalogue import DataFile, DatasetInfo, dataset_names, describe_dataset
 from pyro_vae.data.datasets import Dataset, check_dataset, load_dataset
 from pyro_vae.data.files import DatasetError
-from pyro_vae.data.seeds import Seed, as_seed
+from pyro_vae.data.seeds import Seed, as_seed, known_seed
 
 __all__ = [
     "DataFile",
@@ -18,6 +18,7 @@ __all__ = [
     "check_dataset",
     "dataset_names",
     "describe_dataset",
+    "known_seed",
     "load_dataset",
     "read_table",
     "takes_arrays",

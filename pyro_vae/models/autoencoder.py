@@ -44,6 +44,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import (
     ACTIVATIONS,
@@ -118,6 +119,7 @@ class Sparse(AutoencoderKind):
         sparse code for natural images.
     """
 
+    @refuses_in_words
     def __init__(self, strength: float = 1.0) -> None:
         self.strength = _positive("strength", strength)
 
@@ -148,6 +150,7 @@ class Denoising(AutoencoderKind):
         with denoising autoencoders.
     """
 
+    @refuses_in_words
     def __init__(self, noise: str = "mask", level: float = 0.3) -> None:
         if noise not in ("mask", "gaussian"):
             raise ValueError(f"noise is 'mask' or 'gaussian', not {noise!r}")
@@ -182,6 +185,7 @@ class Contractive(AutoencoderKind):
         invariance during feature extraction.
     """
 
+    @refuses_in_words
     def __init__(self, strength: float = 0.1) -> None:
         self.strength = _positive("strength", strength)
 
@@ -252,6 +256,7 @@ class Autoencoder(nn.Module):
         torch.Size([4, 6])
     """
 
+    @refuses_in_words
     def __init__(
         self,
         data_dim: int,

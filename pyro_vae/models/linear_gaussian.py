@@ -22,6 +22,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import check_batch, check_finite
 
@@ -62,6 +63,7 @@ class LinearGaussian(nn.Module):
         True
     """
 
+    @refuses_in_words
     def __init__(self, data_dim: int, latent_dim: int, *, covariance: str = "isotropic") -> None:
         super().__init__()
         if covariance not in ("isotropic", "diagonal"):

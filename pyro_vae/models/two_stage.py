@@ -14,6 +14,7 @@ import pyro
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.models.parts import DiagonalPosterior, Gaussian, StandardNormal, mlp
 from pyro_vae.models.vae import VAE, _VariationalAutoencoder
 
@@ -60,6 +61,7 @@ class TwoStageVAE(_VariationalAutoencoder):
         ['conditional', 'upper_decoder', 'upper_encoder']
     """
 
+    @refuses_in_words
     def __init__(
         self,
         first: VAE | Mapping[str, Any],

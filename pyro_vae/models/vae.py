@@ -18,6 +18,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.data import takes_arrays
 from pyro_vae.models.parts import (
     DiagonalPosterior,
@@ -165,6 +166,7 @@ class VAE(_VariationalAutoencoder):
         3
     """
 
+    @refuses_in_words
     def __init__(
         self,
         data_dim: int,
@@ -290,6 +292,7 @@ class TwoLayerVAE(_VariationalAutoencoder):
         torch.Size([7, 6])
     """
 
+    @refuses_in_words
     def __init__(
         self,
         data_dim: int,

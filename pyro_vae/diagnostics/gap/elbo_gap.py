@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_vae.checks import check_count, check_max_memory
-from pyro_vae.data import Seed, as_seed
+from pyro_vae.data import Seed, known_seed
 from pyro_vae.diagnostics.evidence import log_evidence
 from pyro_vae.diagnostics.gap.global_latents import (
     NUM_INNER,
@@ -178,7 +178,7 @@ def elbo_gap(
         >>> bool(abs(decomposition.amortization_gap).max() < 0.1)
         True
     """
-    seed = as_seed(seed)
+    seed = known_seed(seed)
     families = _families(richer)
     check_count("num_particles", num_particles, 2)
     check_max_memory(max_memory)

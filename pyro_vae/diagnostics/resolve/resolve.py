@@ -101,7 +101,6 @@ class ResolvedDraws:
 
 
 @tool
-@tool
 def resolve(
     model: Program,
     guide: Program,

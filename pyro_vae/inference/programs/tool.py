@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.data import as_data
 from pyro_vae.inference.programs.arguments import (
     Program,
@@ -102,6 +103,8 @@ def tool_of_model(*, observes: bool = True) -> Callable[[_F], _F]:
 def _prepared(function: Callable[..., Any], ready: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
 
+    function = refuses_in_words(function)
+
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _apart(args, kwargs, function.__name__, signature.parameters)
@@ -176,6 +179,16 @@ def _dtype_of(*programs: Program | None) -> torch.dtype | None:
 
 def _check_arity(model: Program, given: Any, ready: Any) -> None:
     """A data set of images and labels is not silently cut to its images."""
+    if isinstance(ready, dict):
+        try:
+            inspect.signature(model).bind(**ready)
+        except TypeError as error:
+            raise ProgramError(
+                f"x is a dict of {', '.join(map(repr, ready)) or 'nothing'}, whose names are "
+                f"arguments of the programs, but the model does not take them so ({error}): name "
+                "its arguments, or pass the data alone"
+            ) from error
+        return
     if not isinstance(ready, tuple) or isinstance(given, tuple):
         return
     try:

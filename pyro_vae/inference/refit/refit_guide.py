@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae.checks import check_count, check_positive
-from pyro_vae.data import Seed, as_seed
+from pyro_vae.data import Seed, known_seed
 from pyro_vae.inference.programs import (
     JointOnlyError,
     Pair,
@@ -227,7 +227,7 @@ def refit_guide(
         >>> log_weights(pair.model, better, x, num_particles=5).shape
         torch.Size([5, 4])
     """
-    seed = as_seed(seed)
+    seed = known_seed(seed)
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}, but must be one of {', '.join(FAMILIES)}")
     chain = FAMILIES[: FAMILIES.index(family) + 1]

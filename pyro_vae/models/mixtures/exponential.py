@@ -21,6 +21,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.data import Seed, as_seed, takes_arrays
 from pyro_vae.models.mixtures.bayes import (
     BernoulliConjugate,
@@ -69,6 +70,7 @@ class ExponentialMixture(nn.Module, ABC):
     measure: ClassVar[str]
     generative: Any  # the modules of the families, which mypy would take for tensors or modules
 
+    @refuses_in_words
     def __init__(
         self,
         num_components: int,

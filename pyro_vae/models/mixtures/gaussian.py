@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.checks import refuses_in_words
 from pyro_vae.models.mixtures.exponential import ExponentialMixture
 from pyro_vae.models.mixtures.natural import NaturalForm, flat_roots, gaussian_form, roots_of
 from pyro_vae.models.mixtures.normal_wishart import GaussianConjugate
@@ -74,6 +75,7 @@ class GaussianMixture(ExponentialMixture):
     measure = "real"
     _conjugate = GaussianConjugate
 
+    @refuses_in_words
     def __init__(
         self,
         num_components: int,
