@@ -65,7 +65,10 @@ class Tempered:
         if self._capture and len(u) not in self._captured:
             self._captured[len(u)] = self._try_capture(u, weight)
         run = self._captured.get(len(u)) or self._evaluate
-        log_density, gradient, joint, start = run(u, weight)
+        try:
+            log_density, gradient, joint, start = run(u, weight)
+        except torch.linalg.LinAlgError:
+            log_density, gradient, joint, start = self._one_by_one(u, weight)
         joint, start, log_density = (_or_minus_infinity(t) for t in (joint, start, log_density))
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return Point(u, log_density, gradient, joint, start)
@@ -82,6 +85,20 @@ class Tempered:
             log_density = start + beta * (joint - start)
             (gradient,) = torch.autograd.grad(log_density.sum(), u)
         return log_density.detach(), gradient, joint.detach(), start.detach()
+
+    def _one_by_one(self, u: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        """The same where a matrix of the program cannot be factorised at the place of some chain.
+
+        Such chains are where the density is 0 up to rounding, so their steps will be rejected.
+        """
+        found = []
+        for chain in u.split(1):
+            try:
+                found.append(self._evaluate(chain, beta))
+            except torch.linalg.LinAlgError:
+                nowhere = chain.new_full(chain.shape[:2], -math.inf)
+                found.append((nowhere, torch.zeros_like(chain), nowhere, nowhere))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     def _try_capture(self, u: Tensor, beta: Tensor) -> Callable[..., Any] | None:
         if not self.latent_model.structure.vectorizable and len(u) > 1:

@@ -8,7 +8,9 @@ annealing need is here; they know nothing of Pyro.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pyro
@@ -88,7 +90,8 @@ class UnconstrainedModel:
         num_data: Data in the batch (1 if joint).
         dim: Unconstrained latents of a datum.
         active: False for latents that a mask switches off, `[batch, dim]`: they have no density.
-        like: A zero of the latents' dtype and device.
+        like: A zero of the latents' device, in the wider type of latents and data: beside float64
+            data their density is one of float64, whatever type a prior of Python numbers has.
     """
 
     def __init__(self, pair: Pair, *, has_guide: bool = True) -> None:
@@ -116,8 +119,7 @@ class UnconstrainedModel:
             if name in structure.latents
         }
         self.dim = self._layouts[-1].stop
-        example = sites[self._layouts[0].name]["value"]
-        self.like = example.new_zeros(()) if example.is_floating_point() else torch.zeros(())
+        self.like = _wide_zero(site["value"] for site in sites.values())
         self.active = self._active()
         self._auxiliary = self._known_auxiliary(guide_trace, model_trace)
         self._cannot_evaluate_guide = (
@@ -199,7 +201,8 @@ class UnconstrainedModel:
             traces = draw_traces(
                 self._plain_model, guide, self._arguments, self.structure, num_chains
             )
-            return torch.cat([self.flatten(trace, count) for _, trace, count in traces])
+            drawn = torch.cat([self.flatten(trace, count) for _, trace, count in traces])
+            return drawn.to(self.like)
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -436,6 +439,15 @@ def _transform_of(name: str, fn: Any) -> Any:
             "support; register one with torch.distributions.biject_to.register, or use importance "
             "weights, which need none"
         ) from error
+
+
+def _wide_zero(values: Iterable[Any]) -> Tensor:
+    """A zero of the widest floating-point type among these."""
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    if not floats:
+        return torch.zeros(())
+    types = (v.dtype for v in floats)
+    return floats[0].new_zeros((), dtype=reduce(torch.promote_types, types))
 
 
 def _why_no_density(guide_trace: Trace, structure: ProgramStructure) -> tuple[str, str] | None:

@@ -258,6 +258,7 @@ def fit(
     refuse_mixture(model, guide)
     start, model, guide = unwrap_programs(model, guide_for(method, model, guide))
     if device is not None:
+        device = _known_device(device)
         for program in (model, guide):
             for module in modules_of(program):
                 module.to(device)
@@ -274,6 +275,19 @@ def fit(
     done = found.convergence
     if done is not None and not done.converged and found.status == "finished":
         warnings.warn(f"fit: {done.summary()}", stacklevel=3)
+    return found
+
+
+def _known_device(device: Any) -> torch.device:
+    """The device, refused in a sentence where torch knows none such or it is not here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # torch has an error of another type for each
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu' or 'cuda:0', not {device!r} "
+            f"({type(error).__name__})"
+        ) from error
     return found
 
 

@@ -448,3 +448,48 @@ def test_a_trajectory_is_the_leapfrog_of_the_paper():
         p = p - 0.5 * 0.3 * scale * ((scale * q) @ precision)
     assert (found.proposal - scale * q).abs().max() < 1e-12
     assert (found.velocity - p).abs().max() < 1e-12
+
+
+def test_float64_data_beside_a_prior_of_python_numbers():
+    """Such a prior is float32; chains run in the type of the density. Normal-normal, exactly."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    x = torch.tensor([0.5, 1.5, -0.2, 2.2], dtype=torch.float64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        found = sample_posterior(model, x, joint=True, num_chains=4, num_warmup=60, num_samples=100)
+    finally:
+        torch.set_default_dtype(before)
+    draws = found.draws["loc"].double()
+    assert found.draws["loc"].dtype == torch.float64
+    away = errors_of_means(found, draws, x.sum() / 5, torch.tensor(0.2))
+    assert away.abs().max() < STANDARD_ERRORS
+
+
+def test_where_a_matrix_cannot_be_factorised_the_density_is_zero():
+    """z ~ N(0, 0.1), and a matrix with a root for |z| < 1 alone: other rows are what they are."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 0.1))
+        one = torch.ones_like(z)
+        matrix = torch.stack([torch.stack([one, z], -1), torch.stack([z, one], -1)], -2)
+        torch.linalg.cholesky(matrix)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor(0.3, dtype=torch.float64)
+    with program_scope(0):
+        target = Tempered(unconstrained_model(model, None, x, joint=True))
+        u = torch.tensor([0.05, 2.0, -0.2], dtype=torch.float64)[:, None, None]
+        found = target(u)
+    z = u[:, 0, 0]
+    expected = dist.Normal(0.0, 0.1).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+    assert found.log_density[1, 0] == -math.inf
+    assert (found.log_density[::2, 0] - expected[::2]).abs().max() < 1e-12
+    gradient = -z / 0.01 + (x - z)
+    assert (found.gradient[::2, 0, 0] - gradient[::2]).abs().max() < 1e-10
+    assert not found.gradient[1].any()
