@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro import poutine
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, init_to_median, init_to_value
 from torch import Tensor
 
 __all__ = ["Example", "Simulated", "make_global_guide"]
@@ -40,7 +40,6 @@ class Example:
         make_simpler_guide: Its guide.
         lacks: What the simpler model lacks.
         batch_size: Data of a mini-batch that make sense; None for all of them.
-        epochs: Of such mini-batches, enough with a rate that falls from 0.05 to 0.001.
     """
 
     title: str
@@ -51,9 +50,18 @@ class Example:
     make_simpler_guide: Callable[[], Program]
     lacks: str
     batch_size: int | None = None
-    epochs: int = 200
 
 
-def make_global_guide(model: Program, *local_sites: str) -> AutoMultivariateNormal:
-    """A normal over all latents of a model, in unconstrained space, but those of each datum."""
-    return AutoMultivariateNormal(poutine.block(model, hide=list(local_sites)), init_scale=0.1)
+def make_global_guide(
+    model: Program, *local_sites: str, start: dict[str, Tensor] | None = None
+) -> AutoMultivariateNormal:
+    """A normal over all latents of a model, in unconstrained space, but those of each datum.
+
+    Args:
+        model: The generative program.
+        local_sites: Sites that it leaves out.
+        start: Where it begins, by site; the prior's median where nothing is said.
+    """
+    begin = init_to_value(values=start or {}, fallback=init_to_median)
+    blocked = poutine.block(model, hide=list(local_sites))
+    return AutoMultivariateNormal(blocked, init_loc_fn=begin, init_scale=0.1)

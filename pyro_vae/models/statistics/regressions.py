@@ -166,11 +166,11 @@ def one_poisson_rate(counts: Float[Tensor, "batch visits"]) -> None:
 
 
 def simulate_poisson(seed: int) -> Simulated:
-    """80 sites, three visits each."""
+    """50 sites, three visits each."""
     random = torch.Generator().manual_seed(seed)
     mean, spread = torch.tensor(0.7), torch.tensor(0.6)
-    log_rate = mean + spread * torch.randn(80, generator=random)
-    counts = torch.poisson(log_rate.exp()[:, None].expand(80, 3), generator=random)
+    log_rate = mean + spread * torch.randn(50, generator=random)
+    counts = torch.poisson(log_rate.exp()[:, None].expand(50, 3), generator=random)
     return Simulated(counts, {"mean": mean, "spread": spread})
 
 
@@ -182,5 +182,5 @@ POISSON = Example(
     simpler=one_poisson_rate,
     make_simpler_guide=lambda: make_global_guide(one_poisson_rate),
     lacks="random effects",
-    batch_size=20,
+    batch_size=25,
 )

@@ -40,6 +40,12 @@ def bayesian_mixture(x: Float[Tensor, " batch"]) -> None:
         pyro.sample("x", dist.Normal(Vindex(locs)[..., component], scale), obs=x)
 
 
+def make_mixture_guide() -> Callable[..., Any]:
+    """A normal over the parameters that begins wide: from the prior's median it ends elsewhere."""
+    start = {"first": torch.tensor(-3.0), "gaps": torch.full((2,), 3.0), "scale": torch.tensor(1.0)}
+    return make_global_guide(bayesian_mixture, "component", "x", start=start)
+
+
 def one_normal(x: Float[Tensor, " batch"]) -> None:
     """A single component."""
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
@@ -63,7 +69,7 @@ MIXTURE = Example(
     title="Bayesian mixture",
     model=bayesian_mixture,
     simulate=simulate_mixture,
-    make_guide=lambda: make_global_guide(bayesian_mixture, "component", "x"),
+    make_guide=make_mixture_guide,
     simpler=one_normal,
     make_simpler_guide=lambda: make_global_guide(one_normal),
     lacks="components",
@@ -134,14 +140,14 @@ def one_topic(counts: Float[Tensor, "batch words"]) -> None:
 
 
 def simulate_topics(seed: int) -> Simulated:
-    """50 documents of 40 words out of twelve."""
+    """30 documents of 40 words out of twelve."""
     random = torch.Generator().manual_seed(seed)
     topics = torch.full((NUM_TOPICS, len(VOCABULARY)), 0.02)
     for topic in range(NUM_TOPICS):
         topics[topic, 4 * topic : 4 * topic + 4] = torch.tensor([0.36, 0.2, 0.16, 0.12])
     topics = topics / topics.sum(-1, keepdim=True)
     # Normalised exponentials to a power: most documents have one topic, or two.
-    uneven = -torch.rand(50, NUM_TOPICS, generator=random).log()
+    uneven = -torch.rand(30, NUM_TOPICS, generator=random).log()
     proportions = uneven**1.5 / (uneven**1.5).sum(-1, keepdim=True)
     words = torch.multinomial(proportions @ topics, LENGTH, replacement=True, generator=random)
     counts = torch.zeros(50, len(VOCABULARY)).scatter_add_(1, words, torch.ones(words.shape))
@@ -156,7 +162,7 @@ TOPICS = Example(
     simpler=one_topic,
     make_simpler_guide=lambda: make_global_guide(one_topic),
     lacks="topics",
-    batch_size=25,
+    batch_size=15,
 )
 
 

@@ -86,12 +86,12 @@ def make_ppca_guide(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def simulate_ppca(seed: int) -> Simulated:
-    """60 data of five features."""
+    """40 data of five features."""
     random = torch.Generator().manual_seed(seed)
     diagonal, noise = torch.tensor([1.5, 1.0]), torch.tensor(0.5)
     below = torch.tensor([0.8, -0.6, 0.0, 0.5, 0.7, -0.5, 0.9])
-    z = torch.randn(60, 2, generator=random)
-    eps = torch.randn(60, NUM_FEATURES, generator=random)
+    z = torch.randn(40, 2, generator=random)
+    eps = torch.randn(40, NUM_FEATURES, generator=random)
     x = z @ loading_matrix(diagonal, below) + noise * eps
     return Simulated(x, {"diagonal": diagonal, "below": below, "noise": noise})
 
@@ -152,11 +152,11 @@ def equal_abilities(x: Float[Tensor, "batch items"]) -> None:
 
 
 def simulate_items(seed: int) -> Simulated:
-    """120 people, eight items."""
+    """80 people, eight items."""
     random = torch.Generator().manual_seed(seed)
     difficulty = torch.linspace(-1.5, 1.5, NUM_ITEMS)
     discrimination = torch.tensor([0.7, 1.2, 0.9, 1.6, 1.0, 1.4, 0.8, 1.1])
-    ability = torch.randn(120, 1, generator=random)
+    ability = torch.randn(80, 1, generator=random)
     x = torch.bernoulli((discrimination * (ability - difficulty)).sigmoid(), generator=random)
     return Simulated(x, {"difficulty": difficulty, "discrimination": discrimination})
 
