@@ -166,7 +166,7 @@ def check_latents(
                 f"the model's latent site '{name}' is missing from the guide, so Pyro would draw "
                 "it from the prior and bound nothing; sample it in the guide under the same name, "
                 "or, if it is discrete, have it summed out (infer={'enumerate': 'parallel'}, for "
-                "which fit needs loss=TraceEnum_ELBO(), or one of this package)"
+                "which fit needs loss=None, TraceEnum_ELBO() or one of this package)"
             )
         if site["is_observed"] and name in guide_sites:
             raise SitesError(

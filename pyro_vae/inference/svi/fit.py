@@ -146,8 +146,9 @@ def fit(
         num_draws: Of a method other than SVI: the fixed draws (30); the draws of all paths (1000);
             those of an update (twice the number of latents, at least 16).
         num_paths: Of Pathfinder (8); with one, its normal is not weighted.
-        loss: Any Pyro ELBO, Pyro's own or ours. If None, `Trace_ELBO()`, but for one batch that is
-            trained to convergence: see above.
+        loss: Any Pyro ELBO, Pyro's own or ours. If None, `Trace_ELBO()`, or `TraceEnum_ELBO()`
+            where the model marks latents for enumeration that the guide leaves out; but for one
+            batch that is trained to convergence: see above.
         optimizer: A function from parameters to a torch optimizer
             (`functools.partial(torch.optim.SGD, lr=0.1)`), or a `PyroOptim`. If None, one fused
             Adam.

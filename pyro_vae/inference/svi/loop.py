@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyro_vae.inference.estimators import loss_options
@@ -97,15 +97,15 @@ class TrainingRun:
         self.saved_config: dict[str, Any] | None = None
         self.best_values: dict[str, Tensor] = {}
         self.bare: list[tuple[Program, list[str]]] = []
-        self.loss = copy.copy(asked.loss) if asked.loss is not None else Trace_ELBO()
         self.prepared = prepare(
             self.model,
             self.guide,
             self.data,
-            loss=self.loss,
+            loss=copy.copy(asked.loss),
             batch_size=asked.batch_size,
             warmup_epochs=asked.warmup_epochs,
         )
+        self.loss = self.prepared.loss
         self.converges = self._converges()
         if asked.loss is None and self.converges and self.one_batch:
             self.loss = methods.loss_for(asked, self.model, self.guide, self.prepared) or self.loss

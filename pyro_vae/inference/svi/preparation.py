@@ -13,7 +13,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ from pyro_vae.inference.svi.mini_batches import (
     find_mini_batches,
     takes_parts,
 )
+from pyro_vae.progress import say
 
 __all__ = [
     "Preparation",
@@ -81,6 +82,7 @@ class Preparation:
         data: The training data, which know along which axes they lie.
         modules: Those that run, however the programs reach them.
         foreign: Names of the caller's parameters that these programs do not use.
+        loss: As asked for, or chosen.
     """
 
     structure: ProgramStructure | None
@@ -94,6 +96,7 @@ class Preparation:
     data: TrainingData
     modules: tuple[nn.Module, ...]
     foreign: frozenset[str]
+    loss: ELBO
 
     @property
     def takes_some(self) -> bool:
@@ -144,7 +147,7 @@ def prepare(
     guide: Program,
     data: TrainingData,
     *,
-    loss: ELBO,
+    loss: ELBO | None,
     batch_size: int | None,
     warmup_epochs: int,
 ) -> Preparation:
@@ -156,7 +159,7 @@ def prepare(
         model: The generative program.
         guide: The program of the approximate posterior.
         data: The training data.
-        loss: The objective.
+        loss: The objective; None for Pyro's ELBO, which sums out what the guide leaves to it.
         batch_size: As asked for; None to choose it.
         warmup_epochs: As for `fit`.
 
@@ -170,6 +173,7 @@ def prepare(
         runs = _Runs(model, guide, data)
         _locate_data(runs, batch_size)
         rows, per_datum, fixed = _rows_to_inspect(runs, batch_size)
+        loss = loss if loss is not None else _default_loss(runs.at(rows))
         used = _check_parameters(runs, rows, isinstance(loss, TraceEnum_ELBO | Objective))
         structure, joint, _ = runs.inspect(rows)
         plates = _look_at_plates(runs, batch_size)
@@ -209,6 +213,7 @@ def prepare(
         data=data,
         modules=tuple(modules),
         foreign=foreign - set(used),
+        loss=loss,
     )
 
 
@@ -450,6 +455,22 @@ def _look_at_plates(runs: _Runs, batch_size: int | None) -> _Plates:
         depth=max((-f.dim for stack in frames.values() for f in stack.values()), default=0),
         enumerates=any(site["infer"].get("enumerate") for site in both.values()),
     )
+
+
+def _default_loss(run: FirstRun | None) -> ELBO:
+    """The ELBO that sums over the latents marked for it that the guide does not sample."""
+    if run is None:
+        return Trace_ELBO()
+    guide_sites, model_sites = map(weighted_sites, run.traces)
+    summed = [
+        name
+        for name, site in model_sites.items()
+        if site["infer"].get("enumerate") and not site["is_observed"] and name not in guide_sites
+    ]
+    if not summed:
+        return Trace_ELBO()
+    say(f"loss: TraceEnum_ELBO(), which sums over {', '.join(summed)}")
+    return TraceEnum_ELBO()
 
 
 def _max_plate_nesting(loss: ELBO, depth: int) -> int:

@@ -237,7 +237,17 @@ def test_an_enumerated_mixture():
     assert "kl" not in found.history
     assert found.history.bound.attrs["bound"] == "lower"
     with pytest.raises(ProgramError, match="'k' is missing from the guide"):
-        fit(mixture, nothing, x)
+        fit(mixture, nothing, x, loss=Trace_ELBO())
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_latents_that_the_guide_leaves_to_be_summed_out_are(batch_size, caplog):
+    x, options = linear_data(), {"batch_size": batch_size, "epochs": 2}
+    asked = fit(mixture, nothing, x, loss=TraceEnum_ELBO(), **options)
+    with caplog.at_level("INFO", "pyro_vae"):
+        chosen = fit(mixture, nothing, x, **options)
+    assert chosen.history.loss.values.tolist() == asked.history.loss.values.tolist()
+    assert "TraceEnum_ELBO(), which sums over k" in caplog.text
 
 
 def test_a_pyro_optimizer_of_the_user():
