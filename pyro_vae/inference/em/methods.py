@@ -119,7 +119,7 @@ def _measure(
         evidence, elbo, gap = problem.measure_bound(parameters, q)
         residual = math.nan  # of an M step it is zero, whatever q is
         if phase == "E" and hasattr(problem, "entropy_residual"):
-            statistics = problem.statistics(q, about=problem.origin(parameters))
+            statistics = problem.statistics(q, about=problem.origin(parameters), at=parameters)
             residual = _residual(problem, statistics, parameters)
         record.add(stamp, evidence, elbo, gap, residual=residual)
     return elbo
@@ -154,7 +154,7 @@ def _with_point_masses(
         yield Reached(parameters, objective, record)
         if iteration < settings.max_iterations:
             about = about if averages else problem.origin(parameters)
-            drawn = problem.statistics(q, about=about)
+            drawn = problem.statistics(q, about=about, at=parameters)
             if statistics is None or not averages:
                 statistics = drawn
             else:
@@ -274,7 +274,7 @@ def _online(
         for place, rows in enumerate(blocks):
             shown = record.every_half_step or place == len(blocks) - 1
             q[rows] = problem.responsibilities(parameters, rows)
-            of_batch = problem.statistics(q[rows], rows, about=about)
+            of_batch = problem.statistics(q[rows], rows, about=about, at=parameters)
             record.passes += len(rows) / problem.num_data
             if shown:
                 _measure(problem, record, "E", iteration, parameters, q)
