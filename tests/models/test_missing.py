@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.inference.em import fit_em
+from pyro_vae.inference.em import fit_em, standard_errors
 from pyro_vae.models import GaussianMixture
 from pyro_vae.models.mixtures.missing import MissingGaussianProblem
 
@@ -33,13 +33,13 @@ def reference(x, weights, locs, covariances):
     return torch.stack(rows)
 
 
-def dense(covariance, covariances, number):
+def dense(covariance, covariances, number, dim=3):
     """The covariance matrix of each component."""
     if covariance == "diag":
         return covariances.diag_embed()
     if covariance == "spherical":
-        return covariances[:, None].expand(number, 3).diag_embed()
-    return covariances.expand(number, 3, 3)
+        return covariances[:, None].expand(number, dim).diag_embed()
+    return covariances.expand(number, dim, dim)
 
 
 def fitted(x, covariance="full", num_components=3, **options):
@@ -163,3 +163,24 @@ def test_what_cannot_be_marginalised_is_refused():
             fit_em(mixture, x, method=method)
     with pytest.raises(ValueError, match="missing is"):
         GaussianMixture(2, 3, missing="drop")
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("method", ["oakes", "louis"])
+def test_standard_errors_are_of_the_marginal(covariance, method):
+    x = incomplete(num_data=60, dim=2)
+    mixture, _ = fitted(x, covariance, 2, max_iterations=500, tolerance=1e-12, seed=1)
+    form = mixture.natural_form(x)
+    values = form.fitted(form.theta)
+    joint = reference(
+        x, values["weights"], values["locs"], dense(covariance, values["covariances"], 2, 2)
+    )
+    shift = (~x.isnan()).double() @ mixture.prepare(x).coordinates[1].log()
+    assert (form.log_joint(form.theta, form.x) - shift[:, None] - joint).abs().max() < 1e-9
+
+    def total(theta):
+        return form.log_joint(theta, form.x).logsumexp(1).sum()
+
+    wanted = torch.linalg.inv(-torch.autograd.functional.hessian(total, form.theta)).diagonal()
+    result = standard_errors(mixture, x, method=method)
+    assert result.natural_se[0].item() == pytest.approx(float(wanted[0].sqrt()), rel=1e-6)

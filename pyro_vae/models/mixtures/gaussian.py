@@ -180,14 +180,9 @@ class GaussianMixture(ExponentialMixture):
     def _problem(
         self, x: Tensor, sample_weights: Tensor | None, hold: Sequence[str], coordinates: Any
     ) -> MixtureProblem:
-        known = not x.is_floating_point() or not bool(x.isnan().any())
-        if not known and self.missing is None:
-            raise ValueError(
-                "the data hold NaN or infinite values; remove or impute them first, or pass "
-                "missing='marginalise' to the mixture, which integrates NaN out"
-            )
-        problem = GaussianProblem if known else MissingGaussianProblem
-        return problem(self, x, sample_weights, hold, coordinates)
+        if self.missing:
+            return MissingGaussianProblem(self, x, sample_weights, hold, coordinates)
+        return GaussianProblem(self, x, sample_weights, hold, coordinates)
 
     def _natural_form(self, problem: MixtureProblem) -> NaturalForm:
         return gaussian_form(problem)
@@ -202,7 +197,11 @@ class GaussianMixture(ExponentialMixture):
         return weights @ locs, within.sqrt()
 
     def _check_support(self, x: Tensor) -> None:
-        check_finite(x)
+        check_finite(
+            x,
+            "remove or impute them first, or pass missing='marginalise' to the mixture, which "
+            "integrates NaN out",
+        )
 
     def components(self) -> Distribution:
         """The components p(x | z = k): batch shape (components,), event shape (features,)."""

@@ -59,7 +59,6 @@ class MissingGaussianProblem(GaussianProblem):
     (data x components x features^2), and a factorisation for each pattern of missing entries.
     """
 
-    has_missing = True
     _least_chunk = 16  # their covariances are a matrix a datum
 
     def _check_values(self, x: Tensor, mixture: Any) -> None:
@@ -69,6 +68,7 @@ class MissingGaussianProblem(GaussianProblem):
         if empty := missing.all(1).nonzero().flatten().tolist():
             named = f"{empty[:_NAMED]}{' and more' if len(empty) > _NAMED else ''}"
             raise ValueError(f"rows {named} have no entry that is observed: leave them out")
+        self.has_missing = bool(missing.any())
         patterns, self._pattern = torch.unique(missing, dim=0, return_inverse=True)
         self._patterns = patterns.to(torch.float64)
 

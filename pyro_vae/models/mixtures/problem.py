@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_vae.models.parts import check_batch, check_finite
+from pyro_vae.models.parts import check_batch
 
 __all__ = [
     "Chunk",
@@ -150,7 +150,7 @@ class MixtureProblem(ABC):
         has_missing: Whether entries of the data are missing, and latent like the components.
     """
 
-    has_missing: ClassVar[bool] = False
+    has_missing: bool = False
     _holdable: ClassVar[tuple[str, ...]] = ("weights", "locs")
     _least_chunk: ClassVar[int] = 512  # data: products of fewer are slow
 
@@ -183,7 +183,6 @@ class MixtureProblem(ABC):
 
     def _check_values(self, x: Tensor, mixture: Any) -> None:
         """Raises if a value is not finite or off the support."""
-        check_finite(x)
         mixture._check_support(x)
 
     def _checked_weights(self, given: Tensor | None) -> Tensor | None:
@@ -198,6 +197,11 @@ class MixtureProblem(ABC):
                 "negative, with a positive sum"
             )
         return weights
+
+    @property
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Centre and scale of each feature: statistics add up where these are the same."""
+        return self._center, self._scale
 
     def check(self) -> None:
         """Raises if there are too few data to fit, or they lack the spread that the model needs."""
