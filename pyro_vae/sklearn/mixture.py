@@ -144,7 +144,8 @@ class GaussianMixtureEM(MixtureEstimator):
         self._set(*best)
         after = best[2].history.isel(step=best[2].history.phase.values == "E")
         self.lower_bounds_ = after.log_evidence.values[1:].tolist()
-        vars(self).pop("stream_", None)
+        if hasattr(self, "stream_"):
+            del self.stream_
         return self
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "GaussianMixtureEM":

@@ -127,7 +127,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):
             raise ValueError(f"Input X contains NaN: {self._without_nan}")
         return X
 
-    _allows_nan = False
+    @property
+    def _allows_nan(self) -> bool:
+        return False
+
     _without_nan = "leave out or impute missing entries, or fit GaussianMixtureEM"
 
 

@@ -101,7 +101,7 @@ class GaussianProblem(MixtureProblem):
         wide = self._num_pairs if self._covariance == "full" else self._dim
         return max(wide + self._dim, self.num_components)
 
-    def _log_base(self, rows: Any) -> float:
+    def _log_base(self, rows: Any) -> Tensor | float:
         return -float(self._scale.log().sum())
 
     @property

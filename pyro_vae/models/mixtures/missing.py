@@ -37,7 +37,7 @@ class _Completed(NamedTuple):
         covariance: Of the missing entries, zero elsewhere: a matrix for each pattern and component,
             (patterns, components, features, features), the components as one if tied; if diagonal
             that of each entry were it missing, (components, features).
-        index: The pattern of each datum, (chunk,).
+        pattern: That of each datum, a row of `covariance`, (chunk,).
         missing: 1 where an entry is missing, else 0, (features, chunk).
         log_det: Of the precision of the missing entries, (components, chunk).
     """
@@ -45,7 +45,7 @@ class _Completed(NamedTuple):
     locs: Tensor
     away: Tensor
     covariance: Tensor
-    index: Tensor
+    pattern: Tensor
     missing: Tensor
     log_det: Tensor
 
@@ -150,7 +150,7 @@ class MissingGaussianProblem(GaussianProblem):
         weighted = away * q[:, None]
         first, counts = weighted.sum(2), q.sum(1)
         if self._dense:
-            shares = q.new_zeros(len(q), len(done.covariance)).index_add_(1, done.index, q)
+            shares = q.new_zeros(len(q), len(done.covariance)).index_add_(1, done.pattern, q)
             covariance = done.covariance.expand(-1, len(q), -1, -1)
             square = weighted @ away.mT + torch.einsum("kp,pkij->kij", shares, covariance)
             square = square[:, self._pairs[0], self._pairs[1]]
