@@ -19,7 +19,7 @@ from pyro_vae.data import load_dataset
 from pyro_vae.inference.em import fit_em
 from pyro_vae.inference.log_weights import log_weights
 from pyro_vae.models import GaussianMixture, SingularComponentError
-from pyro_vae.models.mixtures import gaussian as module
+from pyro_vae.models.mixtures import gaussian_problem as module
 from pyro_vae.models.mixtures import problem as mixture_problem
 
 COVARIANCES = ["full", "tied", "diag", "spherical"]
@@ -277,7 +277,7 @@ def test_both_formulas_and_all_chunks_agree(covariance, monkeypatch):
     whole = problem.e_step(start)
     reached = [problem.m_step(whole.statistics, start)]
     monkeypatch.setattr(mixture_problem, "_CHUNK_NUMBERS", 1)
-    monkeypatch.setattr(mixture_problem, "_MIN_CHUNK", 50)
+    monkeypatch.setattr(mixture_problem.MixtureProblem, "_least_chunk", 50)
     monkeypatch.setattr(mixture_problem, "_KEEP_NUMBERS", 0)
     chunked = build(covariance).prepare(x, weights)
     assert chunked._kept is None

@@ -344,6 +344,11 @@ def _fit_on_statistics(
 ) -> Ending:
     """Any method but the generalised one, from any number of starts."""
     problem = _prepared(model, x, sample_weights, hold, settings)
+    if settings.method == "incremental" and getattr(problem, "has_missing", False):
+        raise ValueError(
+            "the incremental method cannot take back what missing entries were expected to be: "
+            "pass method='exact' or 'online'"
+        )
     with deferred_interrupt() as interrupted:
         kept, runs, failures = best_of_starts(
             lambda attempt: _run_once(problem, settings, attempt, interrupted),
@@ -394,7 +399,7 @@ def _state_of(model: StatisticsModel, x: Tensor) -> dict[str, Any]:
     with program_scope(), keep_random_state():
         store = pyro.get_param_store()
         before = set(store.keys())
-        row = x[:1].to(like)
+        row = x[:1].to(like).nan_to_num()  # parameters are asked for, not what becomes of data
         model.model(row)
         model.guide(row)
         return store_state(lambda name: name not in before)
@@ -409,9 +414,11 @@ def _run_once(
     """One start to its end."""
     record = HalfSteps(problem.total_weight)
     record.knows_evidence = not settings.bayesian
+    few = problem.num_data * problem.num_components <= _MEASURED_RESPONSIBILITIES
+    # What is kept of a posterior is that of components, not of entries that are missing.
+    known = few and not getattr(problem, "has_missing", False)
     record.measures = settings.method != "variational_bayes" and (
-        settings.method != "exact"
-        or problem.num_data * problem.num_components <= _MEASURED_RESPONSIBILITIES
+        settings.method != "exact" or known
     )
     record.every_half_step = settings.record == "half steps" or (
         settings.record is None and problem.num_data <= _RECORDED_DATA

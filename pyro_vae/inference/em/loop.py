@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.checks import check_count
 from pyro_vae.inference.em.history import HalfSteps
+from pyro_vae.inference.em.online import check_steps
 from pyro_vae.inference.programs import Program
 from pyro_vae.inference.svi import best_row
 from pyro_vae.progress import progress_bar
@@ -76,13 +77,7 @@ class EMSettings:
         check_count("batch_size", self.batch_size, optional=True)
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance!r}")
-        if not 0.5 < self.step_exponent <= 1:
-            raise ValueError(
-                f"step_exponent must lie above 0.5 and be at most 1, or the averages do not "
-                f"settle; not {self.step_exponent!r}"
-            )
-        if not 0 <= self.step_delay < math.inf:
-            raise ValueError(f"step_delay must be 0 or positive, not {self.step_delay!r}")
+        check_steps(self.step_exponent, self.step_delay)
         if self.prior is not None and not self.bayesian:
             raise ValueError(
                 f"method={self.method!r} has no prior on parameters; pass "

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae.inference.em.acceleration import Extrapolation
 from pyro_vae.inference.em.history import HalfSteps
 from pyro_vae.inference.em.loop import EMSettings, Reached
+from pyro_vae.inference.em.online import step_size
 from pyro_vae.inference.em.protocol import StatisticsProblem
 
 __all__ = ["ALGORITHMS"]
@@ -119,7 +120,7 @@ def _measure(
         evidence, elbo, gap = problem.measure_bound(parameters, q)
         residual = math.nan  # of an M step it is zero, whatever q is
         if phase == "E" and hasattr(problem, "entropy_residual"):
-            statistics = problem.statistics(q, about=problem.origin(parameters))
+            statistics = problem.statistics(q, about=problem.origin(parameters), at=parameters)
             residual = _residual(problem, statistics, parameters)
         record.add(stamp, evidence, elbo, gap, residual=residual)
     return elbo
@@ -154,20 +155,15 @@ def _with_point_masses(
         yield Reached(parameters, objective, record)
         if iteration < settings.max_iterations:
             about = about if averages else problem.origin(parameters)
-            drawn = problem.statistics(q, about=about)
+            drawn = problem.statistics(q, about=about, at=parameters)
             if statistics is None or not averages:
                 statistics = drawn
             else:
-                step = _step(iteration + 1, settings)
+                step = step_size(iteration + 1, settings.step_exponent, settings.step_delay)
                 statistics = statistics * (1 - step) + drawn * step
             record.passes += 1
             parameters = problem.m_step(statistics, parameters)
             _measure(problem, record, "M", iteration + 1, parameters, q)
-
-
-def _step(number: int, settings: EMSettings) -> float:
-    """The share of the newest statistics in their average."""
-    return (number + settings.step_delay) ** -settings.step_exponent
 
 
 def _most_probable(posterior: Tensor, _settings: EMSettings, _generator: Any) -> Tensor:
@@ -274,7 +270,7 @@ def _online(
         for place, rows in enumerate(blocks):
             shown = record.every_half_step or place == len(blocks) - 1
             q[rows] = problem.responsibilities(parameters, rows)
-            of_batch = problem.statistics(q[rows], rows, about=about)
+            of_batch = problem.statistics(q[rows], rows, about=about, at=parameters)
             record.passes += len(rows) / problem.num_data
             if shown:
                 _measure(problem, record, "E", iteration, parameters, q)
@@ -282,7 +278,7 @@ def _online(
             of_batch = of_batch * (problem.num_data / len(rows))
             number += 1
             seen += len(rows)
-            step = _step(number, settings)
+            step = step_size(number, settings.step_exponent, settings.step_delay)
             statistics = (
                 of_batch if statistics is None else statistics * (1 - step) + of_batch * step
             )

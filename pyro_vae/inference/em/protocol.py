@@ -54,8 +54,13 @@ class StatisticsProblem(Protocol):
     def responsibilities(self, parameters: Any, rows: Tensor | None = None) -> Tensor:
         """The posterior p(z = k | x), shape (rows, components)."""
 
-    def statistics(self, q: Tensor, rows: Tensor | None = None, *, about: Any = None) -> Any:
-        """Sufficient statistics under any q, shape (rows, components)."""
+    def statistics(
+        self, q: Tensor, rows: Tensor | None = None, *, about: Any = None, at: Any = None
+    ) -> Any:
+        """Sufficient statistics under any q, shape (rows, components).
+
+        `at` are the parameters under which missing entries are expected, where there are some.
+        """
 
     def counts(self, statistics: Any) -> Tensor:
         """The weight of the data in each component."""

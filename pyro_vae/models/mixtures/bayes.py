@@ -84,6 +84,11 @@ class ConjugateProblem(ABC):
     names: ClassVar[tuple[str, ...]]
 
     def __init__(self, points: Any, prior: Mapping[str, Any] | None = None) -> None:
+        if points.has_missing:
+            raise ValueError(
+                "variational Bayes takes no missing entries: pass method='exact', or leave out "
+                "the rows that have some"
+            )
         self.points: Any = points
         self.num_data, self.total_weight = points.num_data, points.total_weight
         self.num_components, self.measure = points.num_components, points.measure
@@ -204,7 +209,9 @@ class ConjugateProblem(ABC):
         """The best q(z = k), shape (rows, components)."""
         return self.points.responsibilities(self._summary(posterior)[0], rows)
 
-    def statistics(self, q: Tensor, rows: Tensor | None = None, *, about: Any = None) -> Statistics:
+    def statistics(
+        self, q: Tensor, rows: Tensor | None = None, *, about: Any = None, at: Any = None
+    ) -> Statistics:
         """Sufficient statistics under any q(z)."""
         return self.points.statistics(q, rows, about=about)
 

@@ -130,6 +130,7 @@ class ExponentialMixture(nn.Module, ABC):
         sample_weights: Num[Tensor, " batch"] | None = None,
         *,
         hold: Sequence[str] = (),
+        coordinates: tuple[Tensor, Tensor] | None = None,
     ) -> MixtureProblem:
         """This mixture on one data set, as `fit_em` works on it.
 
@@ -138,14 +139,17 @@ class ExponentialMixture(nn.Module, ABC):
             sample_weights: How often each datum counts, shape (batch,), not negative; once if None.
             hold: Parameters that M steps leave as they are: of `"weights"`, `"locs"` and, for
                 Gaussians, `"covariances"`.
+            coordinates: Those of another problem, to whose statistics this one's are added: data
+                may then be few; from these data if None.
 
         Raises:
             ValueError: If x has the wrong shape, fewer data than components, or values that are not
                 finite or off the support; if a feature is constant where the model needs spread;
                 or if `sample_weights` or `hold` cannot be used.
         """
-        problem = self._problem(x, sample_weights, hold, None)
-        problem.check()
+        problem = self._problem(x, sample_weights, hold, coordinates)
+        if coordinates is None:
+            problem.check()
         return problem
 
     @takes_arrays(keep_dtype=True)

@@ -141,6 +141,26 @@ class _Gaussian:
         constant = log_weights + log_det - 0.5 * inner - 0.5 * self.dim * math.log(2 * math.pi)
         return constant + x @ linear.mT - 0.5 * square
 
+    def observed_log_joint(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The same with entries that are NaN integrated out; see `missing` for the formula."""
+        log_weights, linear, precision = self.parts(theta)
+        locs = self.locs(linear, precision)
+        if not self.dense:
+            precision = precision.expand(self.number, self.dim).diag_embed()
+        gone = x.isnan().to(x.dtype)
+        away = (x.nan_to_num(nan=0.0)[:, None] - locs) * (1 - gone)[:, None]
+        pulled = torch.einsum("kij,nkj->nki", precision.expand(self.number, -1, -1), away)
+        both = (gone[:, :, None] * gone[:, None, :])[:, None]
+        root = torch.linalg.cholesky(both * precision + (1 - gone).diag_embed()[:, None])
+        root = root.expand(-1, self.number, -1, -1)
+        moved = (pulled * gone[:, None])[..., None]
+        moved = torch.linalg.solve_triangular(root, moved, upper=False)[..., 0]
+        square = (away * pulled).sum(-1) - moved.square().sum(-1)
+        log_det = torch.linalg.cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det = log_det - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        seen = (1 - gone).sum(-1, keepdim=True) * math.log(2 * math.pi)
+        return log_weights + log_det - 0.5 * (square + seen)
+
     def values(self, theta: Tensor) -> Tensor:
         _, linear, precision = self.parts(theta)
         if self.dense:
@@ -194,4 +214,7 @@ def gaussian_form(problem: Any) -> NaturalForm:
         precision = precision if form.kind == "diag" else precision[:, :1]
     theta = torch.cat([_odds(parameters.log_weights), linear.flatten(), form.free(precision)])
     x = problem._standardise(problem._x).mT
-    return NaturalForm(theta, x, form.labels(), form.log_joint, form.values, form.fitted)
+    log_joint = form.log_joint
+    if problem.has_missing:
+        x, log_joint = x.masked_fill(problem._x.isnan(), math.nan), form.observed_log_joint
+    return NaturalForm(theta, x, form.labels(), log_joint, form.values, form.fitted)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_vae.models.parts import check_batch, check_finite
+from pyro_vae.models.parts import check_batch
 
 __all__ = [
     "Chunk",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _CHUNK_NUMBERS = 1 << 18  # float64 numbers of a chunk's largest array: 2 MiB, a cache's size
-_MIN_CHUNK, _MAX_CHUNK = 512, 8192  # data in a chunk: products of fewer are slow
+_MAX_CHUNK = 8192  # data in a chunk
 _KEEP_NUMBERS = 1 << 25  # standardised data of up to 256 MiB are kept; larger ones made chunkwise
 _STARVED = 1e-8  # data; a component with fewer has no location
 _STARTS = ("k-means++", "k-means", "random")
@@ -116,11 +116,18 @@ class Expectation:
 
 
 class Chunk:
-    """Some data, a column each, in the problem's coordinates; their features once asked for."""
+    """Some data, a column each, in the problem's coordinates; their features once asked for.
+
+    Where entries are missing, `pattern` numbers which of each datum, and `completed` has the data
+    with these expected under the parameters `at`; see `missing`.
+    """
 
     def __init__(self, x: Tensor, weights: Tensor | None, log_base: Tensor | float) -> None:
         self.x, self.weights, self.log_base = x, weights, log_base
         self.features: Tensor | None = None
+        self.at: MixtureParameters | None = None
+        self.pattern: Tensor | None = None
+        self.completed: Any = None
 
 
 class MixtureProblem(ABC):
@@ -140,9 +147,12 @@ class MixtureProblem(ABC):
         total_weight: The sum of `sample_weights`, or the number of rows.
         num_components: Of the mixture.
         measure: What the data are; see `pyro_vae.results.MEASURES`.
+        has_missing: Whether entries of the data are missing, and latent like the components.
     """
 
+    has_missing: bool = False
     _holdable: ClassVar[tuple[str, ...]] = ("weights", "locs")
+    _least_chunk: ClassVar[int] = 512  # data: products of fewer are slow
 
     def __init__(
         self,
@@ -155,8 +165,7 @@ class MixtureProblem(ABC):
         check_batch(x, mixture.dim, like=x)
         if x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"the data are {x.dtype}; convert them, for example x.double()")
-        check_finite(x)
-        mixture._check_support(x)
+        self._check_values(x, mixture)
         unknown = sorted(set(hold) - set(self._holdable))
         if isinstance(hold, str) or unknown:
             raise ValueError(f"hold takes names out of {self._holdable}, not {hold!r}")
@@ -172,6 +181,10 @@ class MixtureProblem(ABC):
         keep = x.numel() <= _KEEP_NUMBERS
         self._kept = self._standardise(self._x) if keep else None
 
+    def _check_values(self, x: Tensor, mixture: Any) -> None:
+        """Raises if a value is not finite or off the support."""
+        mixture._check_support(x)
+
     def _checked_weights(self, given: Tensor | None) -> Tensor | None:
         if given is None:
             return None
@@ -184,6 +197,11 @@ class MixtureProblem(ABC):
                 "negative, with a positive sum"
             )
         return weights
+
+    @property
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Centre and scale of each feature: statistics add up where these are the same."""
+        return self._center, self._scale
 
     def check(self) -> None:
         """Raises if there are too few data to fit, or they lack the spread that the model needs."""
@@ -314,7 +332,7 @@ class MixtureProblem(ABC):
     def _chunks(self, rows: Tensor | None, width: int | None = None) -> Iterator[tuple[Any, Chunk]]:
         """The data at `rows` (all if None), a chunk at a time, each with its place among them."""
         length = self.num_data if rows is None else len(rows)
-        size = min(max(_CHUNK_NUMBERS // (width or self._width()), _MIN_CHUNK), _MAX_CHUNK)
+        size = min(max(_CHUNK_NUMBERS // (width or self._width()), self._least_chunk), _MAX_CHUNK)
         for begin in range(0, length, size):
             place = slice(begin, min(begin + size, length))
             chosen = place if rows is None else rows[place]
@@ -347,6 +365,7 @@ class MixtureProblem(ABC):
         totals = torch.zeros(2, dtype=torch.float64, device=self._x.device)
         values: Tensor | None = None
         for _, chunk in self._chunks(rows):
+            chunk.at = parameters
             scores = scorer(chunk)
             top = scores.amax(0)
             scores -= top
@@ -407,12 +426,22 @@ class MixtureProblem(ABC):
         rows: Int[Tensor, " rows"] | None = None,
         *,
         about: Float[Tensor, "components features"] | None = None,
+        at: MixtureParameters | None = None,
     ) -> Statistics:
-        """Sufficient statistics under any q, or with each datum in the one component given."""
+        """Sufficient statistics under any q, or with each datum in the one component given.
+
+        Args:
+            q: The responsibilities, or the component of each datum.
+            rows: Which data; all if None.
+            about: What the moments are taken about, from `origin`.
+            at: Parameters under which missing entries are expected, where there are some; those of
+                the data's own mean and spread if None.
+        """
         values: Tensor | None = None
         for place, chunk in self._chunks(rows):
             part = self._columns(q[place])
             part = part if chunk.weights is None else part * chunk.weights
+            chunk.at = at
             sums = self._sums(chunk, part, about)
             values = sums if values is None else values.add_(sums)
         assert values is not None

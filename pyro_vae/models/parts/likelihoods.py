@@ -468,14 +468,18 @@ def check_batch(x: Tensor, data_dim: int, like: Tensor) -> None:
         )
 
 
-def check_finite(x: Tensor) -> None:
+def check_finite(x: Tensor, way_out: str = "remove or impute them first") -> None:
     """Raises if x holds NaN or infinite values.
+
+    Args:
+        x: Any numbers.
+        way_out: What the error says to do.
 
     Raises:
         ValueError: If it does.
     """
     if not _is_finite(x):
-        raise ValueError("the data hold NaN or infinite values; remove or impute them first")
+        raise ValueError(f"the data hold NaN or infinite values; {way_out}")
 
 
 def _is_finite(x: Tensor) -> bool:
