@@ -14,7 +14,11 @@ def documented():
     """The cells of each row, with the refusals in full."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in lines
+        if line.startswith("| ") and not line.startswith("| |")
+    ]
     return {
         name: [notes[cell.strip("[]")] if cell.startswith("[") else cell for cell in cells]
         for name, *cells in rows
