@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-long test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks benchmark_posteriors gauntlet coverage mutants lock dist clean
+.PHONY: help venv test test-long test-matrix lint demo elbo_estimators elbo_gap posterior_quality latent_space blurry_samples em_gmm em_to_vae benchmark_em benchmark_checks benchmark_posteriors benchmark_autoguides gauntlet coverage mutants lock dist clean
 
 PYTHON ?=
 # The oldest and the newest Python supported, which come with the two majors of ArviZ.
@@ -129,6 +129,9 @@ benchmark_checks: $(STAMP) ## Measure which check sees which fault, and write do
 
 benchmark_posteriors: $(STAMP) ## Every way to a posterior on real ones, and write docs/posteriors.md (ARGS="--only garch")
 	$(BIN)/python -m benchmarks.posteriors --out docs/posteriors.md $(ARGS)
+
+benchmark_autoguides: $(STAMP) ## Ask every tool about each of Pyro's autoguides, and write docs/autoguides.md
+	$(BIN)/python -m benchmarks.autoguides $(ARGS)
 
 gauntlet: $(STAMP) ## Compare a thousand random programs with their truth (ARGS="--programs 100" for fewer)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.random_programs $(ARGS)

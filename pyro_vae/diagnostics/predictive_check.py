@@ -226,7 +226,8 @@ def _statistics(
     chosen = {}
     for site, value in observed.items():
         for name, function in DEFAULT_STATISTICS.items():
-            if name != "sd of datum means" or (len(value) > 1 and value[0].numel() > 1):
+            several = value.dim() > 1 and len(value) > 1 and value[0].numel() > 1
+            if name != "sd of datum means" or several:
                 chosen[name if single else f"{site}: {name}"] = _at(site, function)
     return chosen
 

@@ -173,6 +173,8 @@ def check_latents(
                 f"site '{name}' is observed in the model but stands in the guide as well; take it "
                 "out of the guide, or give it another name"
             )
+        if name in guide_sites and not site["is_observed"]:
+            _check_one_draw_each(name, site)
     for name, site in guide_sites.items():
         if (
             not site["is_observed"]
@@ -184,6 +186,22 @@ def check_latents(
                 "would bound nothing; sample it in the model as well, or mark it "
                 "infer={'is_auxiliary': True} if the density of another site accounts for it, as "
                 "Pyro's autoguides do"
+            )
+
+
+def _check_one_draw_each(name: str, site: dict) -> None:
+    """Refuses one draw for all entries of a plate, which the model would count once for each."""
+    value = site["value"]
+    if not isinstance(value, Tensor) or "_enumerate_dim" in site["infer"]:
+        return
+    for frame in site["cond_indep_stack"]:
+        dim = frame.dim - site["fn"].event_dim if frame.vectorized else 0
+        if dim and frame.size > 1 and (value.dim() < -dim or value.shape[dim] == 1):
+            raise SitesError(
+                f"the guide draws the latent '{name}' once for all {frame.size} of plate "
+                f"'{frame.name}', where the model has one for each, so the weights would bound "
+                f"nothing; draw it inside pyro.plate('{frame.name}', {frame.size}) in the guide "
+                "(an EasyGuide: inside self.plate), or outside that plate in the model"
             )
 
 

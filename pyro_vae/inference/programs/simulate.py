@@ -139,6 +139,8 @@ def redraw_local(
     assert structure.split is not None
     args, kwargs = arguments
     model = enumerating(model, structure)
+    if isinstance(poutine.unwrap(guide), Messenger):  # runs the model: what is observed is no guide
+        guide = poutine.block(guide, hide_fn=lambda site: site["is_observed"])
     inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
     drawn: list[tuple[Trace, Trace, int]] = []
     for guide_trace, _, count in traces:

@@ -331,9 +331,9 @@ class TrainingRun:
     # -- parameters and files
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Unconstrained parameters by name: the tensors that the optimizer moves."""
-        named = pyro.get_param_store().named_parameters()
-        return {name: value for name, value in named if name not in self.prepared.foreign}
+        """Unconstrained parameters by name: the tensors that the optimizer moves, each once."""
+        names = {p: name for name, p in pyro.get_param_store().named_parameters()}
+        return {name: p for p, name in names.items() if name not in self.prepared.foreign}
 
     def _values(self) -> dict[str, Tensor]:
         """Parameters and the buffers of modules (running means): all that training moves."""
