@@ -100,7 +100,7 @@ def fit_gallery(model: Program, guide: Program, x: Any, batch_size: int | None) 
         epochs=_EPOCHS,
         learning_rate=lambda epoch: 0.1 * 0.02 ** (epoch / _EPOCHS),
         progress=False,
-    )
+    ).require_finished()
 
 
 def measure(name: str, *, seed: int = 0, hmc: bool = True) -> Row:

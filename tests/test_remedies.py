@@ -16,11 +16,21 @@ from pyro_vae import log_evidence
 from pyro_vae.diagnostics.evidence.log_evidence import METHODS
 from pyro_vae.diagnostics.gap import elbo_surgery
 from pyro_vae.inference.programs import ProgramError
+from pyro_vae.inference.svi import METHODS as FITTING_METHODS
 
 ROOT = Path(pyro_vae.__file__).parent
 # Arguments of Python, torch and Pyro that messages name, and words before an equals sign that
 # stand for no argument.
-ELSEWHERE = {"infer", "lr", "obs", "requires_grad", "track_running_stats", "z"}
+ELSEWHERE = {
+    "expose",
+    "infer",
+    "init_loc_fn",
+    "lr",
+    "obs",
+    "requires_grad",
+    "track_running_stats",
+    "z",
+}
 
 
 @cache
@@ -73,7 +83,7 @@ def unreal(text: str, known: set[str], flags: set[str], targets: set[str]) -> li
     return found
 
 
-KNOWN_METHODS = {*METHODS, "exact", "generalized", "variational_bayes", "em"}
+KNOWN_METHODS = {*METHODS, *FITTING_METHODS, "exact", "generalized", "variational_bayes", "em"}
 
 
 def test_what_a_message_names_exists() -> None:

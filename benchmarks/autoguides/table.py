@@ -67,7 +67,7 @@ def _fit(case: Case, guide: Any) -> bool:
         evaluate_every=400,
         learning_rate=lambda epoch: 0.1 * 0.985**epoch,
         progress=False,
-    )
+    ).require_finished()
     if isinstance(guide, autoguide.AutoDelta | autoguide.AutoLaplaceApproximation):
         found = fitted.guide(X)["z"].detach()
         return _near(found, case.truth.mean, tolerance=0.1 * float(case.truth.scale))

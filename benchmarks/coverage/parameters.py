@@ -91,7 +91,7 @@ def _fixed_draws(count: int, seed: int) -> Found:
         model = _log_rates(tensor(x))
         reached = fit(
             model, AutoNormal(model), tensor(x), method="deterministic", seed=i, progress=False
-        )
+        ).require_finished()
         assert reached.posterior is not None
         found = watched(reached.posterior)
         loc, sd = _best_normals(x)

@@ -84,7 +84,9 @@ def _guide(make: Callable[..., Any], **options: Any) -> Callable[..., dict[str, 
 
 
 def _fit(posterior: RealPosterior, guide: Any, seed: int, **options: Any) -> Fit:
-    return fit(posterior.model, guide, posterior.data, seed=seed, progress=False, **options)
+    return fit(
+        posterior.model, guide, posterior.data, seed=seed, progress=False, **options
+    ).require_finished()
 
 
 def _laplace(posterior: RealPosterior, seed: int) -> dict[str, Found]:

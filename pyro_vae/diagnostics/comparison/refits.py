@@ -72,7 +72,7 @@ def fit_again(model: Program, guide: Program) -> Refit:
         again: dict[int, Any] = {}
         own_model, own_guide = (_copied(program, again) for program in programs)
         try:
-            return fit(own_model, own_guide, x, progress=False)
+            return fit(own_model, own_guide, x, progress=False).require_finished()
         except ProgramError:
             raise
         except (IndexError, RuntimeError, ValueError) as error:

@@ -174,7 +174,10 @@ def check_latents(
                 "out of the guide, or give it another name"
             )
         if name in guide_sites and not site["is_observed"]:
-            _check_one_draw_each(name, site)
+            dims = {f.name: f.dim for f in guide_sites[name]["cond_indep_stack"] if f.vectorized}
+            # A plate of that name at another dim is said elsewhere.
+            if all(dims.get(f.name, f.dim) == f.dim for f in site["cond_indep_stack"]):
+                _check_one_draw_each(name, site)
     for name, site in guide_sites.items():
         if (
             not site["is_observed"]

@@ -27,8 +27,10 @@ from pyro_vae.inference.programs import (
     ieee_precision,
     inspect_programs,
     keep_random_state,
+    map_batch,
     run_programs,
     sum_dims,
+    take,
     trace_programs,
     weighted_sites,
 )
@@ -36,9 +38,10 @@ from pyro_vae.inference.svi.optimizer import FusedOptim
 from pyro_vae.inference.svi.preparation import Preparation
 from pyro_vae.inference.svi.step import without_validation
 
-__all__ = ["TrainedPair", "bound_of", "default_loss", "entropy_residual"]
+__all__ = ["TrainedPair", "bound_of", "check_held_out", "default_loss", "entropy_residual"]
 
 _PARTICLES = 8  # of the default loss
+_TRIAL = 128  # held-out data by which it is tried whether they fit
 _ENTRIES = 2**20  # particles times data that a check may hold in memory
 _MOST_DRAWS, _MOST_ONE_BY_ONE = 256, 24
 _NATS = 0.005  # a latent: what an error of a tenth of its posterior standard deviation costs
@@ -252,3 +255,29 @@ class TrainedPair:
         except (ProgramError, NotImplementedError, RuntimeError):
             return False
         return True
+
+
+def check_held_out(prepared: Preparation, validation: Any) -> Any:
+    """Refuses held-out data that the guide cannot speak of; returns as many as a trial needs.
+
+    Raises:
+        ValueError: If they are empty, or no data of the kind trained on.
+        ProgramError: If the guide has values for each training datum.
+    """
+    try:
+        length = prepared.length_of(validation)
+    except (AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            "validation must be data of the kind that the pair is trained on, with the same "
+            f"arguments, not {type(validation).__name__}"
+        ) from error
+    if length == 0:
+        raise ValueError("the validation data are empty; pass validation=None or some data")
+    if prepared.per_datum:
+        raise ProgramError(
+            f"'{prepared.per_datum}' has a posterior or parameter for each training datum, so the "
+            "guide says nothing of held-out data; amortise it, or pass validation=None"
+        )
+    if prepared.joint:
+        return validation
+    return map_batch(validation, take(slice(_TRIAL)), prepared.data.axes)

@@ -36,11 +36,11 @@ from pyro_vae.inference.svi.checkpoint import (
     write_run,
 )
 from pyro_vae.inference.svi.convergence import BlockRule, PhaseRule
-from pyro_vae.inference.svi.evaluation import bound_of, entropy_residual
+from pyro_vae.inference.svi.evaluation import bound_of, check_held_out, entropy_residual
 from pyro_vae.inference.svi.history import Fit, best_row, history_result
 from pyro_vae.inference.svi.mini_batches import TrainingData
 from pyro_vae.inference.svi.optimizer import TrainingError, make_optimizer
-from pyro_vae.inference.svi.preparation import check_held_out, prepare
+from pyro_vae.inference.svi.preparation import prepare
 from pyro_vae.inference.svi.settings import (
     CONVERGED,
     DEFAULT_EPOCHS,

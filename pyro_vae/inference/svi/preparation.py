@@ -37,9 +37,7 @@ from pyro_vae.inference.programs import (
     first_run,
     ieee_precision,
     keep_random_state,
-    map_batch,
     site_log_prob,
-    take,
     tensors_of,
     weighted_sites,
 )
@@ -55,7 +53,6 @@ from pyro_vae.progress import say
 
 __all__ = [
     "Preparation",
-    "check_held_out",
     "prepare",
 ]
 
@@ -499,23 +496,3 @@ def _find_mini_batches(runs: _Runs, batch_size: int) -> MiniBatches:
     runs.mini_batches = found
     runs.forget()
     return found
-
-
-def check_held_out(prepared: Preparation, validation: Any) -> Any:
-    """Refuses held-out data that the guide cannot speak of; returns as many as a trial needs.
-
-    Raises:
-        ValueError: If they are empty.
-        ProgramError: If the guide has values for each training datum.
-    """
-    length = prepared.length_of(validation)
-    if length == 0:
-        raise ValueError("the validation data are empty; pass validation=None or some data")
-    if prepared.per_datum:
-        raise ProgramError(
-            f"'{prepared.per_datum}' has a posterior or parameter for each training datum, so the "
-            "guide says nothing of held-out data; amortise it, or pass validation=None"
-        )
-    if prepared.joint:
-        return validation
-    return map_batch(validation, take(slice(_DEFAULT_BATCH)), prepared.data.axes)

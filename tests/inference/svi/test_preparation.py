@@ -8,8 +8,9 @@ from pyro.infer import Trace_ELBO
 
 from pyro_vae import LinearGaussian, fit
 from pyro_vae.inference.programs import ProgramError
+from pyro_vae.inference.svi.evaluation import check_held_out
 from pyro_vae.inference.svi.mini_batches import TrainingData, move_data
-from pyro_vae.inference.svi.preparation import check_held_out, prepare
+from pyro_vae.inference.svi.preparation import prepare
 
 NUM_DATA, DATA_DIM = 200, 3
 
