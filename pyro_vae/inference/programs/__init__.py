@@ -17,6 +17,7 @@ from pyro_vae.inference.programs.arguments import (
     batch_axes,
     batch_length,
     map_batch,
+    messenger_of,
     take,
     tensors_of,
 )
@@ -151,6 +152,7 @@ __all__ = [
     "leaves",
     "map_batch",
     "measure_of",
+    "messenger_of",
     "modules_of",
     "no_guide",
     "own_parameters",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "batch_axes",
     "batch_length",
     "map_batch",
+    "messenger_of",
     "take",
     "tensors_of",
 ]
@@ -225,3 +228,11 @@ class ProgramStructure:
     def notes(self) -> list[str]:
         """What results of this pair say of it."""
         return [] if self.split is None else [self.split.note()]
+
+
+def messenger_of(program: Any) -> Messenger | None:
+    """The guide messenger under handlers and fitted values, which runs the model; or None."""
+    inner = poutine.unwrap(program)
+    while not isinstance(inner, Messenger) and "__wrapped__" in getattr(inner, "__dict__", {}):
+        inner = poutine.unwrap(inner.__wrapped__)
+    return inner if isinstance(inner, Messenger) else None

@@ -19,6 +19,7 @@ from pyro_vae.inference.programs.arguments import (
     Program,
     ProgramError,
     ProgramStructure,
+    messenger_of,
 )
 from pyro_vae.inference.programs.refusals import is_delta
 from pyro_vae.inference.programs.scope import keep_random_state
@@ -63,7 +64,7 @@ def check_at_once(
         True if the pair is deterministic, its data independent and its particles vectorisable;
         False if one of these does not hold or could not be seen so.
     """
-    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger) or not structure.latents:
+    if messenger_of(guide) is not None or not structure.latents:
         return False
     try:
         other = _other_draw(guide, arguments, structure, traces)
@@ -213,7 +214,7 @@ def check_deterministic(
     traces: Traces,
 ) -> bool:
     """Runs both programs again at the same latents; returns whether the guide could be."""
-    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+    if messenger_of(guide) is not None:
         return False
     log_q, log_p = _rerun(model, guide, arguments, structure, fixed_draws(*traces))
     for role, trace, again in (("model", traces[1], log_p), ("guide", traces[0], log_q)):
@@ -360,7 +361,7 @@ def is_vectorizable(
     Both must: a program whose dims mix the particles has their densities summed, and that sum is
     the density of one of them where it is far the greater.
     """
-    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+    if messenger_of(guide) is not None:
         return False  # it runs the model itself, and cannot be run again at given latents
     vectorized = replace(structure, vectorizable=True)
     try:

@@ -19,6 +19,7 @@ from pyro_vae.inference.programs.arguments import (
     ProgramError,
     ProgramStructure,
     as_arguments,
+    messenger_of,
 )
 from pyro_vae.inference.programs.traces import (
     enumerating,
@@ -139,7 +140,7 @@ def redraw_local(
     assert structure.split is not None
     args, kwargs = arguments
     model = enumerating(model, structure)
-    if isinstance(poutine.unwrap(guide), Messenger):  # runs the model: what is observed is no guide
+    if messenger_of(guide) is not None:  # runs the model: what is observed is no guide
         guide = poutine.block(guide, hide_fn=lambda site: site["is_observed"])
     inner, runs = (num_inner, 1) if structure.vectorizable else (1, num_inner)
     drawn: list[tuple[Trace, Trace, int]] = []

@@ -18,7 +18,6 @@ from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from pyro_vae.inference.programs.arguments import (
     ProgramStructure,
     Site,
     Split,
+    messenger_of,
 )
 from pyro_vae.inference.programs.scope import keep_random_state, shown_value
 from pyro_vae.inference.state_sums import StateSumError, sum_states
@@ -150,8 +150,8 @@ def trace_programs(
     dim = -1 - max_plate_nesting
     model = in_particle_plate(model, num_particles, dim)
     guide = in_particle_plate(guide, num_particles, dim)
-    inner = poutine.unwrap(guide)
-    if isinstance(inner, Messenger):  # Pyro's guide messengers run the model themselves
+    inner = messenger_of(guide)
+    if inner is not None:  # Pyro's guide messengers run the model themselves
         guide(*args, **kwargs)
         model_trace, guide_trace = inner.get_traces()
         return guide_trace, model_trace

@@ -22,7 +22,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float, Int64
-from pyro import poutine
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -37,6 +36,7 @@ from pyro_vae.inference.programs import (
     ProgramError,
     SubsampleError,
     bytes_of_run,
+    messenger_of,
     particles_at_once,
     program_scope,
     split_count,
@@ -245,7 +245,7 @@ def refit_guide(
 
 def inspect_refittable(model: Program, guide: Program, x: Any) -> Pair:
     """`Pair.inspect`, and the refusals of guides that have no parameters per datum."""
-    if isinstance(poutine.unwrap(guide), Messenger):
+    if messenger_of(guide) is not None:
         raise ProgramError(
             "the guide is a messenger that runs the model itself, so its distributions cannot be "
             "replaced; write it as a program of its own"

@@ -36,6 +36,7 @@ from pyro_vae.inference.programs import (
     is_delta,
     keep_random_state,
     map_batch,
+    messenger_of,
     plate_rows,
     site_log_prob,
     take,
@@ -267,7 +268,7 @@ def _difference(
     """
     args, kwargs = as_arguments(way.arguments(x, rows))
     given = _draws_of(traces, plates, way.num_data, rows)
-    free = isinstance(poutine.unwrap(guide), Messenger)  # it runs the model itself
+    free = messenger_of(guide) is not None  # it runs the model itself
     with way.on(rows), torch.no_grad():
         if free:
             guide_again, model_again = first_run(model, guide, (args, kwargs)).traces
