@@ -38,7 +38,7 @@ def as_seed(seed: Any) -> int | None:
         return None
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         if not 0 <= int(seed) < 2**32:
-            raise ValueError(f"seed is an integer from 0 to 2**32 - 1, not {seed}")
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {seed}")
         return int(seed)
     raise TypeError(
         f"seed is an integer, a numpy.random.Generator or a torch.Generator, not {seed!r}"

@@ -59,6 +59,7 @@ class BayesianMixture(MixtureEstimator):
         feature_names_in_: Their names, where the data had some.
 
     Example:
+        >>> import numpy as np
         >>> X = np.concatenate([np.zeros((20, 1)), 9 + np.zeros((30, 1))])
         >>> X = X + np.linspace(0, 1, 50)[:, None]
         >>> BayesianMixture(2, random_state=0).fit(X).weights_.round(2).tolist()
